@@ -1,0 +1,50 @@
+"""Settings: dataclasses, filled from a YAML file and then from the command line."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config")
+
+
+def parse_config(config_class: type[Config], argv: list[str] | None = None) -> Config:
+    """Read `--config FILE.yaml`, if given, then the other arguments, which win over the file.
+
+    Raises:
+        SystemExit: with one line that names the argument or key, its value and what is allowed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    from_file: dict[str, Any] = {}
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise SystemExit("--config needs the path of a YAML file")
+        path = Path(argv[at + 1])
+        del argv[at : at + 2]
+        if not path.is_file():
+            raise SystemExit(f"--config: there is no file {path}")
+        from_file = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        known = {f.name for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+        unknown = sorted(set(from_file) - known)
+        if unknown:
+            raise SystemExit(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    parser = HfArgumentParser(config_class)  # type: ignore[arg-type]
+    for action in parser._actions:  # what the file sets is no longer required, and is the new default
+        if action.dest in from_file:
+            action.required = False
+    parser.set_defaults(**from_file)
+    try:
+        (config,) = parser.parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    return config
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise the one kind of error that settings cause: it names the argument, the value and what is allowed."""
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
