@@ -1,0 +1,30 @@
+"""Everything needed to draw a picture; nothing here imports `training`.
+
+The names load on first use, so that `python -m pipelines --help` and argument errors answer at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .components.conditional_unet import ConditionalUNet
+    from .components.ddpm_scheduler import DDPMScheduler
+    from .text_to_image import TextToImagePipeline
+
+__all__ = ["ConditionalUNet", "DDPMScheduler", "TextToImagePipeline"]
+
+_HOMES = {
+    "ConditionalUNet": ".components.conditional_unet",
+    "DDPMScheduler": ".components.ddpm_scheduler",
+    "TextToImagePipeline": ".text_to_image",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,227 @@
+"""`python -m pipelines "a corgi in a party hat"`: draws pictures, as PNG files that say how they were made.
+
+Arguments are checked before torch is imported, so that a mistake is answered at once: one line, exit code 2.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEFAULT_MODEL = Path("models") / "emoji"
+SCHEDULERS = {  # what --scheduler takes: classes of diffusers, but for DDPM, which is ours
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmpp": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+BATCH_SIZE = 8  # pictures at a time; a picture depends on its own seed alone, so this changes no picture
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m pipelines", description="Draw pictures for a prompt.")
+    own = "default: the model's own"
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
+    parser.add_argument("--num-images", type=int, default=1, metavar="K", help="default: 1")
+    parser.add_argument("--seed", type=int, metavar="N", help="picture i gets N + i; default: a random one")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"denoising steps; {own}")
+    parser.add_argument("--guidance", type=float, metavar="G", help=f"how closely to follow, 1 is off; {own}")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help=own)
+    parser.add_argument("--width", type=int, metavar="PIXELS", help=own)
+    names = ", ".join(SCHEDULERS)
+    parser.add_argument("--scheduler", choices=list(SCHEDULERS), metavar="NAME", help=f"{names}; {own}")
+    parser.add_argument("--model", type=Path, metavar="PATH", help=f"model folder; default: {DEFAULT_MODEL}")
+    return parser
+
+
+def default_model() -> Path:
+    """models/emoji beside this package, or under the current folder where the package is elsewhere."""
+    beside = Path(__file__).resolve().parent.parent / DEFAULT_MODEL
+    return beside if beside.is_dir() else DEFAULT_MODEL
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError with one line of text for whatever a user can get wrong before a model is loaded."""
+    if not args.prompt.strip():
+        raise ValueError("the prompt is empty")
+    for name in ("num_images", "steps", "height", "width"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance must be 0 or more, got {args.guidance}")
+    if args.seed is not None and not 0 <= args.seed <= 2**63 - args.num_images:
+        raise ValueError(f"--seed must be 0 or more, and the last picture's below 2^63, got {args.seed}")
+    if not args.model.is_dir():
+        raise ValueError(f"there is no model folder {args.model}")
+    index = args.model / "model_index.json"
+    try:
+        if not isinstance(json.loads(index.read_text()), dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        raise ValueError(f"{args.model} is no model folder: it has no model_index.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {index}: {error}") from None
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {args.out}: {error.strerror}") from None
+
+
+def load_pipeline(folder: Path, scheduler: str | None) -> Any:
+    """The folder's pipeline, with its scheduler's settings in another class where one is asked for."""
+    import diffusers
+    import torch
+    import transformers
+
+    import pipelines
+
+    bars = diffusers.utils.logging, transformers.utils.logging  # of files loaded: nothing a user waits for
+    for library in bars:
+        library.disable_progress_bar()
+    try:
+        pipe = pipelines.TextToImagePipeline.from_pretrained(folder)
+    except Exception as error:  # missing weights, unknown classes, broken files: each raises what it likes
+        raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
+    finally:
+        for library in bars:
+            library.enable_progress_bar()
+    if scheduler is not None:
+        cls = pipelines.DDPMScheduler if scheduler == "ddpm" else getattr(diffusers, SCHEDULERS[scheduler])
+        pipe.scheduler = convert_scheduler(pipe.scheduler, cls)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def convert_scheduler(scheduler: Any, cls: type) -> Any:
+    """`cls.from_config(scheduler.config)`, with clip_sample kept where `cls` has only thresholding.
+
+    Thresholding with a sample_max_value of 1 is clipping to [-1, 1]. Without it a pixel model that predicts
+    eps divides by a tiny sqrt(abar) at its noisiest steps, and nothing brings the picture back.
+    """
+    config, known = scheduler.config, inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
+    changes = {}
+    if clips and "clip_sample" not in known and "thresholding" in known:
+        changes = {"thresholding": True, "sample_max_value": 1.0}
+    return cls.from_config(config, **changes)  # type: ignore[attr-defined]
+
+
+def slug(prompt: str) -> str:
+    """The prompt's words as a file name: letters and digits of any script, at most 80 bytes."""
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
+    return words.encode()[:80].decode(errors="ignore").strip("-") or "picture"
+
+
+def save_png(image: Any, folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    """Writes folder/name.png, or name-1.png and so on where that exists, with `settings` as PNG text.
+
+    The file gets its name only when it is whole, and never another file's: an interrupted run leaves no half
+    picture and two runs at once do not overwrite each other.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    for key, value in settings.items():
+        text.add_text(key, str(value))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=text)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it readable to its owner alone
+        for number in range(10**6):
+            path = folder / (f"{name}-{number}.png" if number else f"{name}.png")
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # takes the name, or fails if it is taken
+            except FileExistsError:
+                continue
+            os.replace(temporary, path)
+            return path
+        raise FileExistsError(f"every name like {name}.png is taken")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def draw(args: argparse.Namespace) -> list[Path]:
+    """Draws what checked arguments ask for, printing each path as soon as it is written."""
+    pipe = load_pipeline(args.model, args.scheduler)
+    import torch
+
+    first = args.seed if args.seed is not None else secrets.randbelow(2**31)
+    seeds = list(range(first, first + args.num_images))
+    steps = pipe.config.default_num_inference_steps if args.steps is None else args.steps
+    guidance = pipe.config.default_guidance_scale if args.guidance is None else args.guidance
+    paths = []
+    for start in range(0, len(seeds), BATCH_SIZE):
+        batch = seeds[start : start + BATCH_SIZE]
+        images = pipe(
+            args.prompt,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            negative_prompt=args.negative_prompt,
+            num_images_per_prompt=len(batch),
+            generator=[torch.Generator().manual_seed(seed) for seed in batch],
+        ).images
+        for seed, image in zip(batch, images, strict=True):
+            settings = {
+                "prompt": args.prompt,
+                "negative_prompt": args.negative_prompt or "",
+                "seed": seed,
+                "steps": steps,
+                "guidance_scale": guidance,
+                "scheduler": type(pipe.scheduler).__name__,
+                "width": image.width,
+                "height": image.height,
+                "model": args.model,
+                "Software": "Corgi",
+            }
+            paths.append(save_png(image, args.out, f"{slug(args.prompt)}_seed{seed}", settings))
+            print(paths[-1], flush=True)
+    return paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; 0 when every picture was written. Errors exit with 2 by SystemExit."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.model = default_model() if args.model is None else args.model
+    start = time.perf_counter()
+    try:
+        check_arguments(args)
+        paths = draw(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"{len(paths)} picture{'s' * (len(paths) != 1)} in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Tiny models with random weights, built in milliseconds, the same in every run."""
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads slow everything else on the machine down
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from training.tokenizer import build_clip_tokenizer
+
+CONTEXT = 32
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CLIPTokenizer:
+    """CLIP's first 1000 merges; prompts of up to 32 tokens."""
+    return build_clip_tokenizer(1000, model_max_length=CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def make_text_encoder(tokenizer: CLIPTokenizer) -> Callable[..., Any]:
+    """make_text_encoder(cls=CLIPTextModelWithProjection, **config): 3 layers, 32 wide, 24 projected."""
+
+    def make(cls: type = CLIPTextModelWithProjection, **config: Any) -> Any:
+        torch.manual_seed(1)
+        settings = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "projection_dim": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model = cls(CLIPTextConfig(**(settings | config))).eval()
+        for (
+            parameter
+        ) in model.parameters():  # CLIP's initial weights are so small that all prompts look alike
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., Any]:
+    """make_unet(cls=ConditionalUNet, **config): 16 x 16 pixels, two levels, text at the second."""
+
+    def make(cls: type = ConditionalUNet, **config: Any) -> Any:
+        torch.manual_seed(2)
+        settings = {
+            "sample_size": 16,
+            "in_channels": 3,
+            "out_channels": 3,
+            "layers_per_block": 1,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+        }
+        return cls(**(settings | config)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _pixel_parts(tokenizer: Any, make_text_encoder: Any, make_unet: Any) -> dict[str, Any]:
+    return {"tokenizer": tokenizer, "text_encoder": make_text_encoder(), "unet": make_unet()}
+
+
+@pytest.fixture
+def make_pipeline(_pixel_parts: dict[str, Any]) -> Callable[..., TextToImagePipeline]:
+    """make_pipeline(**parts): a pixel pipeline of 5 steps and guidance 3, any part or setting replaced."""
+
+    def make(**parts: Any) -> TextToImagePipeline:
+        scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+        defaults = {
+            **_pixel_parts,
+            "scheduler": scheduler,
+            "default_guidance_scale": 3.0,
+            "default_num_inference_steps": 5,
+        }
+        pipe = TextToImagePipeline(**(defaults | parts))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def pipeline(make_pipeline: Callable[..., TextToImagePipeline]) -> TextToImagePipeline:
+    return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_text_encoder: Any, make_unet: Any
+) -> Any:
+    """A tiny Stable Diffusion with random weights, built and saved by diffusers, of 32 x 32 pixels."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=0.5,
+    ).eval()
+    folder = tmp_path_factory.mktemp("stable-diffusion")
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=make_text_encoder(CLIPTextModel, eos_token_id=2),  # as in Stable Diffusion 1's config
+        tokenizer=copy.deepcopy(tokenizer),
+        unet=make_unet(UNet2DConditionModel, in_channels=4, out_channels=4),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def both(stable_diffusion_folder: Any) -> list[Any]:
+    """(theirs, ours), both loaded from one Stable Diffusion folder."""
+    from diffusers import StableDiffusionPipeline
+
+    pipes = [
+        cls.from_pretrained(stable_diffusion_folder) for cls in (StableDiffusionPipeline, TextToImagePipeline)
+    ]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    return pipes

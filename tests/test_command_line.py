@@ -1,0 +1,259 @@
+"""`python -m pipelines`: what it writes, what it says, and what it refuses."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines import __main__ as cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer, make_text_encoder, make_unet) -> Path:
+    """A saved tiny model of 16 x 16 pixels, 4 steps and guidance 2.5."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    TextToImagePipeline(
+        tokenizer,
+        make_text_encoder(),
+        make_unet(patch_size=2),
+        DDPMScheduler(timestep_spacing="trailing", prediction_type="v_prediction"),
+        default_guidance_scale=2.5,
+        default_num_inference_steps=4,
+    ).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def draw(model: Path, prompt: str, seed: int, **call) -> np.ndarray:
+    """The picture of one seed, drawn alone, as integers."""
+    pipe = TextToImagePipeline.from_pretrained(model)
+    if (scheduler := call.pop("scheduler", None)) is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    return np.array(pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]).astype(int)
+
+
+def test_a_whole_run_in_its_own_process(model, tmp_path):
+    """From the shell, in another folder; a fresh process proves that the folder names what it needs."""
+    command = [sys.executable, "-m", "pipelines", "A corgi, in a party hat! 🎉", "--model", model]
+    command += ["--seed", "7", "--num-images", "2", "--out", "made/here"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [f"made/here/a-corgi-in-a-party-hat_seed{seed}.png" for seed in (7, 8)]
+    assert len(lines) == 3 and re.fullmatch(r"2 pictures in \d+\.\d s", lines[2])
+    assert "4/4" in done.stderr  # the progress bar
+    assert sorted(os.listdir(tmp_path / "made/here")) == [Path(line).name for line in lines[:2]]
+    for seed, line in zip((7, 8), lines, strict=False):
+        picture = Image.open(tmp_path / line)
+        alone = draw(model, "A corgi, in a party hat! 🎉", seed)
+        assert (
+            np.abs(np.array(picture).astype(int) - alone).max() <= 1
+        )  # a batch of two rounds like one, or next to it
+        assert picture.text == {
+            "prompt": "A corgi, in a party hat! 🎉",
+            "negative_prompt": "",
+            "seed": str(seed),
+            "steps": "4",
+            "guidance_scale": "2.5",
+            "scheduler": "DDPMScheduler",
+            "width": "16",
+            "height": "16",
+            "model": str(model),
+            "Software": "Corgi",
+        }
+
+
+def test_options_reach_the_pipeline(model, tmp_path, capsys):
+    call = ["--steps", 3, "--guidance", 6, "--height", 20, "--width", 28, "--negative-prompt", "a cat"]
+    assert run("an owl", "--model", model, "--out", tmp_path, "--seed", 3, "--scheduler", "euler", *call) == 0
+    path = Path(capsys.readouterr().out.splitlines()[0])
+    expected = draw(
+        model,
+        "an owl",
+        3,
+        scheduler=diffusers.EulerDiscreteScheduler,
+        num_inference_steps=3,
+        guidance_scale=6.0,
+        height=20,
+        width=28,
+        negative_prompt="a cat",
+    )
+    picture = Image.open(path)
+    assert (np.array(picture).astype(int) == expected).all() and expected.shape == (20, 28, 3)
+    said = {
+        key: picture.text[key]
+        for key in ("negative_prompt", "steps", "guidance_scale", "scheduler", "height")
+    }
+    assert said == {
+        "negative_prompt": "a cat",
+        "steps": "3",
+        "guidance_scale": "6.0",
+        "scheduler": "EulerDiscreteScheduler",
+        "height": "20",
+    }
+
+
+def test_more_pictures_than_a_batch_keep_their_seeds(model, tmp_path, capsys):
+    assert (
+        run("a fox", "--model", model, "--out", tmp_path, "--seed", 100, "--num-images", 10, "--steps", 2)
+        == 0
+    )
+    paths = capsys.readouterr().out.splitlines()[:10]
+    assert [Path(path).stem for path in paths] == [f"a-fox_seed{100 + i}" for i in range(10)]
+    for i in (0, 9):
+        alone = draw(model, "a fox", 100 + i, num_inference_steps=2)
+        assert np.abs(np.array(Image.open(paths[i])).astype(int) - alone).max() <= 1
+
+
+def test_existing_files_stay(model, tmp_path, capsys):
+    call = ["a fox", "--model", model, "--out", tmp_path, "--seed", 1, "--steps", 1]
+    (tmp_path / "a-fox_seed1.png").write_text("somebody else's")
+    assert run(*call) == 0 and run(*call) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(line).name for line in lines if line.endswith("png")] == [
+        "a-fox_seed1-1.png",
+        "a-fox_seed1-2.png",
+    ]
+    assert (tmp_path / "a-fox_seed1.png").read_text() == "somebody else's"
+    assert (tmp_path / "a-fox_seed1-1.png").read_bytes() == (tmp_path / "a-fox_seed1-2.png").read_bytes()
+    assert len(os.listdir(tmp_path)) == 3  # no temporary file is left
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    class Broken:
+        def save(self, file, **kwargs):
+            file.write(b"half a pic")
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        cli.save_png(Broken(), tmp_path, "x", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_seed_each_run_draws_something_else(model, tmp_path, capsys):
+    for _ in range(2):
+        assert run("a fox", "--model", model, "--out", tmp_path, "--steps", 1) == 0
+    seeds = {Image.open(path).text["seed"] for path in tmp_path.glob("*.png")}
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("A Corgi, in a HAT!", "a-corgi-in-a-hat"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("🎉", "picture"),
+        ("naïve 北京 snake_case", "naïve-北京-snake-case"),
+        ("é" * 60, "é" * 40),
+        ("x" * 300, "x" * 80),
+    ],
+)
+def test_slug(prompt, expected):
+    assert cli.slug(prompt) == expected
+
+
+def broken_model(tmp_path: Path) -> Path:
+    (tmp_path / "model_index.json").write_text('{"_class_name": ')
+    return tmp_path
+
+
+def empty_model(tmp_path: Path) -> Path:
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    return tmp_path
+
+
+ERRORS = {
+    "no model folder": (["x", "--model", "nowhere"], "no model folder nowhere"),
+    "folder of something else": (["x", "--model", "."], "no model_index.json"),
+    "broken index": (["x", "--model", broken_model], "cannot read"),
+    "model without weights": (["x", "--model", empty_model], "cannot load"),
+    "empty prompt": ([""], "prompt is empty"),
+    "blank prompt": ([" \n "], "prompt is empty"),
+    "no prompt": ([], "prompt"),
+    "two prompts": (["a", "corgi"], "unrecognized arguments: corgi"),
+    "out below a file": (["x", "--out", "file.txt/out"], "cannot write to --out"),
+    "out is a file": (["x", "--out", "file.txt"], "cannot write to --out"),
+    "out in a read-only place": (["x", "--out", "/proc/out"], "cannot write to --out"),
+    "steps 0": (["x", "--steps", "0"], "--steps must be 1 or more, got 0"),
+    "steps beyond training": (["x", "--steps", "1001"], "1001"),
+    "steps not whole": (["x", "--steps", "2.5"], "--steps"),
+    "guidance negative": (["x", "--guidance", "-1"], "--guidance must be 0 or more, got -1.0"),
+    "guidance nan": (["x", "--guidance", "nan"], "--guidance must be 0 or more"),
+    "seed negative": (["x", "--seed", "-1"], "--seed must be 0 or more"),
+    "seed too large": (["x", "--seed", str(2**63)], "--seed"),
+    "no pictures": (["x", "--num-images", "0"], "--num-images must be 1 or more"),
+    "height 0": (["x", "--height", "0"], "--height must be 1 or more"),
+    "width not in patches": (["x", "--width", "17"], "multiple of 2"),
+    "unknown scheduler": (["x", "--scheduler", "magic"], "'magic' (choose from"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", ERRORS.values(), ids=ERRORS.keys())
+def test_mistakes_get_one_line_and_exit_code_2(model, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("")
+    arguments = [item(tmp_path) if callable(item) else item for item in arguments]
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments, *([] if "--model" in arguments else ["--model", model]))
+    captured = capsys.readouterr()
+    errors = captured.err.splitlines()
+    assert exit.value.code == 2 and captured.out == ""
+    assert len(errors) == 1 and errors[0].startswith("python -m pipelines: error: ") and message in errors[0]
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
+    script = "import sys\nfrom pipelines.__main__ import main\n"
+    script += "try: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    for arguments in (["x", "--model", "nowhere"], [""], ["x", "--scheduler", "y"]):
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "False\n")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_default_model_is_beside_the_package_or_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "pipelines" / "__main__.py"))
+    assert cli.default_model() == Path("models/emoji")
+    (tmp_path / "models" / "emoji").mkdir(parents=True)
+    assert cli.default_model() == tmp_path / "models" / "emoji"
+
+
+@pytest.mark.parametrize("name", cli.SCHEDULERS)
+def test_converted_schedulers_keep_the_schedule_and_the_clipping(name):
+    """A pixel model's x0 stays in [-1, 1], with the same abar, whichever scheduler takes over."""
+    ours = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample=True)
+    cls = DDPMScheduler if name == "ddpm" else getattr(diffusers, cli.SCHEDULERS[name])
+    converted = cli.convert_scheduler(ours, cls)
+    assert type(converted) is cls
+    torch.testing.assert_close(converted.alphas_cumprod, ours.alphas_cumprod)
+    converted.set_timesteps(5)
+    assert int(converted.timesteps[0]) == 999
+    torch.manual_seed(0)
+    x, eps = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    x[0] += 0.1  # so that x0 = (x - eps) / sqrt(abar) is far outside on both sides
+    if name == "euler":
+        return  # it has no clipping to keep
+    if name in ("dpmpp", "unipc"):
+        converted._step_index = 0
+        x0 = converted.convert_model_output(eps, sample=x)
+    else:
+        x0 = converted.step(eps, converted.timesteps[0], x).pred_original_sample
+    abar = ours.alphas_cumprod[999].item()
+    expected = ((x - (1 - abar) ** 0.5 * eps) / abar**0.5).clamp(-1, 1)
+    assert (expected.abs() == 1).float().mean() > 0.9
+    torch.testing.assert_close(x0, expected, atol=2e-2, rtol=0)
