@@ -447,6 +447,7 @@ def test_p_mean_variance_takes_a_timestep_per_sample(variance: str) -> None:
             torch.testing.assert_close(batch.pred_x0[i : i + 1], alone.pred_x0)
             log_variance = batch.log_variance.expand(SHAPE)[i : i + 1]
             torch.testing.assert_close(log_variance, alone.log_variance.expand(1, *SHAPE[1:]))
+            torch.testing.assert_close(batch.variance.log(), batch.log_variance)
         result = scheduler.step(output, 999, x, torch.Generator().manual_seed(2))
         both = scheduler.p_mean_variance(output, 999, x)
         noise = (result.prev_sample - both.mean) / torch.exp(both.log_variance / 2)
@@ -545,6 +546,18 @@ def test_noise_of_an_image_depends_on_its_generator_alone(variance: str) -> None
         assert torch.equal(together[i : i + 1], run(slice(i, i + 1), [torch.Generator().manual_seed(i)]))
     other = run(slice(8), [torch.Generator().manual_seed(s + (s == 3) * 100) for s in range(8)])
     assert [bool((a == b).all()) for a, b in zip(together, other, strict=True)] == [i != 3 for i in range(8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_noise_is_drawn_in_the_models_dtype(dtype: torch.dtype) -> None:
+    """As in diffusers: a seed gives float64 models other noise than float32 ones."""
+    output, x = (gauss(*SHAPE, seed=s).to(dtype) for s in (0, 1))
+    a, b = (
+        cls(variance_type="fixed_large").step(output, 900, x, torch.Generator().manual_seed(2)).prev_sample
+        for cls in (DDPMScheduler, Diffusers)
+    )
+    assert a.dtype == b.dtype == dtype
+    torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=max(1e-5, torch.finfo(dtype).eps))
 
 
 def test_generators_must_match_the_batch() -> None:

@@ -209,9 +209,10 @@ def spaced_timesteps(spacing: str, T: int, n: int, offset: int = 0) -> np.ndarra
 
 
 class ReverseStep(NamedTuple):
-    """p(x_prev | x_t) = N(mean, exp(log_variance) I), float32 or better; the two broadcast."""
+    """p(x_prev | x_t) = N(mean, variance I), float32 or better; the variances broadcast to the mean."""
 
     mean: Tensor
+    variance: Tensor
     log_variance: Tensor
     pred_x0: Tensor
 
@@ -380,7 +381,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         elif self.config.clip_sample:
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         mean = posterior_mean(x0, x_t, abar_t, abar_prev)
-        return ReverseStep(mean, self._log_variance(self.config.variance_type, abar_t, abar_prev, v), x0)
+        variance, log_variance = self._variance(self.config.variance_type, abar_t, abar_prev, v)
+        return ReverseStep(mean, variance, log_variance, x0)
 
     def step(
         self,
@@ -403,13 +405,16 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         single = isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)
         require(single, "timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
-        prev_sample, log_variance, x0 = self.p_mean_variance(model_output, t, sample)
+        prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, t, sample)
         if t > 0:
             # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
             # unused, so that a generator that serves several runs goes through the same states.
             z = randn_tensor(sample.shape, generator, model_output.device, model_output.dtype)
             if t != self.timesteps[-1]:
-                prev_sample = prev_sample + torch.exp(0.5 * log_variance) * z
+                # The two ways are diffusers', so that rounding does not add up over 1000 steps.
+                root = self.config.variance_type in ("fixed_small", "fixed_large", None)
+                sigma = variance.sqrt() if root else torch.exp(0.5 * log_variance)
+                prev_sample = prev_sample + sigma * z
 
         dtype = torch.result_type(model_output, sample)
         prev_sample, x0 = _saturate(prev_sample, dtype), _saturate(x0, dtype)
@@ -447,21 +452,24 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         prediction, v = model_output.chunk(2, dim=1)  # (B, 2C, ...) -> 2 x (B, C, ...)
         return prediction, v
 
-    def _log_variance(self, kind: str | None, abar_t: Tensor, abar_prev: Tensor, v: Tensor | None) -> Tensor:
-        """log sigma_t^2: shape of v when learned, else of abar_t. For the last step see `p_mean_variance`."""
-        log_beta = (1 - abar_t / abar_prev).clamp(min=SMALLEST_VARIANCE).log()
+    def _variance(
+        self, kind: str | None, abar_t: Tensor, abar_prev: Tensor, v: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """sigma_t^2 and its log, shaped as v when learned, else as abar_t; see `p_mean_variance`."""
+        beta = (1 - abar_t / abar_prev).clamp(min=SMALLEST_VARIANCE)
         if kind in ("fixed_large", "fixed_large_log"):
-            return log_beta
+            return beta, beta.log()
         final = [self._abar(t, abar_t) for t in self.timesteps[-2:]]  # one step: no beta~ but 0
         stand_in = posterior_variance(*final) if len(final) == 2 else 1 - abar_t
-        variance = torch.where(abar_prev < 1, posterior_variance(abar_t, abar_prev), stand_in)
-        log_posterior_variance = variance.clamp(min=SMALLEST_VARIANCE).log()
+        small = torch.where(abar_prev < 1, posterior_variance(abar_t, abar_prev), stand_in)
+        small = small.clamp(min=SMALLEST_VARIANCE)
         if kind not in LEARNED_VARIANCES:
-            return log_posterior_variance
+            return small, small.log()
         if v is None:
             raise ValueError(f"predicted_variance=None: must be given with variance_type={kind!r}")
         v = v.to(abar_t.dtype)
-        return v if kind == "learned" else learned_range_log_variance(v, log_beta, log_posterior_variance)
+        log_variance = v if kind == "learned" else learned_range_log_variance(v, beta.log(), small.log())
+        return log_variance.exp(), log_variance
 
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
@@ -473,8 +481,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if kind in ("fixed_small", "fixed_small_log"):
             variance = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
             return variance.sqrt() if kind == "fixed_small_log" else variance
-        log_variance = self._log_variance(kind, abar_t, abar_prev, predicted_variance)
-        return log_variance.exp() if kind == "fixed_large" else log_variance
+        variance, log_variance = self._variance(kind, abar_t, abar_prev, predicted_variance)
+        return variance if kind == "fixed_large" else log_variance
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
