@@ -21,7 +21,14 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from training.config import parse_config, require
-from training.data import PictureCache, StepBatchSampler, cache_pictures, concept_weights, load_pictures, seed_for
+from training.data import (
+    PictureCache,
+    StepBatchSampler,
+    cache_pictures,
+    concept_weights,
+    load_pictures,
+    seed_for,
+)
 from training.loop import Checkpoints, fit
 from training.tokenizer import build_clip_tokenizer
 
@@ -31,7 +38,9 @@ class ClipTrainingConfig:
     """Settings of `training.clip`."""
 
     output_dir: str = field(metadata={"help": "Where the trained CLIP and its checkpoints go."})
-    dataset: str = field(default="data/emoji", metadata={"help": "Saved data set, picture folder or Hub name."})
+    dataset: str = field(
+        default="data/emoji", metadata={"help": "Saved data set, picture folder or Hub name."}
+    )
     splits: str = field(default="train", metadata={"help": "Splits to train on, joined by +."})
     cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures, computed once."})
     resolution: int = field(default=64, metadata={"help": "Side of the pictures, in pixels."})
@@ -42,7 +51,9 @@ class ClipTrainingConfig:
     text_layers: int = field(default=6, metadata={"help": "Layers of the text tower."})
     head_dim: int = field(default=64, metadata={"help": "Width of one attention head in both towers."})
     projection_dim: int = field(default=256, metadata={"help": "Width of the shared space."})
-    num_merges: int = field(default=8192, metadata={"help": "How many of CLIP's merges the vocabulary keeps."})
+    num_merges: int = field(
+        default=8192, metadata={"help": "How many of CLIP's merges the vocabulary keeps."}
+    )
     context_length: int = field(default=32, metadata={"help": "Tokens of a caption, start and end included."})
     canonical_caption: float = field(default=0.5, metadata={"help": "How often the first caption is used."})
     train_batch_size: int = field(default=256, metadata={"help": "Pairs for each process and step."})
@@ -52,9 +63,15 @@ class ClipTrainingConfig:
     adam_weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
     shift: int = field(default=5, metadata={"help": "Augmentation: shift by up to this many pixels."})
-    noise: float = field(default=0.15, metadata={"help": "Augmentation: Gaussian noise up to this deviation."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; default accelerate's."})
-    attention: str = field(default="eager", metadata={"help": "eager or sdpa; in bf16 on a CPU eager is faster."})
+    noise: float = field(
+        default=0.15, metadata={"help": "Augmentation: Gaussian noise up to this deviation."}
+    )
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, fp16 or bf16; default accelerate's."}
+    )
+    attention: str = field(
+        default="eager", metadata={"help": "eager or sdpa; in bf16 on a CPU eager is faster."}
+    )
     checkpointing_steps: int = field(default=200, metadata={"help": "Save every so many steps."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a folder."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and captions."})
@@ -85,7 +102,11 @@ def build_clip(config: ClipTrainingConfig) -> CLIPModel:
         patch_size=config.patch_size,
         **shared,
     )
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=config.projection_dim))
+    return CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=config.projection_dim
+        )
+    )
 
 
 def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator) -> Tensor:
@@ -95,7 +116,9 @@ def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator
     if shift:
         padded = F.pad(images, [shift] * 4, value=1.0)
         offsets = torch.randint(0, 2 * shift + 1, (batch, 2), generator=generator).tolist()
-        images = torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)])
+        images = torch.stack(
+            [p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)]
+        )
     if noise:
         deviation = noise * torch.rand(batch, 1, 1, 1, generator=generator)
         images = images + deviation * torch.randn(images.shape, generator=generator)
@@ -103,8 +126,8 @@ def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> Tensor:
-    """(B, L) ids, cut to the context and padded to the longest caption; the causal mask makes the padding after
-    the end of text invisible, so no attention mask is needed."""
+    """(B, L) ids, cut to the context and padded to the longest caption; the causal mask makes the padding
+    after the end of text invisible, so no attention mask is needed."""
     return tokenizer(captions, truncation=True, padding="longest", return_tensors="pt").input_ids
 
 
@@ -118,9 +141,18 @@ def load_splits(config: ClipTrainingConfig) -> PictureCache:
 
 def main() -> None:
     config = parse_config(ClipTrainingConfig)
-    require(config.resolution % config.patch_size == 0, "patch_size", config.patch_size, "a divisor of resolution")
-    require(config.text_width % config.head_dim == 0, "text_width", config.text_width, "a multiple of head_dim")
-    require(config.vision_width % config.head_dim == 0, "vision_width", config.vision_width, "a multiple of head_dim")
+    require(
+        config.resolution % config.patch_size == 0, "patch_size", config.patch_size, "a divisor of resolution"
+    )
+    require(
+        config.text_width % config.head_dim == 0, "text_width", config.text_width, "a multiple of head_dim"
+    )
+    require(
+        config.vision_width % config.head_dim == 0,
+        "vision_width",
+        config.vision_width,
+        "a multiple of head_dim",
+    )
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     cache = load_splits(config)
@@ -129,10 +161,16 @@ def main() -> None:
     model.set_attn_implementation(config.attention)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.adam_weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.adam_weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+        "cosine",
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
     )
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     checkpoints = Checkpoints(accelerator, config.output_dir, "clip", limit=1)
@@ -154,9 +192,12 @@ def main() -> None:
 
     steps = fit(
         accelerator, model, optimizer, schedule, iter(sampler), compute_loss,
-        max_train_steps=config.max_train_steps, start_step=start, max_grad_norm=config.max_grad_norm, seed=config.seed,
+        max_train_steps=config.max_train_steps, start_step=start,
+        max_grad_norm=config.max_grad_norm, seed=config.seed,
     )  # fmt: skip
-    bar = tqdm(total=config.max_train_steps, initial=start, disable=not accelerator.is_main_process, unit="step")
+    bar = tqdm(
+        total=config.max_train_steps, initial=start, disable=not accelerator.is_main_process, unit="step"
+    )
     mean = None
     for result in steps:
         mean = result.loss if mean is None else 0.98 * mean + 0.02 * result.loss

@@ -36,6 +36,8 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     for action in parser._actions:  # what the file sets is no longer required, and is the new default
         if action.dest in from_file:
             action.required = False
+        if action.type is Any:  # a mapping in the file, its JSON on the command line
+            action.type = str
     parser.set_defaults(**from_file)
     try:
         (config,) = parser.parse_args_into_dataclasses(args=argv)
@@ -45,6 +47,6 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
 
 
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    """Raise the one kind of error that settings cause: it names the argument, the value and what is allowed."""
+    """The one kind of error that settings cause: it names the argument, the value and what is allowed."""
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

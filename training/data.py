@@ -24,12 +24,18 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 
-def load_pictures(source: str, split: str = "train", config_name: str | None = None, cache_dir: str | None = None) -> Any:
+class NoSuchSplit(ValueError):
+    """The data set is there, the split is not."""
+
+
+def load_pictures(
+    source: str, split: str = "train", config_name: str | None = None, cache_dir: str | None = None
+) -> Any:
     """A `datasets.Dataset` from a saved data set, a folder of pictures, or a Hub name.
 
     Raises:
         ValueError: `source` is a folder without pictures, its metadata names files that are not there, or
-            the split does not exist.
+            the split does not exist (then it is a NoSuchSplit).
     """
     import datasets
 
@@ -42,12 +48,15 @@ def load_pictures(source: str, split: str = "train", config_name: str | None = N
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"data set {source!r}: there is no such folder")
     else:
-        loaded = datasets.load_dataset(source, config_name, cache_dir=cache_dir)
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"data set {source!r} has no split {split!r}; it has {', '.join(loaded)}")
-        loaded = loaded[split]
-    return loaded
+        try:
+            loaded = datasets.load_dataset(source, config_name, cache_dir=cache_dir)
+        except OSError as error:  # neither a folder here nor within reach on the Hub
+            raise ValueError(f"data set {source!r}: there is no such folder, and {error}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        loaded = {"train": loaded}  # saved without splits
+    if split not in loaded:
+        raise NoSuchSplit(f"data set {source!r} has no split {split!r}; it has {', '.join(loaded)}")
+    return loaded[split]
 
 
 def check_picture_folder(folder: Path) -> None:
@@ -55,11 +64,14 @@ def check_picture_folder(folder: Path) -> None:
     reaches them: say both before work starts.
 
     Raises:
-        ValueError: no metadata.jsonl, a line of it is not JSON or lacks `file_name` or `text`, or names a missing file.
+        ValueError: no metadata.jsonl, or a line of it is not JSON, lacks `file_name` or `text`, or names a
+            file that is not there.
     """
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
-        raise ValueError(f'{folder} has no metadata.jsonl; each line: {{"file_name": "cat.png", "text": "a cat"}}')
+        raise ValueError(
+            f'{folder} has no metadata.jsonl; each line: {{"file_name": "cat.png", "text": "a cat"}}'
+        )
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
@@ -68,7 +80,7 @@ def check_picture_folder(folder: Path) -> None:
         except json.JSONDecodeError as error:
             raise ValueError(f"{metadata} line {number} is not JSON: {error}") from error
         for key in ("file_name", "text"):
-            if not isinstance(row.get(key), str):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 raise ValueError(f"{metadata} line {number} has no {key!r}")
         if not (folder / row["file_name"]).is_file():
             raise ValueError(f"{metadata} line {number} names {row['file_name']}, which is not in {folder}")
@@ -78,6 +90,9 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
     """(3, resolution, resolution) uint8: EXIF rotation applied, transparency on white, the shorter side
     resized (Lanczos), the middle cropped; without `center_crop` the whole picture is padded with white."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's convert clips instead of scaling
+        levels = np.asarray(image).astype(np.float64).clip(0, 65535)
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -104,8 +119,8 @@ def concept_weights(concepts: list[str], power: float = 0.25) -> Tensor:
 class StepBatchSampler(Sampler[list[int]]):
     """Indices of the pictures of each micro-batch, from `start` on, without end.
 
-    Micro-batch k of the whole run holds global_batch = batch_size * num_processes pictures, drawn by a generator seeded
-    with (seed, k) alone: with `weights`, independently in proportion to them; without, by shuffled epochs. A
+    Micro-batch k of the whole run holds batch_size * num_processes pictures, drawn by a generator seeded with
+    (seed, k) alone: with `weights`, independently in proportion to them; without, by shuffled epochs. A
     process takes its own contiguous slice.
     """
 
@@ -134,7 +149,9 @@ class StepBatchSampler(Sampler[list[int]]):
         return torch.stack([epochs[int(p) // self.size][int(p) % self.size] for p in positions])
 
     def epoch_order(self, epoch: int) -> Tensor:
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed_for(self.seed, "epoch", epoch)))
+        return torch.randperm(
+            self.size, generator=torch.Generator().manual_seed(seed_for(self.seed, "epoch", epoch))
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start
@@ -181,8 +198,10 @@ class PictureCache:
         """(B, 3, R, R) float in [-1, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(indices)]).float() / 127.5 - 1.0
 
-    def choose_captions(self, indices: list[int] | Tensor, generator: torch.Generator, canonical: float) -> Tensor:
-        """One caption index for each picture: the canonical with that probability, else any of them evenly."""
+    def choose_captions(
+        self, indices: list[int] | Tensor, generator: torch.Generator, canonical: float
+    ) -> Tensor:
+        """One caption index for each picture: the canonical with that probability, else any evenly."""
         draws = torch.rand(len(indices), 2, generator=generator).tolist()
         chosen = []
         for index, (first, which) in zip(indices, draws, strict=True):
@@ -192,7 +211,12 @@ class PictureCache:
 
 
 def cache_pictures(
-    data: Any, resolution: int, cache_dir: str | Path, image_column: str, caption_column: str, center_crop: bool = True
+    data: Any,
+    resolution: int,
+    cache_dir: str | Path,
+    image_column: str,
+    caption_column: str,
+    center_crop: bool = True,
 ) -> PictureCache:
     """Decode a data set once into a memory-mapped array under `cache_dir`, keyed by its content.
 
@@ -215,7 +239,9 @@ def cache_pictures(
                 raise ValueError(f"picture {row} of the data set cannot be read: {error}") from error
 
     pixels = memory_map(path, (len(data), 3, resolution, resolution), np.dtype(np.uint8), decode)
-    listed = data["captions"] if "captions" in data.column_names else [[text] for text in data[caption_column]]
+    listed = (
+        data["captions"] if "captions" in data.column_names else [[text] for text in data[caption_column]]
+    )
     index: dict[str, int] = {"": 0}
     choices = [[index.setdefault(text, len(index)) for text in texts] for texts in listed]
     rest = [c for c in data.column_names if c not in (image_column, "captions")]
@@ -244,8 +270,8 @@ def memory_map(path: Path, shape: tuple[int, ...], dtype: np.dtype, fill: Any) -
 
 @dataclass
 class TextCache:
-    """Text-encoder outputs of every caption in one memory-mapped fp16 array: the states (L, D) and then the pooled
-    vector (P) of each, flat: (N, L * D + P)."""
+    """Text-encoder outputs of every caption in one memory-mapped fp16 array: the states (L, D) and then the
+    pooled vector (P) of each, flat: (N, L * D + P)."""
 
     rows: np.ndarray
     length: int  # L
@@ -259,13 +285,15 @@ class TextCache:
 
 
 def cache_text(captions: list[str], tokenizer: Any, text_encoder: Any, cache_dir: str | Path) -> TextCache:
-    """Encode every caption once with the frozen text encoder, keyed by the content of captions and weights."""
+    """Encode every caption once with the frozen encoder, keyed by the content of captions and weights."""
     from pipelines.conditioning import encode_text
 
     weights = hashlib.sha256()
     for name, tensor in sorted(text_encoder.state_dict().items()):
         weights.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    key = content_key(json.dumps(captions), weights.hexdigest(), json.dumps(tokenizer.get_vocab(), sort_keys=True))
+    key = content_key(
+        json.dumps(captions), weights.hexdigest(), json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
 
     @torch.no_grad()
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -304,8 +332,11 @@ def cache_latents(pictures: PictureCache, vae: Any, cache_dir: str | Path) -> La
     digest = hashlib.sha256(np.ascontiguousarray(pictures.pixels).tobytes())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    path = Path(cache_dir) / f"latents-{content_key(digest.hexdigest(), str(vae.config.scaling_factor))}.npy"
     shift = getattr(vae.config, "shift_factor", None) or 0.0
+    path = (
+        Path(cache_dir)
+        / f"latents-{content_key(digest.hexdigest(), f'{vae.config.scaling_factor} {shift}')}.npy"
+    )
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ INVISIBLE = {"FE0F", "FE0E", "200D"}
 TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 GENDER_SIGNS = {"2640", "2642"}
 GENDERLESS = {  # man, woman -> person; boy, girl -> child; old man, old woman -> older person
-    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3", "1F475": "1F9D3",
+    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2",
+    "1F474": "1F9D3", "1F475": "1F9D3",
 }  # fmt: skip
 # Pairs whose sequence form spells out the genders, under the code of the plain form.
 SAME_CONCEPT = {
@@ -65,7 +66,8 @@ SAME_CONCEPT = {
 FXEMOJI_NAMES = {
     "asiaaustraliaglobe": "1F30F", "europeafricaglobe": "1F30D", "bunny": "1F430", "bunnyside": "1F407",
     "cellphone": "1F4F1", "chartdownwardstrend": "1F4C9", "chartupwardstrendyen": "1F4B9", "catside": "1F408",
-    "construct": "1F6A7", "devilhorns": "1F608", "dogside": "1F415", "dragonhead": "1F432", "fallingleaf": "1F342",
+    "construct": "1F6A7", "devilhorns": "1F608", "dogside": "1F415", "dragonhead": "1F432",
+    "fallingleaf": "1F342",
     "fishcakeswirl": "1F365", "fistedhand": "270A", "floppydisk2": "1F4BE", "foxcrying": "1F63F",
     "frontfacingchick": "1F425", "frownmouth": "2639", "grinsweat": "1F605", "grintears": "1F602",
     "hampster": "1F439", "heartgreen": "1F49A", "heartyellow": "1F49B", "heavyexclaimationmarksymbol": "2757",
@@ -84,11 +86,17 @@ SHAPES = ("heart", "circle", "square", "book", "apple", "diamond")
 class EmojiConfig:
     """Settings of the builder."""
 
-    output_dir: str = field(default="data/emoji", metadata={"help": "Folder to write; replaced when it exists."})
+    output_dir: str = field(
+        default="data/emoji", metadata={"help": "Folder to write; replaced when it exists."}
+    )
     resolution: int = field(default=64, metadata={"help": "Side of the rendered pictures, in pixels."})
-    include_openmoji: bool = field(default=False, metadata={"help": "Add OpenMoji (CC-BY-SA-4.0, share-alike)."})
+    include_openmoji: bool = field(
+        default=False, metadata={"help": "Add OpenMoji (CC-BY-SA-4.0, share-alike)."}
+    )
     npm_dir: str = field(default="data/npm", metadata={"help": "Where npm keeps the packages."})
-    validation_fraction: float = field(default=0.05, metadata={"help": "Share of concepts never seen in training."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of concepts never seen in training."}
+    )
 
 
 @dataclass
@@ -118,7 +126,7 @@ def concept_of(hexcode: str) -> str:
 
 
 def gender_of(hexcode: str) -> str:
-    """"woman", "man" or, where the character leaves it open, "person"."""
+    """ "woman", "man" or, where the character leaves it open, "person"."""
     points = set(hexcode.split("-"))
     if points & {"2640", "1F469", "1F467", "1F475"}:
         return "woman"
@@ -127,7 +135,9 @@ def gender_of(hexcode: str) -> str:
 
 def slug(name: str) -> str:
     """Icon-name form of a label: "Woman’s hat" -> "womans-hat"."""
-    plain = name.lower().replace("’", "").replace("'", "").replace("ñ", "n").replace("é", "e").replace("ô", "o")
+    plain = (
+        name.lower().replace("’", "").replace("'", "").replace("ñ", "n").replace("é", "e").replace("ô", "o")
+    )
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
@@ -142,10 +152,21 @@ def install_packages(npm_dir: Path) -> Path:
         return modules
     npm = shutil.which("npm")
     if npm is None:
-        raise RuntimeError("npm is not on this machine. Install Node.js (https://nodejs.org), which brings npm.")
+        raise RuntimeError(
+            "npm is not on this machine. Install Node.js (https://nodejs.org), which brings npm."
+        )
     npm_dir.mkdir(parents=True, exist_ok=True)
     packages = [f"{name}@{version}" for name, version in PACKAGE_VERSIONS.items()]
-    command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(npm_dir), *packages]
+    command = [
+        npm,
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--ignore-scripts",
+        "--prefix",
+        str(npm_dir),
+        *packages,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"npm could not fetch the art: {done.stderr.strip().splitlines()[-1:]}")
@@ -227,12 +248,17 @@ def names_to_hexcodes(modules: Path, emoji: dict[str, Emoji]) -> dict[str, str]:
     return known
 
 
-def iter_icons(modules: Path, package: str, emoji: dict[str, Emoji], names: dict[str, str]) -> Iterator[tuple[str, str]]:
+def iter_icons(
+    modules: Path, package: str, emoji: dict[str, Emoji], names: dict[str, str]
+) -> Iterator[tuple[str, str]]:
     """(hexcode, svg) of each emoji of one package, once each, in the package's order."""
     folder = modules / "@iconify-json" / package
     icons = read_json(folder / "icons.json")
     # Both Fluent sets share their names, but only the flat one lists the characters.
-    chars = read_json((modules / "@iconify-json" / "fluent-emoji-flat" if package == "fluent-emoji" else folder) / "chars.json")
+    chars = read_json(
+        (modules / "@iconify-json" / "fluent-emoji-flat" if package == "fluent-emoji" else folder)
+        / "chars.json"
+    )
     by_name = {name: normalise_hexcode(code) for code, name in chars.items()}
     seen: set[str] = set()
     for name in [*icons["icons"], *icons.get("aliases", {})]:
@@ -259,9 +285,16 @@ def render(svg: str, resolution: int) -> Image.Image:
     """Draw an SVG on white at resolution x resolution, antialiased (resvg)."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=resolution, height=resolution, background="#ffffff", skip_system_fonts=True
-    )
+    try:
+        png = resvg_py.svg_to_bytes(
+            svg_string=svg, width=resolution, height=resolution, background="#ffffff", skip_system_fonts=True
+        )
+    except (
+        BaseException
+    ) as error:  # resvg 0.48 panics on the filter of one icon at 16 pixels; a panic is no Exception
+        if type(error).__name__ != "PanicException" or resolution > 2048:
+            raise
+        return render(svg, 2 * resolution).reduce(2)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     if image.size != (resolution, resolution):  # a viewBox that is not square: centre it on white
         canvas = Image.new("RGB", (resolution, resolution), "white")
@@ -288,13 +321,22 @@ def telling_tags(emoji: dict[str, Emoji]) -> set[str]:
     concepts = {item.concept: item for item in emoji.values() if not any(item.tones)}
     in_names = set().union(*(words_of(item.name) for item in concepts.values()))
     counts = Counter(tag for item in concepts.values() for tag in item.tags)
-    return {tag for tag, n in counts.items() if n < 40 and len(tag) > 1 and words_of(tag) and not words_of(tag) & in_names}
+    return {
+        tag
+        for tag, n in counts.items()
+        if n < 40 and len(tag) > 1 and words_of(tag) and not words_of(tag) & in_names
+    }
 
 
 def caption_variants(item: Emoji, style: str, telling: set[str]) -> list[str]:
     """Captions of one picture; the first is its canonical one, "red heart, noto style". Toned pictures
     take no tags: they are many already, and their words are tone and gender."""
-    captions = [f"{item.name}, {style} style", item.name, with_article(item.name), f"{with_article(item.name)} in {style} style"]
+    captions = [
+        f"{item.name}, {style} style",
+        item.name,
+        with_article(item.name),
+        f"{with_article(item.name)} in {style} style",
+    ]
     if not any(item.tones):
         own = [tag.lower() for tag in item.tags if tag in telling][:4]
         for tag in own:
@@ -316,7 +358,11 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
     animal x expression: of the cat faces in alphabetical order, the second of each four;
     profession x gender x tone: for each profession one (gender, tone) pair, picked by its hash.
     """
-    rules: dict[str, list[str]] = {"colour x shape": [], "animal x expression": [], "profession x gender x tone": []}
+    rules: dict[str, list[str]] = {
+        "colour x shape": [],
+        "animal x expression": [],
+        "profession x gender x tone": [],
+    }
     plain = {code: item for code, item in emoji.items() if not any(item.tones)}
     for code, item in plain.items():
         words = item.name.split()
@@ -333,17 +379,33 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
         pairs = sorted({(m.gender, m.tones[0]) for m in members})
         if len({gender for gender, _ in pairs}) > 1:
             pick = pairs[int(unit_hash(concept, "composition") * len(pairs))]
-            rules["profession x gender x tone"] += [m.hexcode for m in members if (m.gender, m.tones[0]) == pick]
+            rules["profession x gender x tone"] += [
+                m.hexcode for m in members if (m.gender, m.tones[0]) == pick
+            ]
     return {rule: sorted(codes) for rule, codes in rules.items()}
 
 
 def validation_concepts(emoji: dict[str, Emoji], heldout: set[str], fraction: float) -> list[str]:
     """Concepts unseen in training, by hash. Flags, letters and keycaps stay in training: nothing in the
     name of an unseen one says what it looks like. So do the parts that held-out compositions need."""
-    drawable = [item for item in emoji.values() if item.group != "flags" and item.subgroup not in ("keycap", "alphanum")]
+    drawable = [
+        item
+        for item in emoji.values()
+        if item.group != "flags" and item.subgroup not in ("keycap", "alphanum")
+    ]
     needed = {emoji[code].concept for code in heldout}
-    needed |= {item.concept for item in emoji.values() if item.name.split()[-1] in SHAPES or item.subgroup == "cat-face"}
-    return sorted({i.concept for i in drawable if i.concept not in needed and unit_hash(i.concept, "validation") < fraction})
+    needed |= {
+        item.concept
+        for item in emoji.values()
+        if item.name.split()[-1] in SHAPES or item.subgroup == "cat-face"
+    }
+    return sorted(
+        {
+            i.concept
+            for i in drawable
+            if i.concept not in needed and unit_hash(i.concept, "validation") < fraction
+        }
+    )
 
 
 def build(config: EmojiConfig) -> dict[str, Any]:
@@ -370,7 +432,10 @@ def build(config: EmojiConfig) -> dict[str, Any]:
 
     features = Features(
         {"image": ImageFeature(), "caption": Value("string"), "captions": List(Value("string"))}
-        | {key: Value("string") for key in ("name", "concept", "hexcode", "style", "group", "subgroup", "licence")}
+        | {
+            key: Value("string")
+            for key in ("name", "concept", "hexcode", "style", "group", "subgroup", "licence")
+        }
     )
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "heldout_compositions": []}
     per_style: Counter[str] = Counter()
@@ -385,8 +450,18 @@ def build(config: EmojiConfig) -> dict[str, Any]:
             png = io.BytesIO()
             render(svg, config.resolution).save(png, format="PNG")
             captions = caption_variants(item, style, telling)
-            split = "validation" if item.concept in unseen else "heldout_compositions" if hexcode in heldout else "train"
-            row = {"image": {"bytes": png.getvalue(), "path": None}, "caption": captions[0], "captions": captions}
+            split = (
+                "validation"
+                if item.concept in unseen
+                else "heldout_compositions"
+                if hexcode in heldout
+                else "train"
+            )
+            row = {
+                "image": {"bytes": png.getvalue(), "path": None},
+                "caption": captions[0],
+                "captions": captions,
+            }
             row |= {"name": item.name, "concept": item.concept, "hexcode": hexcode, "style": style}
             row |= {"group": item.group, "subgroup": item.subgroup, "licence": licence}
             rows[split].append(row)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StepResult:
-    """What one optimizer step did. `details` is what the loss function returned beside the loss, of the last micro-batch."""
+    """What one optimizer step did; `details` is what the loss function returned beside its last loss."""
 
     step: int
     loss: float
@@ -50,9 +50,9 @@ def fit(
 
     Args:
         batches: micro-batches, beginning with number start_step * gradient_accumulation_steps.
-        compute_loss: (batch, micro_step) -> scalar loss of this process's slice, and details to pass on. Whatever it
-            draws at random must depend on (seed, micro_step) alone; torch's global generators, which dropout
-            uses, are seeded so before each call.
+        compute_loss: (batch, micro_step) -> scalar loss of this process's slice, and details to pass on.
+            Whatever it draws at random must depend on (seed, micro_step) alone; torch's global generators,
+            which dropout uses, are seeded so before each call.
         ema: diffusers' EMAModel, stepped after each optimizer step, or None.
     """
     model.train()
@@ -92,7 +92,14 @@ class Checkpoints:
     go only after a newer one stands.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: str | Path, name: str, ema: Any = None, limit: int | None = None):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str | Path,
+        name: str,
+        ema: Any = None,
+        limit: int | None = None,
+    ):
         self.accelerator, self.folder, self.limit = accelerator, Path(output_dir), limit
 
         def save(models: list[Any], weights: list[Any], folder: str) -> None:
@@ -132,7 +139,10 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            for old in self.steps()[: -self.limit] if self.limit else []:
+            others = [
+                other for other in self.steps() if other != step
+            ]  # later ones too, if another run left them
+            for old in others[: max(0, len(others) + 1 - self.limit)] if self.limit else []:
                 shutil.rmtree(self.folder / f"checkpoint-{old}")
         return final
 
@@ -154,6 +164,8 @@ class Checkpoints:
             path = Path(which)
         step = path.name.removeprefix("checkpoint-")
         if not path.is_dir() or not step.isdigit():
-            raise ValueError(f"resume_from_checkpoint must be 'latest' or a checkpoint-STEP folder, got {which!r}")
+            raise ValueError(
+                f"resume_from_checkpoint must be 'latest' or a checkpoint-STEP folder, got {which!r}"
+            )
         self.accelerator.load_state(str(path))
         return int(step)

@@ -46,7 +46,9 @@ def simple_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = No
         ValueError: the shapes differ (broadcasting would hide it).
     """
     if model_output.shape != target.shape:
-        raise ValueError(f"model_output {tuple(model_output.shape)} and target {tuple(target.shape)} differ in shape")
+        raise ValueError(
+            f"model_output {tuple(model_output.shape)} and target {tuple(target.shape)} differ in shape"
+        )
     loss = (model_output.float() - target.float()).pow(2).flatten(1).mean(dim=1)
     return loss if weight is None else weight * loss
 

@@ -1,0 +1,1 @@
+"""Timings of ours beside others', taken turn by turn in one process."""

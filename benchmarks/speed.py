@@ -1,0 +1,118 @@
+"""Our classes beside diffusers' of the same weights, turn by turn: `make bench`.
+
+A machine's clock and its neighbours change from minute to minute, so each round times both sides one after
+the other and the table gives the median of the rounds' ratios beside the fastest time of each.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler as TheirScheduler
+from diffusers import UNet2DConditionModel
+
+from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+
+MODEL = Path(__file__).parent.parent / "models" / "emoji"
+UNET = {
+    "sample_size": 16,
+    "block_out_channels": (128, 256),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 4,
+    "cross_attention_dim": 256,
+    "layers_per_block": 1,
+}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> str:
+    """One line of the table; a ratio above 1 means that ours is faster."""
+    ours(), theirs()  # the first call of each allocates
+    times = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
+    ratio = statistics.median(b / a for a, b in times)
+    best = [min(column) * 1000 for column in zip(*times, strict=True)]
+    return f"{name:<46} {best[0]:9.1f} {best[1]:9.1f} {ratio:7.2f}"
+
+
+def unet_lines(rounds: int) -> list[str]:
+    torch.manual_seed(0)
+    ours, theirs = ConditionalUNet(**UNET), UNet2DConditionModel(**UNET)
+    theirs.load_state_dict(ours.state_dict())
+    lines = []
+    for batch in (2, 16):
+        x, text = torch.randn(batch, 4, 16, 16), torch.randn(batch, 32, 256)
+        t = torch.randint(0, 1000, (batch,))
+
+        def forward(
+            model: torch.nn.Module, x: torch.Tensor = x, t: torch.Tensor = t, text: torch.Tensor = text
+        ) -> None:
+            with torch.no_grad():
+                model(x, t, text)
+
+        def both_ways(
+            model: torch.nn.Module, x: torch.Tensor = x, t: torch.Tensor = t, text: torch.Tensor = text
+        ) -> None:
+            model(x, t, text).sample.square().mean().backward()
+
+        for label, work in (("forward", forward), ("forward and backward", both_ways)):
+            lines.append(
+                compare(
+                    f"U-Net {label}, batch {batch}", lambda w=work: w(ours), lambda w=work: w(theirs), rounds
+                )
+            )
+    return lines
+
+
+def scheduler_line(rounds: int) -> str:
+    """1000 ancestral steps on a 64 x 64 picture, without a network."""
+
+    def run(scheduler: DDPMScheduler | TheirScheduler) -> None:
+        scheduler.set_timesteps(1000)
+        generator, x = torch.Generator().manual_seed(0), torch.zeros(1, 3, 64, 64)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x, t, x, generator=generator).prev_sample
+
+    return compare(
+        "scheduler, 1000 steps at 64 x 64",
+        lambda: run(DDPMScheduler()),
+        lambda: run(TheirScheduler()),
+        rounds,
+    )
+
+
+def picture_line(rounds: int) -> str:
+    """A picture from a prompt, by the shipped model with its own defaults; nothing to compare with."""
+    pipe = TextToImagePipeline.from_pretrained(str(MODEL))
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a red heart")
+    best = min(seconds(lambda: pipe("a red heart")) for _ in range(rounds))
+    steps = pipe.config.default_num_inference_steps
+    return f"{f'a picture from a prompt, {steps} steps':<46} {best * 1000:9.1f} {'-':>9} {'-':>7}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="times each side is measured")
+    rounds = parser.parse_args().rounds
+    if rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {rounds}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; ms, fastest of {rounds} rounds")
+    print(f"{'':<46} {'ours':>9} {'diffusers':>9} {'ratio':>7}")
+    for line in unet_lines(rounds):
+        print(line)
+    print(scheduler_line(rounds))
+    if MODEL.is_dir():
+        print(picture_line(rounds))
+
+
+if __name__ == "__main__":
+    main()

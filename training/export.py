@@ -1,0 +1,115 @@
+"""Turn a training run into a folder to ship: averaged weights, fp16 on disk, defaults and a model card.
+
+    python -m training.export --config training/configs/emoji.yaml \\
+        --checkpoint runs/emoji/checkpoint-9000 --to models/emoji
+    python -m training.export --clip runs/judge/clip --to models/judge
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTokenizer
+
+from pipelines import ConditionalUNet
+from training.config import parse_config, require
+from training.text_to_image import TextToImageConfig, build_pipeline
+
+
+@dataclass
+class ExportConfig:
+    """Settings of `training.export`."""
+
+    to: str = field(metadata={"help": "Folder to write; replaced when it exists."})
+    checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint-STEP folder of training.text_to_image."}
+    )
+    clip: str | None = field(default=None, metadata={"help": "Or a CLIP that training.clip saved."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Steps of a call that does not say."})
+    card: str | None = field(
+        default=None, metadata={"help": "Markdown file that becomes the folder's model card."}
+    )
+
+
+def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: Path) -> None:
+    """The run's frozen parts with the U-Net of the checkpoint, its average where there is one."""
+    pipe = build_pipeline(training)
+    checkpoint = Path(config.checkpoint or "")
+    weights = checkpoint / ("unet_ema" if (checkpoint / "unet_ema").is_dir() else "unet")
+    pipe.unet = ConditionalUNet.from_pretrained(str(weights))
+    pipe.register_to_config(
+        default_guidance_scale=config.guidance_scale, default_num_inference_steps=config.num_inference_steps
+    )
+    pipe.to(torch.float16)
+    pipe.save_pretrained(str(folder))
+    drop_ema_keys(folder / "unet" / "config.json")
+
+
+def drop_ema_keys(path: Path) -> None:
+    """EMAModel keeps its own state in the config of what it saves; the shipped config is the U-Net's."""
+    state = {
+        "decay",
+        "min_decay",
+        "optimization_step",
+        "update_after_step",
+        "use_ema_warmup",
+        "inv_gamma",
+        "power",
+    }
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in state and key != "_name_or_path"}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def export_clip(source: str, folder: Path) -> None:
+    """The whole CLIP in fp16; it loads as float32."""
+    CLIPModel.from_pretrained(source).save_pretrained(str(folder))
+    CLIPTokenizer.from_pretrained(source).save_pretrained(str(folder))
+    path = folder / "model.safetensors"
+    save_file(
+        {name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
+    )
+
+
+def main() -> None:
+    # --config names the run's settings; the rest are this command's own
+    argv, run = sys.argv[1:], []
+    if "--config" in argv:
+        at = argv.index("--config")
+        run, argv = argv[at : at + 2], argv[:at] + argv[at + 2 :]
+    config = parse_config(ExportConfig, argv)
+    target = Path(config.to)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        require(
+            (config.checkpoint is None) != (config.clip is None),
+            "checkpoint",
+            config.checkpoint,
+            "given, or clip instead",
+        )
+        if config.clip:
+            export_clip(config.clip, partial)
+        else:
+            require(bool(run), "config", None, "the YAML file of the run that wrote the checkpoint")
+            require(Path(config.checkpoint or "").is_dir(), "checkpoint", config.checkpoint, "a folder")
+            export_pipeline(parse_config(TextToImageConfig, run), config, partial)
+    except ValueError as error:
+        raise SystemExit(f"training.export: {error}") from error
+    if config.card:
+        shutil.copy(config.card, partial / "README.md")
+    elif (target / "README.md").is_file():
+        shutil.copy(target / "README.md", partial / "README.md")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    size = sum(f.stat().st_size for f in target.rglob("*.safetensors")) / 2**20
+    print(f"{target}: {size:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()
