@@ -1,0 +1,132 @@
+"""Settings: what wins over what, and what is refused."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.autoencoder import AutoencoderConfig
+from training.clip import ClipTrainingConfig
+from training.config import parse_config, require
+from training.emoji import EmojiConfig
+from training.evaluate import EvaluationConfig
+from training.export import ExportConfig
+from training.text_to_image import TextToImageConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "training" / "configs"
+
+
+@dataclass
+class Settings:
+    output_dir: str = field(metadata={"help": "Required."})
+    rate: float = 1e-3
+    steps: int = 10
+    flip: bool = False
+    average: bool = True
+    name: str | None = None
+    prompts: list[str] = field(default_factory=list)
+    unet: Any = None
+
+
+def parse(text: str, folder: Path, *arguments: str) -> Settings:
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return parse_config(Settings, ["--config", str(path), *arguments])
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    text = (
+        "output_dir: from/file\nrate: 4e-4\nsteps: 20\nflip: true\naverage: false\nprompts: [a cat, a dog]\n"
+    )
+    assert parse(text, tmp_path) == Settings("from/file", 4e-4, 20, True, False, None, ["a cat", "a dog"])
+    arguments = [
+        "--steps",
+        "30",
+        "--output_dir",
+        "typed",
+        "--flip",
+        "false",
+        "--average",
+        "--prompts",
+        "x",
+        "y z",
+    ]
+    assert parse(text, tmp_path, *arguments) == Settings("typed", 4e-4, 30, False, True, None, ["x", "y z"])
+    assert parse_config(Settings, ["--output_dir", "only"]) == Settings("only")
+
+
+def test_the_command_line_wins_before_the_file_too(tmp_path):
+    (tmp_path / "settings.yaml").write_text("output_dir: a\nsteps: 2\n")
+    config = parse_config(Settings, ["--steps", "3", "--config", str(tmp_path / "settings.yaml")])
+    assert (config.output_dir, config.steps) == ("a", 3)
+
+
+def test_mappings_stay_mappings_and_nothing_is_nothing(tmp_path):
+    config = parse("output_dir: a\nunet:\n  sample_size: 64\n  widths: [1, 2]\nname: null\n", tmp_path)
+    assert config.unet == {"sample_size": 64, "widths": [1, 2]} and config.name is None
+    assert parse("output_dir: a\nunet: {b: 1}\n", tmp_path, "--unet", '{"c": 2}').unet == '{"c": 2}'
+
+
+def test_an_unknown_key_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="settings.yaml: unknown setting 'learning_rat'; known are .*steps"):
+        parse("output_dir: a\nlearning_rat: 1\n", tmp_path)
+
+
+def test_an_unknown_argument_is_named():
+    with pytest.raises(SystemExit, match="--nonsense"):
+        parse_config(Settings, ["--output_dir", "a", "--nonsense", "1"])
+
+
+def test_a_missing_file_and_a_missing_name(tmp_path):
+    with pytest.raises(SystemExit, match="--config: there is no file .*nowhere.yaml"):
+        parse_config(Settings, ["--config", str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(SystemExit, match="--config needs the path"):
+        parse_config(Settings, ["--output_dir", "a", "--config"])
+
+
+@pytest.mark.parametrize(
+    "text, arguments, name",
+    [
+        ("steps: 3\n", [], "output_dir"),  # still required
+        ("output_dir: a\nsteps: many\n", [], "steps"),
+        ("output_dir: a\n", ["--rate", "fast"], "rate"),
+    ],
+)
+def test_what_argparse_refuses_names_the_argument(text, arguments, name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(text, tmp_path, *arguments)
+    assert stopped.value.code == 2
+    assert f"--{name}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_require():
+    require(True, "steps", 1, "at least 1")
+    with pytest.raises(ValueError, match="^steps must be at least 1, got 0$"):
+        require(False, "steps", 0, "at least 1")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [AutoencoderConfig, ClipTrainingConfig, EmojiConfig, EvaluationConfig, ExportConfig, TextToImageConfig],
+)
+def test_every_command_can_show_its_help(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(config, ["--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, setting in config.__dataclass_fields__.items():
+        assert f"--{name}" in shown
+        assert " ".join(setting.metadata["help"].split())[:12] in shown
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("autoencoder", AutoencoderConfig),
+        ("clip", ClipTrainingConfig),
+        ("judge", ClipTrainingConfig),
+    ],
+)
+def test_the_configs_of_the_repository_are_read(name, config):
+    assert parse_config(config, ["--config", str(CONFIGS / f"{name}.yaml")]).output_dir == f"runs/{name}"
