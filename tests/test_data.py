@@ -416,7 +416,8 @@ def test_choice_of_captions():
 
     def shares(canonical: float) -> list[float]:
         generator = torch.Generator().manual_seed(0)
-        drawn = cache.choose_captions([0, 1] * 4000, generator, canonical).reshape(4000, 2)
+        draws = torch.rand(8000, 2, generator=generator)
+        drawn = cache.choose_captions([0, 1] * 4000, draws, canonical).reshape(4000, 2)
         assert (drawn[:, 0] == 5).all()
         return (torch.bincount(drawn[:, 1], minlength=5)[1:] / 4000).tolist()
 
@@ -427,8 +428,8 @@ def test_choice_of_captions():
         assert drawn[0] == pytest.approx(first, abs=errors[0])
         assert drawn[1:] == pytest.approx([other] * 3, abs=errors[1])
     assert shares(1.0) == [1, 0, 0, 0]
-    same = [cache.choose_captions([1] * 9, torch.Generator().manual_seed(1), 0.2).tolist() for _ in range(2)]
-    assert same[0] == same[1]
+    edges = torch.tensor([[0.1, 0.9], [0.2, 0.0], [0.2, 0.26], [0.99, 0.999]])
+    assert cache.choose_captions([1] * 4, edges, 0.2).tolist() == [1, 1, 2, 4]
 
 
 def test_cached_text_is_what_the_encoder_says(tokenizer, make_text_encoder, tmp_path):

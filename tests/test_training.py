@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -491,35 +490,25 @@ def test_a_broken_validation_picture_stops_the_run(clip_folder, tmp_path):
         train(config)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(clip_folder, tmp_path):
-    """Half the batch each, gradients averaged, schedule and EMA stepped once: the same weights up to the order
-    of sums. Captions are drawn by each process for itself, so here each picture has one, never dropped."""
-    shared = {"caption_dropout": 0.0, "max_train_steps": 4, "unet": unet_config(64, patch_size=4)}
+    """Half the batch each, gradients averaged, schedule and EMA stepped alike: the same weights up to the
+    order of sums. Captions, t and eps belong to a place in the global batch, whoever trains on it."""
+    shared = {"caption_dropout": 0.3, "max_train_steps": 4, "unet": unet_config(64, patch_size=4)}
     train(write_config(tmp_path / "one", clip_folder, train_batch_size=4, **shared))
     two = write_config(tmp_path / "two", clip_folder, train_batch_size=2, **shared)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *launch.split(),
-        "--main_process_port",
-        port,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "training.text_to_image", "--config", str(two)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pipeline saved in") == 1
-    for part in ("checkpoint-4/unet", "checkpoint-4/unet_ema"):
-        one, both = (weights(tmp_path / name / "run" / part) for name in ("one", "two"))
+    checkpoint = tmp_path / "two" / "run" / "checkpoint-4"
+    assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2  # there really were two
+    for part in ("unet", "unet_ema"):
+        both, one = weights(checkpoint / part), weights(tmp_path / "one" / "run" / "checkpoint-4" / part)
         for name in one:
-            torch.testing.assert_close(
-                both[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            assert (both[name] - one[name]).abs().mean() < 2e-5, name  # with one half only: 1e-3
 
 
 COLOURS = {"red": (230, 30, 40), "blue": (20, 60, 220)}

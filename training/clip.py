@@ -184,7 +184,9 @@ def main() -> None:
     def compute_loss(indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed_for(config.seed, "clip", step, rank))
         images = augment(cache.images(indices), config.shift, config.noise, generator)
-        chosen = cache.choose_captions(indices, generator, config.canonical_caption)
+        chosen = cache.choose_captions(
+            indices, torch.rand(len(indices), 2, generator=generator), config.canonical_caption
+        )
         ids = tokenize(tokenizer, [cache.captions[i] for i in chosen])
         output = model(input_ids=ids.to(accelerator.device), pixel_values=images.to(accelerator.device))
         scale = accelerator.unwrap_model(model).logit_scale.clamp(max=4.6052).exp()  # at most 100, as CLIP

@@ -198,13 +198,13 @@ class PictureCache:
         """(B, 3, R, R) float in [-1, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(indices)]).float() / 127.5 - 1.0
 
-    def choose_captions(
-        self, indices: list[int] | Tensor, generator: torch.Generator, canonical: float
-    ) -> Tensor:
-        """One caption index for each picture: the canonical with that probability, else any evenly."""
-        draws = torch.rand(len(indices), 2, generator=generator).tolist()
+    def choose_captions(self, indices: list[int] | Tensor, draws: Tensor, canonical: float) -> Tensor:
+        """One caption index for each picture: the canonical with that probability, else any evenly.
+
+        The chance is in `draws`, (B, 2) uniform in [0, 1), so that the caller says what it depends on.
+        """
         chosen = []
-        for index, (first, which) in zip(indices, draws, strict=True):
+        for index, (first, which) in zip(indices, draws.tolist(), strict=True):
             own = self.choices[int(index)]
             chosen.append(own[0] if first < canonical else own[int(which * len(own))])
         return torch.tensor(chosen)

@@ -243,15 +243,16 @@ class DenoisingLoss:
 
     def __call__(self, indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         config = self.config
-        generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step, self.rank))
+        # Drawn for the global batch, of which this process takes its slice, as eps and t are
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step))
+        count = len(indices)
+        draws = torch.rand(count * self.world, 4, generator=generator)[self.rank * count :][:count]
         x0 = self.data.images(indices)
         if config.random_flip:
-            mirrored = torch.rand(len(x0), generator=generator) < 0.5
+            mirrored = draws[:, 3] < 0.5
             x0[mirrored] = x0[mirrored].flip(-1)
-        captions = self.data.choose_captions(indices, generator, config.canonical_caption)
-        captions[torch.rand(len(captions), generator=generator) < config.caption_dropout] = (
-            0  # "" is number 0
-        )
+        captions = self.data.choose_captions(indices, draws[:, :2], config.canonical_caption)
+        captions[draws[:, 2] < config.caption_dropout] = 0  # "" is number 0
         eps, t = draw_noise(
             config.seed,
             step,
