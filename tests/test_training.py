@@ -492,9 +492,10 @@ def test_a_broken_validation_picture_stops_the_run(clip_folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(clip_folder, tmp_path):
-    """Half the batch each, gradients averaged, schedule and EMA stepped alike: the same weights up to the
-    order of sums. Captions, t and eps belong to a place in the global batch, whoever trains on it."""
-    shared = {"caption_dropout": 0.3, "max_train_steps": 4, "unet": unet_config(64, patch_size=4)}
+    """Half the batch each, with its share of the noise, captions and mirroring of the global batch; gradients
+    averaged, schedule and EMA stepped alike: the same weights up to the order of sums."""
+    shared = {"caption_dropout": 0.5, "random_flip": True, "max_train_steps": 4}
+    shared["unet"] = unet_config(64, patch_size=4)
     train(write_config(tmp_path / "one", clip_folder, train_batch_size=4, **shared))
     two = write_config(tmp_path / "two", clip_folder, train_batch_size=2, **shared)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -204,7 +204,7 @@ def name_in_words(label: str) -> str:
     """Emojibase's label as a person would write it: "flag: Peru" -> "flag of peru"."""
     name = label.lower().replace("’", "'")
     name = re.sub(r"^(flag): (.*)$", r"\1 of \2", name)
-    name = re.sub(r"^regional indicator: (.*)$", r"letter \1", name)
+    name = re.sub(r"^regional indicator:? (.*)$", r"letter \1", name)
     name = re.sub(r"^keycap: (.*)$", r"keycap \1", name)
     return name.replace(": ", ", ").replace("“", "").replace("”", "")
 
@@ -305,7 +305,8 @@ def render(svg: str, resolution: int) -> Image.Image:
 
 
 def with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    spoken_with_a = name.startswith(("one", "uni", "use", "eu"))  # they begin with a consonant to the ear
+    return f"{'an' if name[0] in 'aeiou' and not spoken_with_a else 'a'} {name}"
 
 
 def words_of(text: str) -> set[str]:
@@ -355,7 +356,7 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
     """Hexcodes kept out of training although each of their parts is seen in other company, by rule.
 
     colour x shape: the concept "<colour> <shape>" when (colour index + shape index) mod 4 is 2;
-    animal x expression: of the cat faces in alphabetical order, the second of each four;
+    animal x expression: of the cat faces in alphabetical order, the fourth of each four;
     profession x gender x tone: for each profession one (gender, tone) pair, picked by its hash.
     """
     rules: dict[str, list[str]] = {
@@ -370,7 +371,7 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
             if (COLOURS.index(words[-2]) + SHAPES.index(words[-1])) % 4 == 2:
                 rules["colour x shape"].append(code)
     cats = sorted((item.name, code) for code, item in plain.items() if item.subgroup == "cat-face")
-    rules["animal x expression"] = [code for _, code in cats[1::4]]
+    rules["animal x expression"] = [code for _, code in cats[3::4]]
     roles: dict[str, list[Emoji]] = defaultdict(list)
     for item in emoji.values():
         if item.subgroup == "person-role" and len(item.tones) == 1:
