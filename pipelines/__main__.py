@@ -197,7 +197,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
                 "scheduler": type(pipe.scheduler).__name__,
                 "width": image.width,
                 "height": image.height,
-                "model": args.model,
+                "model": args.model.resolve().name,  # a picture gets shared; the path to the model does not
                 "Software": "Corgi",
             }
             paths.append(save_png(image, args.out, f"{slug(args.prompt)}_seed{seed}", settings))

@@ -72,7 +72,7 @@ def test_a_whole_run_in_its_own_process(model, tmp_path):
             "scheduler": "DDPMScheduler",
             "width": "16",
             "height": "16",
-            "model": str(model),
+            "model": model.name,
             "Software": "Corgi",
         }
 
