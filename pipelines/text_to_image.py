@@ -1,35 +1,43 @@
 """Text to image: `TextToImagePipeline`, in pixels or in a VAE's latents."""
 
 import inspect
-import logging
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import TextualInversionLoaderMixin
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+from .adapters import AdapterMixin, refuse_ip_adapter, safetensors_only, text_lora_scaled
+from .checks import (
+    OUTPUT_TYPES,
+    check,
+    check_callback,
+    check_channels,
+    check_clip_skip,
+    check_counts,
+    check_cross_attention_kwargs,
+    check_generator,
+    check_guidance,
+    check_shares,
+    check_size,
+)
 from .conditioning import TextEmbeddings, TextInputs, check_prompt, context_length, encode_prompt, estimate_x0
+from .conversion import read_single_file, rebuild
 from .guidance import guidance_scale_embedding, guide, in_guidance_interval, noise_levels, takes_variance
-from .hub import align_weights, finish_saved_folder, follow_stable_diffusion, prepare_loading
+from .hub import SaveMixin
 from .images import decode_latents, to_numpy, to_pil, to_unit
-
-logger = logging.getLogger(__name__)
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+from .loading import LoadMixin, align_weights, own_class
+from .model_card import ModelCardMixin
 
 
-class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin):
+class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, DiffusionPipeline):
     r"""Draws pictures for prompts: x_T ~ N(0, I), then one U-Net pass (two when guided) for each timestep.
 
     Args:
@@ -44,7 +52,7 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
             saved in model_index.json, so that each model folder brings its own.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _optional_components = ["vae", "safety_checker", "feature_extractor", "image_encoder"]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
@@ -82,35 +90,41 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
             default_num_inference_steps=default_num_inference_steps,
         )
 
+    # ---- from what diffusers loads ----
+
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "TextToImagePipeline":
-        """As diffusers', with our U-Net and scheduler wherever the folder names theirs or ours.
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "TextToImagePipeline":
+        """As diffusers', with our U-Net and scheduler in place of theirs; weights are shared, not copied.
 
-        Weights come from safetensors only, and as float32 unless `torch_dtype` says otherwise, whatever the
-        precision on disk. A name that is no folder is taken as the Hub's.
+        The other way, a pipeline of diffusers wants to be handed our U-Net by name:
+        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`.
         """
-        folder, keywords = prepare_loading(pretrained_model_name_or_path, kwargs)
-        pipeline = super().from_pretrained(str(folder), **keywords)
+        parameters = inspect.signature(cls.__init__).parameters
+        for name in parameters.keys() & pipeline.components.keys():
+            component = kwargs.get(name, pipeline.components[name])
+            own = own_class(type(component).__name__)
+            # passed by name, for else diffusers leaves out what is not exactly of an annotated class
+            kwargs[name] = component if own is None else rebuild(component, own)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "TextToImagePipeline":
+        """Reads a Stable Diffusion 1.x or 2.x .safetensors file in its original layout; diffusers' arguments.
+
+        `config`, a model folder or its name on the Hub, has what the file has not: widths, tokenizer and
+        scheduler; without it diffusers guesses a name and downloads it. The weights become float32 unless
+        `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError for what is not to be had.
+        """
+        source = str(pretrained_model_link_or_path)
+        safetensors_only(source, {})
+        ours = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("default_")}
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or torch.float32
+        theirs = read_single_file(StableDiffusionPipeline, source, torch_dtype=dtype, **kwargs)
+        pipeline = cls.from_pipe(theirs, torch_dtype=dtype, **ours)
         align_weights(pipeline)
-        if "scheduler" not in kwargs:
-            follow_stable_diffusion(folder, pipeline.scheduler)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """As diffusers', but always in safetensors: a pickle could run code on whoever loads it."""
-        if not safe_serialization:
-            logger.warning("safe_serialization=False is ignored: weights are saved as safetensors only.")
-        super().save_pretrained(str(save_directory), True, *args, **kwargs)
-
-    def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes model_index.json; `save_pretrained` calls it last, after the components."""
-        super().save_config(save_directory, *args, **kwargs)
-        finish_saved_folder(Path(save_directory))
 
     # ---- what callbacks and callers may read during a call ----
 
@@ -176,50 +190,23 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
         guidance_interval: tuple[float, float] | None = None,
     ) -> int:
         """The number of prompts. Raises ValueError for whatever `__call__` cannot do."""
-
-        def check(name: str, value: Any, good: bool, rule: str) -> None:
-            if not good:
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
-
-        unit = self.vae_scale_factor * self.unet.config.get("patch_size", 1)
-        for name, size in {"height": height, "width": width}.items():
-            check(name, size, _is_whole(size, 1) and size % unit == 0, f"a positive multiple of {unit}")
-        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
-        for name, count in counts.items():
-            check(name, count, _is_whole(count, 1), "a whole number above 0")
-        for name, share in {"eta": eta, "guidance_rescale": guidance_rescale}.items():
-            check(name, share, _is_number(share) and 0 <= share <= 1, "in 0..1")
-        good = _is_number(guidance_scale) and 0 <= guidance_scale < math.inf
-        check("guidance_scale", guidance_scale, good, "0 or more (1 or less is off)")
-        if (interval := guidance_interval) is not None:
-            pair = (
-                isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(_is_number, interval))
-            )
-            rule = "noise levels (lo, hi), 0 <= lo < hi"
-            check("guidance_interval", interval, pair and 0 <= interval[0] < interval[1], rule)
+        check_size(height, width, self.vae_scale_factor * self.unet.config.get("patch_size", 1))
+        check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_shares(eta=eta, guidance_rescale=guidance_rescale)
+        check_guidance(guidance_scale, guidance_interval)
         check("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {OUTPUT_TYPES}")
-        if clip_skip is not None and self.text_encoder is not None:
-            layers = self.text_encoder.config.num_hidden_layers
-            good = _is_whole(clip_skip, 0) and clip_skip <= layers
-            check("clip_skip", clip_skip, good, f"in 0..{layers}, the text encoder's layers")
-        good = isinstance(cross_attention_kwargs, dict | None)
-        check("cross_attention_kwargs", cross_attention_kwargs, good, "a dict")
-        good = callback_on_step_end is None or callable(callback_on_step_end)
-        check("callback_on_step_end", callback_on_step_end, good, "callable")
-        asked, known = callback_on_step_end_tensor_inputs or [], self._callback_tensor_inputs
-        check("callback_on_step_end_tensor_inputs", asked, set(asked) <= set(known), f"among {known}")
+        if self.text_encoder is not None:
+            check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+        check_cross_attention_kwargs(cross_attention_kwargs, hasattr(self.unet, "attn_processors"))
+        asked = callback_on_step_end_tensor_inputs or []
+        check_callback(callback_on_step_end, asked, self._callback_tensor_inputs)
 
         context = None if self.text_encoder is None else context_length(self.tokenizer, self.text_encoder)
         guided = guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
         pictures = check_prompt(text, guided, self.requires_pooled_text, context) * num_images_per_prompt
-        generators = generator if isinstance(generator, list) else [generator] * pictures
-        good = all(isinstance(one, torch.Generator | None) for one in generators)
-        check("generator", generator, good, "a torch.Generator or a list of them")
-        if len(generators) != pictures:
-            raise ValueError(f"Got {len(generators)} generators for {pictures} pictures.")
-        channels, out_channels = self.unet.config.in_channels, self.unet.config.out_channels
-        if out_channels not in (channels, 2 * channels):  # twice: a learned variance
-            raise ValueError(f"A U-Net from {channels} to {out_channels} channels is no text-to-image model.")
+        check_generator(generator, pictures)
+        channels = self.unet.config.in_channels
+        check_channels(channels, self.unet.config.out_channels)
         shape, given = self._latents_shape(pictures, channels, height, width), getattr(latents, "shape", None)
         check("latents", given, latents is None or given == shape, f"a tensor of {shape}")
         return pictures // num_images_per_prompt
@@ -242,7 +229,7 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
         """
         inputs = TextInputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         text = self.encode_text_inputs(
-            inputs, num_images_per_prompt, do_classifier_free_guidance, clip_skip, device
+            inputs, num_images_per_prompt, do_classifier_free_guidance, clip_skip, device, lora_scale
         )
         prompt_embeds, negative_prompt_embeds = text.prompt, text.negative
         return prompt_embeds, negative_prompt_embeds
@@ -254,22 +241,24 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
         do_classifier_free_guidance: bool = True,
         clip_skip: int | None = None,
         device: torch.device | str | None = None,
+        lora_scale: float | None = None,
     ) -> TextEmbeddings:
         """`conditioning.encode_prompt` with this pipeline's tower, textual inversions and precision."""
         for name in ("prompt", "negative_prompt"):
             if getattr(inputs, name) is not None and self.tokenizer is not None:
                 converted = self.maybe_convert_prompt(getattr(inputs, name), self.tokenizer)
                 inputs = inputs._replace(**{name: converted})
-        return encode_prompt(
-            self.tokenizer,
-            self.text_encoder,
-            inputs,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            clip_skip,
-            device=self._execution_device if device is None else device,
-            dtype=(self.text_encoder if self.unet is None else self.unet).dtype,
-        )
+        with text_lora_scaled(self.text_encoder, lora_scale):
+            return encode_prompt(
+                self.tokenizer,
+                self.text_encoder,
+                inputs,
+                num_images_per_prompt,
+                do_classifier_free_guidance,
+                clip_skip,
+                device=self._execution_device if device is None else device,
+                dtype=(self.text_encoder if self.unet is None else self.unet).dtype,
+            )
 
     def prepare_latents(
         self,
@@ -321,6 +310,8 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: None = None,
+        ip_adapter_image_embeds: None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -347,9 +338,10 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
                 picture depend on its own seed alone and not on the batch it is in.
             latents: z of N(0, I), (pictures, C, H, W) at the U-Net's resolution, in place of drawn noise.
             prompt_embeds, negative_prompt_embeds: ready token states (B, L, D) in place of the prompts.
+            ip_adapter_image, ip_adapter_image_embeds: not supported.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent", undecoded.
             return_dict: False returns (images, nsfw_content_detected).
-            cross_attention_kwargs: passed to the U-Net.
+            cross_attention_kwargs: {"scale": s}, the strength of loaded LoRAs in text encoder and U-Net.
             guidance_rescale: phi in 0..1 of Lin et al. (2023).
             clip_skip: text encoder layers to leave out, for the prompt and the negative prompt alike.
             callback_on_step_end: f(pipe, i, t, tensors) -> dict of those to replace. While guidance is on,
@@ -364,6 +356,7 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
         Raises ValueError for arguments that make no sense, before any work.
         """
         # 1. Settle the defaults and check the rest
+        refuse_ip_adapter(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
         sample_size = self.unet.config.sample_size
         sample_height, sample_width = (sample_size,) * 2 if isinstance(sample_size, int) else sample_size
         height = sample_height * self.vae_scale_factor if height is None else height
@@ -416,8 +409,9 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
         levels = noise_levels(self.scheduler, visited) if needs_levels else [math.nan] * len(visited)
 
         # 3. Encode the prompts. Negatives come first, so that the last rows are always the prompts' own
+        lora_scale = (cross_attention_kwargs or {}).get("scale")
         text = self.encode_text_inputs(
-            inputs, num_images_per_prompt, self.do_classifier_free_guidance, clip_skip, device
+            inputs, num_images_per_prompt, self.do_classifier_free_guidance, clip_skip, device, lora_scale
         )
         prompt_embeds, negative_prompt_embeds, pooled = text.prompt, text.negative, text.pooled
         if text.negative is not None:
@@ -498,15 +492,5 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionMixin, TextualInvers
         kwargs: dict[str, Any] = {"cross_attention_kwargs": self.cross_attention_kwargs}
         if (dim := self.unet.config.get("time_cond_proj_dim")) is not None:
             embedding = guidance_scale_embedding(self.guidance_scale, dim)  # (1, dim)
-            kwargs["timestep_cond"] = embedding.to(self.unet.device, self.unet.dtype).expand(rows, -1)
+            kwargs["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype).expand(rows, -1)
         return kwargs | {"added_cond_kwargs": added or None}
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
-
-
-def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and not math.isnan(value)
-    )

@@ -444,11 +444,7 @@ def test_encode_prompt_works_in_isolation(make_pipeline):
 
 
 def test_arguments_come_in_stable_diffusions_order():
-    theirs = [
-        name
-        for name in inspect.signature(StableDiffusionPipeline.__call__).parameters
-        if "ip_adapter" not in name
-    ]
+    theirs = list(inspect.signature(StableDiffusionPipeline.__call__).parameters)
     ours = list(inspect.signature(TextToImagePipeline.__call__).parameters)
     theirs.remove("kwargs")
     assert ours[: len(theirs)] == theirs
@@ -574,6 +570,9 @@ BAD = {
     "latents of another batch": {"latents": embeds(2, 3, 16, 16)},
     "output type unknown": {"output_type": "jpeg"},
     "attention arguments of another type": {"cross_attention_kwargs": [1]},
+    "attention arguments unknown": {"cross_attention_kwargs": {"scale": 1.0, "gligen": {}}},
+    "strength of LoRAs not a number": {"cross_attention_kwargs": {"scale": "0.5"}},
+    "picture prompt": {"ip_adapter_image": embeds(1, 3, 16, 16)},
     "clip_skip negative": {"clip_skip": -1},
     "clip_skip beyond the layers": {"clip_skip": 4},
     "callback not callable": {"callback_on_step_end": 3},

@@ -17,15 +17,17 @@ embedding. `config` is always the model's own config.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, scale_lora_layers, unscale_lora_layers
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import scale_lora_layers
+from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
 ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
@@ -51,13 +53,6 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "mid_block_only_cross_attention": (None, False),
     "cross_attention_norm": (None,),
 }
-
-
-@dataclass
-class ConditionalUNetOutput(BaseOutput):
-    """`sample`: the prediction, (B, out_channels, height, width)."""
-
-    sample: Tensor
 
 
 class Timesteps(nn.Module):
@@ -175,8 +170,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int, upcast: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.upcast = upcast
+        self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
@@ -286,15 +280,14 @@ class Level(nn.Module):
         self, inputs: list[int], width: int, depths: list[int], attention: MakeAttention | None, config: Any
     ) -> None:
         super().__init__()
-        resnets, attentions = [], []
+        if attention is not None:  # else the name is missing too: who weights adapters by block asks for it
+            self.attentions = nn.ModuleList()
+        self.resnets = nn.ModuleList()
         for channels, depth in zip(inputs, depths, strict=True):
-            resnets.append(ResnetBlock2D(channels, width, config))
+            self.resnets.append(ResnetBlock2D(channels, width, config))
             if attention is not None:
-                attentions.append(attention(width, depth))
-        self.attentions = nn.ModuleList(attentions)
-        self.resnets = nn.ModuleList(resnets)
-        self.width = width
-        self.has_cross_attention = attention is not None
+                self.attentions.append(attention(width, depth))
+        self.width, self.has_cross_attention = width, attention is not None
         self.gradient_checkpointing = False
 
     def run(self, module: nn.Module, *args: Tensor | None) -> Tensor:
@@ -326,12 +319,8 @@ class DownBlock2D(Level):
         return x, skips
 
 
-class CrossAttnDownBlock2D(DownBlock2D):
-    """`DownBlock2D` with a transformer behind each ResNet block."""
-
-
-class UNetMidBlock2DCrossAttn(Level):
-    """The middle: ResNet block, transformer, ResNet block, all at one width."""
+class UNetMidBlock2D(Level):
+    """ResNet block, transformer, ResNet block, all at one width; without attention a single ResNet block."""
 
     def __init__(self, width: int, depth: int, attention: MakeAttention | None, config: Any) -> None:
         super().__init__([width], width, [depth], attention, config)
@@ -345,14 +334,12 @@ class UNetMidBlock2DCrossAttn(Level):
         return self.run(self.resnets[1], x, emb) if self.has_cross_attention else x
 
 
-class UNetMidBlock2D(UNetMidBlock2DCrossAttn):
-    """The middle without attention: a single ResNet block."""
-
-
 class UpBlock2D(Level):
     """A level on the way up. Each ResNet block reads the running state joined with a skip connection, taken
     off the end of `skips`. Where `upsample`, the result is enlarged to the size of the next skip connection.
     `level`: the arguments of `Level`."""
+
+    s1: float | None = None  # with index, s2, b1, b2: see `ConditionalUNet.enable_freeu`
 
     def __init__(self, *level: Any, upsample: bool) -> None:
         super().__init__(*level)
@@ -360,15 +347,14 @@ class UpBlock2D(Level):
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, *text: Tensor | None) -> Tensor:
         for i in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=1)  # (B, state + skip, H, W)
+            skip = skips.pop()
+            if self.s1 is not None:
+                x, skip = apply_freeu(self.index, x, skip, s1=self.s1, s2=self.s2, b1=self.b1, b2=self.b2)
+            x = torch.cat([x, skip], dim=1)  # (B, state + skip, H, W)
             x = self.layer(i, x, emb, *text)  # (B, C, H, W)
         for upsampler in self.upsamplers:
             x = upsampler(x, skips[-1].shape[-2:])
         return x
-
-
-class CrossAttnUpBlock2D(UpBlock2D):
-    """`UpBlock2D` with a transformer behind each ResNet block."""
 
 
 def check_config(config: Any) -> None:
@@ -412,18 +398,20 @@ def required(added_cond: dict[str, Tensor], name: str, key: str) -> Tensor:
 
 @contextmanager
 def lora_scaled(model: nn.Module, cross_attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Inside the block, LoRA layers are multiplied by cross_attention_kwargs["scale"]."""
+    """Inside the block, LoRA layers are multiplied by cross_attention_kwargs["scale"], which may be 0."""
     options = dict(cross_attention_kwargs or {})
     scale = options.pop("scale", 1.0)
     if options:
         raise ValueError(f"cross_attention_kwargs={options!r} is not implemented; allowed: 'scale'")
+    layers: list[Any] = [] if scale == 1 else [m for m in model.modules() if hasattr(m, "scaling")]
+    before = [dict(layer.scaling) for layer in layers]
     if scale != 1:
         scale_lora_layers(model, scale)
     try:
         yield
     finally:
-        if scale != 1:
-            unscale_lora_layers(model, scale)
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -457,7 +445,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "UpBlock2D"]
     _skip_layerwise_casting_patterns = ["norm"]
     _repeated_blocks = ["BasicTransformerBlock"]
 
@@ -546,27 +534,24 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, kind in enumerate(down_block_types):
             own, n = channels[i], layers[i]
-            down = CrossAttnDownBlock2D if kind == "CrossAttnDownBlock2D" else DownBlock2D
-            attention = transformer(i, only_cross[i]) if down is CrossAttnDownBlock2D else None
+            attention = transformer(i, only_cross[i]) if kind == "CrossAttnDownBlock2D" else None
             inputs = [channels[max(i - 1, 0)]] + [own] * (n - 1)
             deep = spread(depths[i], n, "transformer_layers_per_block")
             padding = downsample_padding if i < levels - 1 else None
-            self.down_blocks.append(down(inputs, own, deep, attention, config, padding=padding))
+            self.down_blocks.append(DownBlock2D(inputs, own, deep, attention, config, padding=padding))
 
-        self.mid_block: UNetMidBlock2DCrossAttn | None = None
-        if mid_block_type == "UNetMidBlock2DCrossAttn":
-            self.mid_block = UNetMidBlock2DCrossAttn(channels[-1], deep[0], transformer(-1, False), config)
-        elif mid_block_type == "UNetMidBlock2D":
-            self.mid_block = UNetMidBlock2D(channels[-1], 0, None, config)
+        self.mid_block: UNetMidBlock2D | None = None
+        if mid_block_type is not None:
+            attention = transformer(-1, False) if mid_block_type == "UNetMidBlock2DCrossAttn" else None
+            self.mid_block = UNetMidBlock2D(channels[-1], deep[0], attention, config)
 
         for kind, up_depth, i in zip(up_kinds, up_depths, reversed(range(levels)), strict=True):
             own, n = channels[i], layers[i]
-            up = CrossAttnUpBlock2D if kind == "CrossAttnUpBlock2D" else UpBlock2D
-            attention = transformer(i, only_cross[i]) if up is CrossAttnUpBlock2D else None
+            attention = transformer(i, only_cross[i]) if kind == "CrossAttnUpBlock2D" else None
             below, above = channels[min(i + 1, levels - 1)], channels[max(i - 1, 0)]
             inputs = [x + skip for x, skip in zip([below] + [own] * n, [own] * n + [above], strict=True)]
             deep = spread(up_depth, n + 1, key)
-            self.up_blocks.append(up(inputs, own, deep, attention, config, upsample=i > 0))
+            self.up_blocks.append(UpBlock2D(inputs, own, deep, attention, config, upsample=i > 0))
 
         # 3. The way out, and the two ways in of the pooled text
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
@@ -575,14 +560,32 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             channels[0], out_channels * patch_size**2, conv_out_kernel, padding=(conv_out_kernel - 1) // 2
         )
         pooled_dim = pooled_text_dim or text_dims[0]
-        self.pooled_text_time_proj = self.pooled_text_concat_proj = None
-        if pooled_text_time_embedding:
-            self.pooled_text_time_proj = nn.Linear(pooled_dim, time_dim)
+        self.pooled_text_time_proj = nn.Linear(pooled_dim, time_dim) if pooled_text_time_embedding else None
+        self.pooled_text_concat_proj = None
         if text_concat_channels:
             self.pooled_text_concat_proj = nn.Linear(pooled_dim, text_concat_channels)
 
-    def set_default_attn_processor(self) -> None:
-        """Does nothing, since there are no attention processors to replace; diffusers' users call it."""
+    def set_default_attn_processor(self, *_: Any) -> None:
+        """Does nothing: there are no processors to replace, and no matrix is held that slicing would cut."""
+
+    set_attention_slice = set_default_attn_processor
+
+    def enable_freeu(self, s1: float | None, s2: float | None, b1: float | None, b2: float | None) -> None:
+        """FreeU (Si et al. 2023, https://arxiv.org/abs/2309.11497): at the first up level half of the state's
+        channels times b1, the skip connections' lowest frequencies times s1; at the second, b2 and s2."""
+        for i, block in enumerate(self.up_blocks):
+            block.index, block.s1, block.s2, block.b1, block.b2 = i, s1, s2, b1, b2  # type: ignore[assignment]
+
+    def disable_freeu(self) -> None:
+        """Undoes `enable_freeu`."""
+        self.enable_freeu(None, None, None, None)
+
+    def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
+        """As diffusers'; by block too, {"down": 0.5, "up": {"block_1": [1, 0]}}, if all have equal layers."""
+        listed = weights if isinstance(weights, list) else [weights]
+        if any(isinstance(weight, dict) for weight in listed):
+            listed = _maybe_expand_lora_scales(self, listed)
+        super().set_adapters(adapter_names, listed if isinstance(weights, list) else listed[0])
 
     def embed_time(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None,
@@ -637,7 +640,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None, return_dict: bool = True,
-    ) -> ConditionalUNetOutput | tuple[Tensor]:  # fmt: skip
+    ) -> UNet2DConditionOutput | tuple[Tensor]:  # fmt: skip
         """Predict from x_t. Returns `.sample`, (B, out_channels, height, width), or a tuple of it.
 
         Args:
@@ -655,9 +658,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 connections and to the middle; both or neither.
             encoder_attention_mask: (B, L), 1 keep and 0 ignore, on the text tokens.
 
-        Raises:
-            ValueError: an input the config asks for is missing, one is given that it has no use for, or the
-                sample does not divide by `patch_size`.
+        Raises ValueError when an input that the config asks for is missing, one is given that it has no use
+        for, or the sample does not divide by `patch_size`.
         """
         if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
             raise ValueError("down_block_additional_residuals and mid_block_additional_residual go together")
@@ -679,8 +681,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 x, outputs = block(x, emb, *text)
                 skips += outputs
             if down_block_additional_residuals is not None:
-                added = zip(skips, down_block_additional_residuals, strict=True)
-                skips = [skip + more for skip, more in added]
+                skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
 
             # 3. Middle
             if self.mid_block is not None:
@@ -696,4 +697,4 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x = self.conv_out(self.conv_act(self.conv_norm_out(x)))  # (B, out_channels * p^2, H, W)
             if self.patch_size > 1:
                 x = F.pixel_shuffle(x, self.patch_size)  # (B, out_channels, height, width)
-        return ConditionalUNetOutput(sample=x) if return_dict else (x,)
+        return UNet2DConditionOutput(sample=x) if return_dict else (x,)
