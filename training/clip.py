@@ -4,17 +4,19 @@
 
 Two are shipped or kept: one whose text tower conditions the image model, trained on the training split
 only; and a judge, of another size and seed, that sees every split and only scores.
+
+The first also learns from a sentence encoder (`--distill words`, `training.distillation`), so that words that
+stand in no caption land by those that do: for `text_steps` on text alone, then beside the contrastive loss.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from open_clip.loss import ClipLoss
 from torch import Tensor
 from tqdm import tqdm
@@ -29,8 +31,12 @@ from training.data import (
     load_pictures,
     seed_for,
 )
-from training.loop import Checkpoints, fit
+from training.distillation import Distillation, distillation_loss
+from training.loop import Checkpoints, fit, make_accelerator
 from training.tokenizer import build_clip_tokenizer
+from training.words import WORDNET_DIR
+
+DISTILL = ("none", "captions", "words")
 
 
 @dataclass
@@ -57,7 +63,7 @@ class ClipTrainingConfig:
     context_length: int = field(default=32, metadata={"help": "Tokens of a caption, start and end included."})
     canonical_caption: float = field(default=0.5, metadata={"help": "How often the first caption is used."})
     train_batch_size: int = field(default=256, metadata={"help": "Pairs for each process and step."})
-    max_train_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
+    max_train_steps: int = field(default=2000, metadata={"help": "Optimizer steps, text_steps among them."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak of the cosine schedule."})
     lr_warmup_steps: int = field(default=100, metadata={"help": "Steps of linear warm-up."})
     adam_weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay."})
@@ -75,10 +81,34 @@ class ClipTrainingConfig:
     checkpointing_steps: int = field(default=200, metadata={"help": "Save every so many steps."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a folder."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and captions."})
+    distill: str = field(
+        default="none",
+        metadata={"help": "What the text tower learns from the sentence encoder: none, captions or words."},
+    )
+    text_steps: int = field(
+        default=0, metadata={"help": "So many steps at the start see no pictures, only the teacher."}
+    )
+    distill_batch_size: int = field(
+        default=512, metadata={"help": "Texts for each process and step, beside the pictures' captions."}
+    )
+    distill_weight: float = field(
+        default=10.0, metadata={"help": "Weight of the distillation beside the contrastive loss."}
+    )
+    states_weight: float = field(
+        default=0.5, metadata={"help": "Weight of the states that a U-Net reads, in the distillation."}
+    )
+    start_from_teacher: bool = field(
+        default=True, metadata={"help": "With distill: token vectors start as the teacher sees the tokens."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder of the sentence encoder; by default PyPI's package of it."}
+    )
+    wordnet_dir: str = field(default=WORDNET_DIR, metadata={"help": "WordNet's own files."})
+    npm_dir: str = field(default="data/npm", metadata={"help": "Where training.emoji keeps its packages."})
 
 
-def build_clip(config: ClipTrainingConfig) -> CLIPModel:
-    """A CLIPModel (Radford 2021) of the sizes asked for; its vocabulary is `training.tokenizer`'s."""
+def build_clip(config: ClipTrainingConfig) -> "Towers":
+    """A CLIP (Radford 2021) of the sizes asked for; its vocabulary is `training.tokenizer`'s."""
     vocabulary = config.num_merges + 514
     shared: dict[str, Any] = {"hidden_act": "gelu", "projection_dim": config.projection_dim}
     text = CLIPTextConfig(
@@ -102,7 +132,7 @@ def build_clip(config: ClipTrainingConfig) -> CLIPModel:
         patch_size=config.patch_size,
         **shared,
     )
-    return CLIPModel(
+    return Towers(
         CLIPConfig(
             text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=config.projection_dim
         )
@@ -125,10 +155,59 @@ def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator
     return images
 
 
-def tokenize(tokenizer: Any, captions: list[str]) -> Tensor:
-    """(B, L) ids, cut to the context and padded to the longest caption; the causal mask makes the padding
-    after the end of text invisible, so no attention mask is needed."""
-    return tokenizer(captions, truncation=True, padding="longest", return_tensors="pt").input_ids
+class Towers(CLIPModel):
+    """CLIPModel with the forward pass that training needs: text in parts, pictures or none."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: list[Tensor], pixel_values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Parts (B_i, L_i) of ids -> l2-normalised texts (B, 3, D) and images (B', D) or None.
+
+        A text is embedded by its state at the first end of text (CLIP's `text_embeds`), by the mean of its
+        words' states, and by the state at the last position, all through the text projection. A U-Net reads
+        the last two kinds as well: the padding is ends of text.
+        """
+        rows = []
+        for ids in input_ids:
+            states = self.text_model(input_ids=ids).last_hidden_state  # (B_i, L_i, W)
+            end = (ids == self.config.text_config.eos_token_id).int().argmax(dim=1)
+            position = torch.arange(ids.shape[1], device=ids.device)
+            inside = ((position > 0) & (position < end[:, None])).to(states.dtype)  # (B_i, L_i)
+            mean = (states * inside[:, :, None]).sum(1) / inside.sum(1, keepdim=True).clamp(min=1)
+            first = states[torch.arange(len(ids), device=ids.device), end]
+            rows.append(self.text_projection(torch.stack([first, mean, states[:, -1]], dim=1)))
+        texts = F.normalize(torch.cat(rows).float(), dim=-1)
+        if pixel_values is None:
+            return texts, None
+        images = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
+        return texts, F.normalize(images.float(), dim=-1)
+
+
+def tokenize_by_length(
+    tokenizer: Any, texts: list[str], rows: int = 128, device: torch.device | str = "cpu"
+) -> tuple[list[Tensor], Tensor]:
+    """(parts, place): texts of like length together, `rows` at a time, each part padded to its own longest,
+    so that little is padding; text i is row place[i] of the parts laid end to end."""
+    ids = tokenizer(texts, truncation=True).input_ids
+    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+    parts = []
+    for start in range(0, len(order), rows):
+        part = [ids[i] for i in order[start : start + rows]]
+        longest = len(part[-1])
+        padded = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in part]
+        parts.append(torch.tensor(padded, device=device))
+    return parts, torch.tensor(order).argsort()
+
+
+def learning_rate_factor(step: int, warmup: int, text_steps: int, total: int) -> float:
+    """Warm-up to 1 over the first `warmup` steps, flat until the pictures come; then the same warm-up for the
+    image tower, and half a cosine down to 0 at `total`."""
+    if step < text_steps:
+        return min(1.0, (step + 1) / max(1, warmup))
+    done = step - text_steps
+    if done < warmup:
+        return (done + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / max(1, total - text_steps - warmup))
 
 
 def load_splits(config: ClipTrainingConfig) -> PictureCache:
@@ -153,11 +232,32 @@ def main() -> None:
         config.vision_width,
         "a multiple of head_dim",
     )
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    require(config.distill in DISTILL, "distill", config.distill, "one of " + ", ".join(DISTILL))
+    distils = config.distill != "none"
+    require(
+        0 <= config.text_steps < config.max_train_steps and (distils or not config.text_steps),
+        "text_steps",
+        config.text_steps,
+        "0, or with distill fewer than max_train_steps",
+    )
+    require(config.distill_batch_size >= 1, "distill_batch_size", config.distill_batch_size, "at least 1")
+    require(config.distill_weight >= 0, "distill_weight", config.distill_weight, "at least 0")
+    require(config.states_weight >= 0, "states_weight", config.states_weight, "at least 0")
+    accelerator = make_accelerator(config.output_dir, config.mixed_precision)
+    if accelerator.ddp_handler is not None:  # without pictures the image tower has no part in a step
+        accelerator.ddp_handler.find_unused_parameters = config.text_steps > 0
     set_seed(config.seed)
     cache = load_splits(config)
+    distillation = None
+    if distils:
+        distillation = Distillation(config, cache.captions, {"concept", "name"} <= cache.columns.keys())
+        if accelerator.is_main_process:
+            counts = ", ".join(f"{len(own)} {kind}" for kind, own in distillation.lists.items())
+            print(f"distilling {counts}; the basis holds {distillation.energy:.3f} of the teacher's energy")
     tokenizer = build_clip_tokenizer(config.num_merges, config.context_length)
     model = build_clip(config)
+    if distillation is not None and config.start_from_teacher:
+        distillation.start_table(model.text_model, tokenizer)
     model.set_attn_implementation(config.attention)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -166,11 +266,11 @@ def main() -> None:
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
-    schedule = get_scheduler(
-        "cosine",
+    schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
+        lambda step: learning_rate_factor(
+            step, config.lr_warmup_steps, config.text_steps, config.max_train_steps
+        ),
     )
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     checkpoints = Checkpoints(accelerator, config.output_dir, "clip", limit=1)
@@ -183,14 +283,34 @@ def main() -> None:
 
     def compute_loss(indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed_for(config.seed, "clip", step, rank))
-        images = augment(cache.images(indices), config.shift, config.noise, generator)
-        chosen = cache.choose_captions(
-            indices, torch.rand(len(indices), 2, generator=generator), config.canonical_caption
-        )
-        ids = tokenize(tokenizer, [cache.captions[i] for i in chosen])
-        output = model(input_ids=ids.to(accelerator.device), pixel_values=images.to(accelerator.device))
-        scale = accelerator.unwrap_model(model).logit_scale.clamp(max=4.6052).exp()  # at most 100, as CLIP
-        return contrastive(output.image_embeds.float(), output.text_embeds.float(), scale), {}
+        images, texts = None, []
+        rows = torch.zeros(0, dtype=torch.long)
+        if step >= config.text_steps:
+            images = augment(cache.images(indices), config.shift, config.noise, generator)
+            images = images.to(accelerator.device)
+            rows = cache.choose_captions(
+                indices, torch.rand(len(indices), 2, generator=generator), config.canonical_caption
+            )
+            texts = [cache.captions[i] for i in rows]
+        if distillation is not None:
+            own = distillation.batches.global_batch(step, world).chunk(world)[rank]
+            rows = torch.cat([torch.tensor([distillation.row[text] for text in texts]).long(), own])
+            texts = texts + [distillation.texts[i] for i in own]
+        parts, place = tokenize_by_length(tokenizer, texts, device=accelerator.device)
+        text_embeds, image_embeds = model(parts, images)
+        text_embeds = text_embeds[place.to(accelerator.device)]  # (B + distilled, 3, D)
+        loss, details = text_embeds.new_zeros(()), {}
+        if image_embeds is not None:
+            logit_scale = accelerator.unwrap_model(model).logit_scale
+            scale = logit_scale.clamp(max=4.6052).exp()  # at most 100, as CLIP
+            loss = contrastive(image_embeds, text_embeds[: len(image_embeds), 0], scale)
+            details["contrastive"] = float(loss.detach())
+        if distillation is not None:
+            targets = distillation.targets(rows).to(accelerator.device)
+            distance = distillation_loss(text_embeds, targets, config.states_weight)
+            loss = loss + config.distill_weight * distance
+            details["distance"] = float(distance.detach())
+        return loss, details
 
     steps = fit(
         accelerator, model, optimizer, schedule, iter(sampler), compute_loss,
@@ -200,16 +320,20 @@ def main() -> None:
     bar = tqdm(
         total=config.max_train_steps, initial=start, disable=not accelerator.is_main_process, unit="step"
     )
-    mean = None
+    means: dict[str, float] = {}
     for result in steps:
-        mean = result.loss if mean is None else 0.98 * mean + 0.02 * result.loss
+        for name, value in {"loss": result.loss, **result.details}.items():
+            means[name] = 0.98 * means.get(name, value) + 0.02 * value
         bar.update()
-        bar.set_postfix(loss=f"{mean:.3f}")
+        bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
         if result.step % config.checkpointing_steps == 0 or result.step == config.max_train_steps:
             checkpoints.save(result.step)
     if accelerator.is_main_process:
         folder = Path(config.output_dir) / "clip"
-        accelerator.unwrap_model(model).save_pretrained(str(folder))
+        trained = accelerator.unwrap_model(model)
+        plain = CLIPModel(trained.config)  # so that the saved config names transformers' class
+        plain.load_state_dict(trained.state_dict())
+        plain.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         print(f"CLIP saved in {folder}")
     accelerator.end_training()
