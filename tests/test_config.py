@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
+from pipelines.components import conditional_unet
 from training.autoencoder import AutoencoderConfig
 from training.clip import ClipTrainingConfig
 from training.config import parse_config, require
@@ -130,3 +132,22 @@ def test_every_command_can_show_its_help(config, capsys):
 )
 def test_the_configs_of_the_repository_are_read(name, config):
     assert parse_config(config, ["--config", str(CONFIGS / f"{name}.yaml")]).output_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize(
+    "name, kind, processes, wraps",
+    [
+        ("cpu_2", "MULTI_GPU", 2, set()),
+        ("gpu_1", "NO", 1, set()),
+        ("gpu_ddp", "MULTI_GPU", 2, set()),
+        ("gpu_fsdp", "FSDP", 2, {"BasicTransformerBlock", "ResnetBlock2D"}),
+    ],
+)
+def test_accelerate_reads_its_configs(name, kind, processes, wraps):
+    """By its own reader, which refuses keys that it does not know; the layers that FSDP wraps are ours."""
+    config = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == (kind, processes, False)
+    named = (config.fsdp_config or {}).get("fsdp_transformer_layer_cls_to_wrap", "")
+    assert {layer for layer in named.split(",") if layer} == wraps
+    assert all(hasattr(conditional_unet, layer) for layer in wraps)
+    assert len(list((CONFIGS / "accelerate").iterdir())) == 4

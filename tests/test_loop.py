@@ -1,6 +1,8 @@
 """The training loop against one written by hand, bit for bit; checkpoints whole or absent; resume."""
 
 import copy
+import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from disks import small_disk
 
 from pipelines import ConditionalUNet
-from training.loop import Checkpoints, StepResult, fit
+from training.loop import Checkpoints, StepResult, fit, make_accelerator
 
 STEPS, PARTS, BATCH = 6, 2, 4
 
@@ -23,6 +26,10 @@ STEPS, PARTS, BATCH = 6, 2, 4
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its state for the whole process; each test here starts anew."""
     yield
+    fresh()
+
+
+def fresh() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -200,8 +207,7 @@ class UNetRun(Run):
 @pytest.fixture
 def make_run(make_unet, tmp_path) -> Any:
     def make(seed: int = 0, limit: int | None = None, folder: str = "run") -> UNetRun:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh()
         return UNetRun(make_unet, tmp_path / folder, seed, limit)
 
     return make
@@ -300,3 +306,233 @@ def test_what_cannot_be_resumed(make_run):
             run.checkpoints.resume(str(which))
     assert run.checkpoints.resume("latest") == 0
     assert_same(run.state(), before)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_run):
+    run = Run(perceptron())
+    before = copy.deepcopy(dict(run.model.state_dict()))
+
+    def compute_loss(batch: Any, micro_step: int) -> tuple[torch.Tensor, dict]:
+        loss = regression(run.model)(batch, micro_step)[0]
+        return (loss * float("nan") if micro_step == 1 else loss), {}
+
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+        run.fit(compute_loss, micro_batches())
+    assert_same(dict(run.model.state_dict()), before)
+
+
+# ------------------------------------------------------------ checkpoints that are not whole, or not ours
+
+
+def cut(path: Path, keep: float = 0.7) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+
+
+DAMAGES = {
+    "no weights": ("unet/diffusion_pytorch_model.safetensors", Path.unlink),
+    "short weights": ("unet/diffusion_pytorch_model.safetensors", cut),
+    "short average": ("unet_ema/diffusion_pytorch_model.safetensors", cut),
+    "no config": ("unet/config.json", Path.unlink),
+    "short optimizer": ("optimizer.bin", cut),
+    "no schedule": ("scheduler.bin", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "older"])
+def test_a_damaged_checkpoint_is_refused_and_latest_takes_the_one_before(listed, make_run, caplog):
+    """Listed in a checkpoint.json, or as they were written before there was one."""
+    run = make_run()
+    run.checkpoints.save(1)
+    whole = copy.deepcopy(run.state())
+    run.train(0, 2)
+    run.checkpoints.save(2)
+    if not listed:
+        for step in (1, 2):
+            (run.checkpoints.path(step) / "checkpoint.json").unlink()
+    newest = run.checkpoints.path(2)
+    kept = newest.with_name("kept")
+    newest.rename(kept)
+    for name, damage in DAMAGES.values():
+        shutil.copytree(kept, newest)
+        damage(newest / name)
+        again = make_run(seed=3)
+        with pytest.raises(
+            ValueError, match=f"checkpoint-2' cannot be used: .*({name}|unet has no safetensors)"
+        ):
+            again.checkpoints.resume(str(newest))
+        caplog.clear()
+        assert again.checkpoints.resume("latest") == 1
+        assert_same(again.state(), whole)
+        assert "checkpoint-2 cannot be used" in caplog.text and "trying the one before" in caplog.text
+        shutil.rmtree(newest)
+    kept.rename(newest)
+    assert make_run(seed=3).checkpoints.resume("latest") == 2
+
+
+def test_only_damaged_checkpoints_are_an_error_and_stay(make_run):
+    run = make_run()
+    run.checkpoints.save(1)
+    (run.checkpoints.path(1) / "optimizer.bin").unlink()
+    with pytest.raises(
+        ValueError, match="no checkpoint in .* can be used; checkpoint-1: optimizer.bin is missing"
+    ):
+        make_run().checkpoints.resume("latest")
+    assert names(run) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"block_out_channels": (8, 24)},
+            r"it holds another model: .* is \(.*\) in unet, and \(.*\) in this one",
+        ),
+        ({"attention_head_dim": 2}, "it holds another model: attention_head_dim is 4, not 2"),  # same shapes
+    ],
+)
+def test_another_models_checkpoint_is_refused(config, message, make_run, make_unet, tmp_path):
+    run = make_run()
+    run.checkpoints.save(1)
+    fresh()
+    settings = {"block_out_channels": (8, 16), "norm_num_groups": 4} | config
+    unet = make_unet(**settings)
+    other = Run(unet, model_cls=ConditionalUNet, model_config=unet.config)
+    checkpoints = Checkpoints(other.accelerator, tmp_path / "run", "unet", other.ema)
+    before = copy.deepcopy(dict(unet.state_dict()))
+    for which in ("latest", str(run.checkpoints.path(1))):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.resume(which)
+    assert_same(dict(unet.state_dict()), before)
+
+
+def test_a_run_that_begins_anew_among_checkpoints_is_refused(make_run):
+    run = make_run()
+    run.checkpoints.save(7)
+    with pytest.raises(ValueError, match="holds checkpoint-7: pass --resume_from_checkpoint latest"):
+        make_run().checkpoints.resume(None)
+    assert names(run) == ["checkpoint-7"]
+
+
+def test_the_limit_takes_damaged_checkpoints_first(make_run):
+    """And so never the last whole one."""
+    run = make_run(limit=2)
+    for step in (1, 2):
+        run.checkpoints.save(step)
+    cut(run.checkpoints.path(2) / "optimizer.bin")
+    run.checkpoints.save(3)
+    assert names(run) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(make_run):
+    """Between its two renames the old one bears another name."""
+    run = make_run()
+    run.checkpoints.save(1)
+    run.checkpoints.path(1).rename(run.checkpoints.folder / "checkpoint-1.replaced")
+    (run.checkpoints.folder / "checkpoint-1.partial").mkdir()
+    again = make_run(seed=3)
+    assert again.checkpoints.resume("latest") == 1
+    assert_same(again.state(), run.state())
+    shutil.copytree(run.checkpoints.path(1), run.checkpoints.folder / "checkpoint-1.replaced")
+    assert make_run().checkpoints.resume("latest") == 1  # and after both
+    assert names(run) == ["checkpoint-1"]
+
+
+def test_an_interrupt_while_a_checkpoint_is_replaced_loses_nothing(make_run, monkeypatch):
+    """Wherever among its renames it comes."""
+    for renames in (0, 1):
+        run = make_run(folder=f"run-{renames}")
+        run.checkpoints.save(1)
+        before, made = copy.deepcopy(run.state()), []
+        run.train(0, 1)
+
+        def interrupted(path: Path, target: Path, allowed: int = renames, made: list = made) -> None:
+            made.append(target)
+            if len(made) > allowed:
+                raise KeyboardInterrupt
+            path.replace(target)
+
+        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+            broken.setattr(Path, "rename", interrupted)
+            run.checkpoints.save(1)
+        again = make_run(seed=3, folder=f"run-{renames}")
+        assert again.checkpoints.resume("latest") == 1
+        assert_same(again.state(), before)
+
+
+def test_changed_settings_are_told(make_run, caplog):
+    run = make_run()
+    run.checkpoints.settings = {"seed": 0, "pictures_a_step": 8}
+    run.checkpoints.save(1, state={"place": 3})
+    again = make_run()
+    again.checkpoints.settings = {"seed": 0, "pictures_a_step": 4}
+    assert again.checkpoints.resume("latest") == 1
+    assert (
+        "was saved with pictures_a_step 8; from here on it is 4" in caplog.text and "seed" not in caplog.text
+    )
+    assert again.checkpoints.state == {"place": 3}
+
+
+# ------------------------------------------------------------ full disks, folders that cannot be written
+
+
+@pytest.mark.parametrize("folder", ["file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_training(folder, make_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"^output_dir {tmp_path / folder} cannot be written: "):
+        make_run(folder=folder).checkpoints.resume(None)
+
+
+def test_a_checkpoint_that_finds_no_room_costs_no_other(make_run, caplog):
+    """Files of at most 20 kB: the weights do not fit."""
+    run = make_run(limit=1)
+    run.checkpoints.save(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert run.checkpoints.save(2, required=False) is None
+        assert "checkpoint-2 could not be written" in caplog.text and "training goes on" in caplog.text
+        with pytest.raises(
+            OSError, match="checkpoint-3 could not be written .*; the checkpoints before it stand"
+        ):
+            run.checkpoints.save(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(run) == ["checkpoint-1"]
+    assert make_run(seed=2).checkpoints.resume("latest") == 1
+    assert run.checkpoints.save(4) is not None and names(run) == ["checkpoint-4"]
+
+
+def test_a_full_disk(make_run, tmp_path):
+    """Told before training where it is too small; where it fills up later, nothing written is lost."""
+    with small_disk(tmp_path / "disk", megabytes=4) as disk:
+        run = make_run(folder="disk/run", limit=1)
+        assert run.checkpoints.resume(None) == 0
+        run.checkpoints.save(1)
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
+        with pytest.raises(OSError, match="checkpoint-2 could not be written"):
+            run.checkpoints.save(2)
+        again = make_run(folder="disk/run", limit=1)
+        with pytest.raises(OSError, match=r"has \d+ MB free and its checkpoints need \d+ MB"):
+            again.checkpoints.resume("latest")
+        (disk / "other").unlink()
+        assert again.checkpoints.resume("latest") == 1
+        assert_same(again.state(), run.state())
+        assert again.checkpoints.save(2) is not None
+
+
+# ------------------------------------------------------------ processes
+
+
+def test_a_run_in_fewer_processes_than_asked_for_is_an_error(monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="num_processes must be the number of processes that run, 1, got 2"):
+        make_accelerator(num_processes=2)
+    fresh()
+    assert make_accelerator(num_processes=1).num_processes == 1
+    fresh()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # as accelerate's launcher leaves it for one of several
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ValueError, match="asked for several processes and started one: .*/cpu_2.yaml"):
+        make_accelerator()

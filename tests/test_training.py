@@ -1,8 +1,6 @@
 """The text-to-image recipe: its loss against diffusers, its settings, and whole runs through accelerate."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,8 @@ from safetensors.torch import load_file
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
 from pipelines.conditioning import encode_text
 from training import text_to_image
-from training.data import PictureCache, cache_text
+from training.caches import cache_text
+from training.data import PictureCache, StepBatchSampler, seed_for
 from training.text_to_image import (
     DenoisingLoss,
     TextToImageConfig,
@@ -55,6 +54,31 @@ def test_two_processes_draw_the_noise_of_one():
         assert not torch.equal(other[0], eps) and not torch.equal(other[1], t)
     torch.rand(5)  # torch's own generator has no part in it
     assert_same(draw_noise(3, 11, shape, 1000, 0, 1), (eps, t))
+
+
+def test_draws_are_those_of_every_run_before():
+    """Fixed numbers: a checkpoint of last year goes on as it would have then."""
+    eps, t = draw_noise(3, 11, (4, 2), 1000, 0, 1)
+    assert t.tolist() == [741, 670, 519, 956]
+    expected = [0.6255376, 2.0521958, -0.3993005, 1.0758858, -0.3943550, 0.2254972, -1.7497036, -0.8794196]
+    torch.testing.assert_close(eps.flatten(), torch.tensor(expected), rtol=0, atol=1e-6)
+    assert StepBatchSampler(10, 4, 7).global_batch(3).tolist() == [3, 5, 2, 6]
+    weights = torch.arange(1, 11).double() / 55
+    assert StepBatchSampler(10, 4, 7, weights).global_batch(3).tolist() == [0, 4, 9, 2]
+    assert seed_for(5, "captions", 3) == 844763463143564155
+
+
+def test_noise_offset_is_constant_over_a_channel():
+    """eps + 0.1 z with one normal z for each picture and channel, the same eps and t as without; in two
+    processes as in one. 6,000 numbers: mean and deviation within four standard errors."""
+    shape = (2000, 3, 2, 2)
+    plain, t = draw_noise(0, 5, shape, 1000, 0, 1)
+    eps, same = draw_noise(0, 5, shape, 1000, 0, 1, noise_offset=0.1)
+    assert_same(t, same)
+    z = (eps - plain) / 0.1
+    torch.testing.assert_close(z, z[..., :1, :1].expand(shape), rtol=0, atol=1e-4)
+    assert abs(z[..., 0, 0].mean()) < 4 / 6000**0.5 and abs(z[..., 0, 0].std() - 1) < 4 / 12000**0.5
+    assert_same(draw_noise(0, 5, (1000, 3, 2, 2), 1000, 1, 2, noise_offset=0.1)[0], eps[1000:])
 
 
 def test_the_noise_is_normal_and_t_is_uniform():
@@ -169,22 +193,20 @@ def test_shares_of_captions_and_of_mirrored_pictures(make_loss, monkeypatch):
     monkeypatch.setattr(loss, "loss", lambda x0, captions, eps, t: seen.append((x0, captions)))
     for step in range(200):
         loss(list(range(12)), step)
-    captions = torch.stack([captions for _, captions in seen])  # (200, 12)
-    own = 1 + 2 * torch.arange(12)
-    for share, found in ((0.1, captions == 0), (0.72, captions == own), (0.18, captions == own + 1)):
-        assert found.float().mean().item() == pytest.approx(
-            share, abs=4 * (share * (1 - share) / 2400) ** 0.5
-        )
+    captions = np.array([captions for _, captions in seen])  # (200, 12)
+    cats, dogs = (np.array([f"{kind} {i}" for i in range(12)]) for kind in ("cat", "dog"))
+    for share, found in ((0.1, captions == ""), (0.72, captions == cats), (0.18, captions == dogs)):
+        assert found.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 2400) ** 0.5)
     plain = pictures.images(list(range(12)))
     images = torch.stack([x0 for x0, _ in seen])
     same, mirrored = (images == plain).all((2, 3, 4)), (images == plain.flip(-1)).all((2, 3, 4))
     assert (same ^ mirrored).all()
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 2400**0.5)
-    again = [captions.clone() for _, captions in seen[:3]]
+    again = [captions for _, captions in seen[:3]]
     for step in range(3):
         torch.rand(step)  # nothing else moves them
         loss(list(range(12)), step)
-        assert_same(seen[-1][1], again[step])
+        assert seen[-1][1] == again[step]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,7 +215,7 @@ def test_validation_loss_in_closed_form(kind, make_loss, make_unet):
     tenth of the timesteps. Some 20,000 normal numbers to a bucket: 0.05 is five standard errors."""
     level = 26  # c = -0.796
     pixels = np.full((256, 3, 16, 16), level, dtype=np.uint8)
-    pictures = PictureCache(pixels, ["", "a"], [[1]] * 256, {})
+    pictures = PictureCache(pixels, ["", "cat 0"], [[1]] * 256, {})
     unet = make_unet()
     for parameter in unet.conv_out.parameters():
         parameter.data.zero_()
@@ -219,6 +241,7 @@ def test_validation_loss_in_closed_form(kind, make_loss, make_unet):
 
 
 GOOD = {"output_dir": "out", "unet": {}, "text_encoder": "clip", "train_data_dir": "pictures"}
+SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +262,19 @@ GOOD = {"output_dir": "out", "unet": {}, "text_encoder": "clip", "train_data_dir
         ("checkpointing_steps", {"checkpointing_steps": 0}),
         ("validation_steps", {"validation_steps": 0}),
         ("prediction_type", {"prediction_type": "x0"}),
-        ("random_flip", {"random_flip": True, "vae": "vae"}),
+        ("num_train_epochs", {"num_train_epochs": 0}),
+        ("num_train_epochs", {"num_train_epochs": 2, "streaming": True}),
+        ("mixed_precision", {"mixed_precision": "half"}),
+        ("lr_scheduler", {"lr_scheduler": "sinus"}),
+        ("rank", {"rank": 4}),
+        ("rank", {"rank": 0} | SAVED | {"text_encoder": None}),
+        ("lora_alpha", {"lora_alpha": 4.0} | SAVED | {"text_encoder": None}),
+        ("train_text_encoder", {"train_text_encoder": True} | SAVED | {"text_encoder": None}),
+        ("text_encoder", SAVED),
+        ("vae", {"vae": "vae"} | SAVED | {"text_encoder": None}),
+        ("checkpoints_total_limit", {"checkpoints_total_limit": 0}),
+        ("learning_rate", {"learning_rate": 0.0}),
+        ("lr_warmup_steps", {"lr_warmup_steps": -1}),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_named(name, changes):
@@ -334,7 +369,7 @@ PROMPTS = ["red heart, 3d style", "a rocket"]
 
 @pytest.fixture(scope="module")
 def runs(clip_folder, tmp_path_factory) -> tuple[Path, Path]:
-    """Two runs of six steps: one at a stretch; one stopped after three and resumed by a fresh process."""
+    """Two runs of six steps: one at a stretch; one stopped after three and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     shared = {"gradient_accumulation_steps": 2, "random_flip": True, "checkpointing_steps": 3}
     whole = write_config(
@@ -343,14 +378,7 @@ def runs(clip_folder, tmp_path_factory) -> tuple[Path, Path]:
     train(whole, "--report_to", "tensorboard")
     parts = write_config(folder / "parts", clip_folder, max_train_steps=3, **shared)
     train(parts)
-    command = [sys.executable, "-m", "training.text_to_image", "--config", str(parts)]
-    command += ["--max_train_steps", "6", "--resume_from_checkpoint", "latest"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.splitlines()[-1] == f"step 6; pipeline saved in {folder / 'parts' / 'run' / 'pipeline'}"
-    )
+    train(parts, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
     return folder / "whole" / "run", folder / "parts" / "run"
 
 
@@ -463,8 +491,9 @@ def test_validation_pictures_keep_their_captions(clip_folder, tmp_path, monkeypa
     real = text_to_image.validation_loss
 
     def watched(loss: DenoisingLoss, pictures: PictureCache, seed: int) -> list[float]:
-        first = torch.tensor([own[0] for own in pictures.choices])
-        looked_up.append((pictures.columns["caption"], *loss.text.lookup(first)))
+        captions = pictures.columns["caption"]
+        assert [pictures.captions[own[0]] for own in pictures.choices] == captions
+        looked_up.append((captions, *loss.text(captions)))
         return real(loss, pictures, seed)
 
     monkeypatch.setattr(text_to_image, "validation_loss", watched)
@@ -484,32 +513,10 @@ def test_a_broken_validation_picture_stops_the_run(clip_folder, tmp_path):
     """It must not pass for a data set without a validation split."""
     data = saved_data_set(tmp_path / "data", broken=True)
     config = write_config(
-        tmp_path, clip_folder, train_data_dir=None, dataset_name=str(data), max_train_steps=1
+        tmp_path, clip_folder, train_data_dir=None, dataset_name=str(data), max_train_steps=1, strict=True
     )
     with pytest.raises(ValueError, match="picture 1 of the data set cannot be read"):
         train(config)
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(clip_folder, tmp_path):
-    """Half the batch each, with its share of the noise, captions and mirroring of the global batch; gradients
-    averaged, schedule and EMA stepped alike: the same weights up to the order of sums."""
-    shared = {"caption_dropout": 0.5, "random_flip": True, "max_train_steps": 4}
-    shared["unet"] = unet_config(64, patch_size=4)
-    train(write_config(tmp_path / "one", clip_folder, train_batch_size=4, **shared))
-    two = write_config(tmp_path / "two", clip_folder, train_batch_size=2, **shared)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "training.text_to_image", "--config", str(two)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pipeline saved in") == 1
-    checkpoint = tmp_path / "two" / "run" / "checkpoint-4"
-    assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2  # there really were two
-    for part in ("unet", "unet_ema"):
-        both, one = weights(checkpoint / part), weights(tmp_path / "one" / "run" / "checkpoint-4" / part)
-        for name in one:
-            assert (both[name] - one[name]).abs().mean() < 2e-5, name  # with one half only: 1e-3
 
 
 COLOURS = {"red": (230, 30, 40), "blue": (20, 60, 220)}

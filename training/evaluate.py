@@ -3,6 +3,10 @@
     python -m training.evaluate zero-shot --clip models/judge
     python -m training.evaluate retrieval --model models/emoji --judge models/judge
     python -m training.evaluate sheet --model models/emoji
+    python -m training.evaluate bits-per-dim --model models/emoji
+    python -m training.evaluate text-information --model models/emoji
+    python -m training.evaluate sampling-steps --models runs/a/pipeline runs/b/pipeline:fixed_large
+    python -m training.evaluate words --clip runs/clip/clip --teacher
 
 The judge is a CLIP that took no part in conditioning or guidance, of another seed and size than the one
 whose text tower the model reads, and trained on every split.
@@ -24,9 +28,11 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from pipelines import TextToImagePipeline
 from pipelines.images import image_grid
+from training.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
 from training.config import parse_config, require
 from training.data import PictureCache, cache_pictures, load_pictures
 from training.emoji import STYLES
+from training.sampling_steps import SamplingStepsConfig, sampling_steps
 
 TEMPLATES = ("{}", "a {}", *(f"{{}}, {style} style" for style in list(STYLES.values())[:6]))
 
@@ -50,6 +56,14 @@ class EvaluationConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the captions and of the first picture."})
     output: str = field(default="", metadata={"help": "sheet, retrieval: PNG to write."})
     json: str = field(default="", metadata={"help": "File for the figures."})
+    teacher: bool = field(default=False, metadata={"help": "words: the teacher's figures too."})
+    wordnet_dir: str = field(default="/usr/share/wordnet", metadata={"help": "words: WordNet's files."})
+    npm_dir: str = field(default="data/npm", metadata={"help": "words: where training.emoji's packages are."})
+
+    def check(self) -> None:
+        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        for name in ("num_pictures", "num_inference_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 class Judge:
@@ -227,7 +241,27 @@ def save_png(image: Any, path: str) -> None:
     partial.replace(target)
 
 
-COMMANDS = {"zero-shot": zero_shot, "retrieval": retrieval, "sheet": sheet}
+def words(config: EvaluationConfig) -> dict[str, Any]:
+    """How many words that no caption holds the text tower of --clip understands."""
+    from training.words import measure
+
+    return measure(config)
+
+
+COMMANDS: dict[str, Any] = {
+    "zero-shot": zero_shot,
+    "retrieval": retrieval,
+    "sheet": sheet,
+    "words": words,
+    "bits-per-dim": bits_per_dim,
+    "text-information": text_information,
+    "sampling-steps": sampling_steps,
+}
+CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfig
+    "bits-per-dim": BitsPerDimConfig,
+    "text-information": BitsPerDimConfig,
+    "sampling-steps": SamplingStepsConfig,
+}
 
 
 def show(figures: dict[str, Any], indent: str = "") -> None:
@@ -235,20 +269,21 @@ def show(figures: dict[str, Any], indent: str = "") -> None:
         if isinstance(value, dict):
             print(f"{indent}{name}:")
             show(value, indent + "  ")
+        elif isinstance(value, list) and len(value) > 20:
+            print(f"{indent}{name}: {len(value)} numbers, see --json")
+        elif isinstance(value, float):
+            print(f"{indent}{name}: {value:.3f}" if abs(value) >= 0.1 else f"{indent}{name}: {value:.3g}")
         else:
-            print(f"{indent}{name}: {value:.3f}" if isinstance(value, float) else f"{indent}{name}: {value}")
+            print(f"{indent}{name}: {value}")
 
 
 def main() -> None:
     argv = sys.argv[1:]
     if not argv or argv[0] not in COMMANDS:
         raise SystemExit(f"usage: python -m training.evaluate {{{','.join(COMMANDS)}}} [--help | settings]")
-    config = parse_config(EvaluationConfig, argv[1:])
+    config: Any = parse_config(CONFIGS.get(argv[0], EvaluationConfig), argv[1:])
     try:
-        require(config.num_pictures >= 1, "num_pictures", config.num_pictures, "at least 1")
-        require(
-            config.num_inference_steps >= 1, "num_inference_steps", config.num_inference_steps, "at least 1"
-        )
+        config.check()
         figures = COMMANDS[argv[0]](config)
     except ValueError as error:
         raise SystemExit(f"training.evaluate {argv[0]}: {error}") from error

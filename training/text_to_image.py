@@ -1,46 +1,56 @@
-"""Train the text-to-image U-Net, from scratch or from a saved model.
+"""Train the text-to-image U-Net, from scratch or from a saved model, whole or by low-rank adapters.
 
     accelerate launch -m training.text_to_image --config training/configs/emoji.yaml
+    accelerate launch -m training.text_to_image --pretrained_model_name_or_path models/emoji \\
+        --train_data_dir my_folder --output_dir runs/mine --rank 8
 
 One step: pictures (or latents) x0 and their captions' states, cached; t and eps drawn by (seed, step);
 x_t = q_sample(x0, t, eps); the U-Net's prediction against its target; EMA. Argument names are those of
-diffusers' train_text_to_image.py.
+diffusers' train_text_to_image.py and train_text_to_image_lora.py.
 """
 
+import contextlib
 import json
+import math
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from diffusers import AutoencoderKL
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from huggingface_hub import create_repo, upload_file
 from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
-from pipelines.components.ddpm_scheduler import signal_to_noise_ratio
 from pipelines.images import image_grid
+from training.caches import LiveText, cache_latents, cache_text
 from training.config import parse_config, require
-from training.data import (
-    NoSuchSplit,
-    PictureCache,
-    StepBatchSampler,
-    TextCache,
-    cache_latents,
-    cache_pictures,
-    cache_text,
-    concept_weights,
-    load_pictures,
-    seed_for,
-)
-from training.loop import Checkpoints, fit
-from training.losses import min_snr_weight, simple_loss
+from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
+from training.denoising import BUCKETS, DenoisingLoss, draw_noise, target_of, validation_loss
+from training.loop import Checkpoints, fit, make_accelerator
+from training.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
+from training.streaming import PictureStream
+
+__all__ = [
+    "DenoisingLoss",
+    "TextToImageConfig",
+    "build_pipeline",
+    "draw_noise",
+    "target_of",
+    "validation_loss",
+]
+
+
+def setting(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -49,98 +59,70 @@ class TextToImageConfig:
 
     output_dir: str = field(metadata={"help": "Checkpoints, logs and the trained pipeline go here."})
     # What is trained
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from this pipeline."}
-    )
-    unet: Any = field(
-        default=None, metadata={"help": "ConditionalUNet's config (in YAML, or as JSON); from scratch."}
-    )
-    noise_scheduler: Any = field(
-        default=None, metadata={"help": "DDPMScheduler's config (in YAML, or as JSON)."}
-    )
-    text_encoder: str | None = field(
-        default=None, metadata={"help": "Folder of a CLIP with its tokenizer; frozen."}
-    )
-    vae: str | None = field(
-        default=None, metadata={"help": "Folder of an AutoencoderKL, frozen; none means pixels."}
-    )
-    prediction_type: str | None = field(
-        default=None, metadata={"help": "epsilon, sample (x0) or v_prediction."}
-    )
+    pretrained_model_name_or_path: str | None = setting("Start from this pipeline: a folder or a Hub name.")
+    unet: Any = setting("ConditionalUNet's config (in YAML, or as JSON); from scratch.")
+    noise_scheduler: Any = setting("DDPMScheduler's config (in YAML, or as JSON).")
+    text_encoder: str | None = setting("Folder of a CLIP with its tokenizer; frozen.")
+    vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.")
+    prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.")
+    rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
+    lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.")
+    train_text_encoder: bool = setting("Adapters on the text encoder too.", False)
     # The data
-    dataset_name: str | None = field(default=None, metadata={"help": "Saved data set or Hub name."})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set."}
-    )
-    train_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of pictures with a metadata.jsonl."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
-    caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the captions; caption or text."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many pictures."}
-    )
-    cache_dir: str = field(
-        default="data/cache", metadata={"help": "Decoded pictures, latents and text states."}
-    )
-    resolution: int = field(default=64, metadata={"help": "Side of the pictures, in pixels."})
-    center_crop: bool = field(default=True, metadata={"help": "Crop to a square; otherwise pad with white."})
-    random_flip: bool = field(
-        default=False, metadata={"help": "Mirror half of the pictures (pixel models only)."}
-    )
-    canonical_caption: float = field(
-        default=0.5, metadata={"help": "How often the first of a picture's captions is used."}
-    )
-    caption_dropout: float = field(
-        default=0.1, metadata={"help": "How often the caption is replaced by the null prompt."}
-    )
-    concept_power: float = field(default=0.25, metadata={"help": "0 samples concepts evenly, 1 pictures."})
+    dataset_name: str | None = setting("Saved data set or Hub name.")
+    dataset_config_name: str | None = setting("Configuration of a Hub data set.")
+    train_data_dir: str | None = setting("Folder of pictures with a metadata.jsonl, or of webdataset tars.")
+    image_column: str = setting("Column of the pictures.", "image")
+    caption_column: str | None = setting("Column of the captions; caption or text.")
+    max_train_samples: int | None = setting("Use only the first so many pictures.")
+    streaming: bool = setting("Read the pictures in order, without caches (see training.streaming).", False)
+    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000)
+    strict: bool = setting("End the run at a picture that cannot be read, instead of leaving it out.", False)
+    cache_dir: str = setting("Decoded pictures, latents and text states.", "data/cache")
+    resolution: int | None = setting("Side of the pictures, in pixels; default the model's.")
+    center_crop: bool = setting("Crop to a square; otherwise pad with white.", True)
+    random_flip: bool = setting("Mirror half of the pictures.", False)
+    canonical_caption: float = setting("How often the first of a picture's captions is used.", 0.5)
+    caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1)
+    concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25)
     # The loss and the optimizer
-    train_batch_size: int = field(default=32, metadata={"help": "Pictures for each process and micro-batch."})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Micro-batches of one optimizer step."}
-    )
-    max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
-    max_train_minutes: float | None = field(
-        default=None, metadata={"help": "Stop after so much CPU time of this process."}
-    )
-    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler: str = field(
-        default="constant_with_warmup", metadata={"help": "A schedule of diffusers.optimization."}
-    )
-    lr_warmup_steps: int = field(default=300, metadata={"help": "Steps of linear warm-up."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW."})
-    adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
-    snr_gamma: float | None = field(
-        default=5.0, metadata={"help": "Min-SNR weighting; none is the plain simple loss."}
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, more time."})
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; default accelerate's."}
-    )
+    train_batch_size: int = setting("Pictures for each process and micro-batch.", 32)
+    gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1)
+    max_train_steps: int | None = setting("Optimizer steps; default num_train_epochs, or else 100,000.")
+    num_train_epochs: int | None = setting("Passes over the data, where max_train_steps is not given.")
+    max_train_minutes: float | None = setting("Stop after so much CPU time of the main process.")
+    learning_rate: float = setting("Peak learning rate.", 4e-4)
+    scale_lr: bool = setting("Multiply it by the pictures of one optimizer step.", False)
+    lr_scheduler: str = setting("A schedule of diffusers.optimization.", "constant_with_warmup")
+    lr_warmup_steps: int = setting("Steps of linear warm-up.", 300)
+    adam_beta1: float = setting("AdamW.", 0.9)
+    adam_beta2: float = setting("AdamW.", 0.99)
+    adam_weight_decay: float = setting("AdamW.", 0.01)
+    adam_epsilon: float = setting("AdamW.", 1e-8)
+    max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0)
+    snr_gamma: float | None = setting("Min-SNR weighting; none is the plain simple loss.", 5.0)
+    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
+    gradient_checkpointing: bool = setting("Less memory, more time.", False)
+    mixed_precision: str | None = setting("no, fp16 or bf16; default accelerate's.")
+    num_processes: int | None = setting("Refuse to run in any other number of processes.")
     # EMA, checkpoints, logs
-    use_ema: bool = field(
-        default=True, metadata={"help": "Keep an exponential moving average of the weights."}
-    )
-    ema_decay: float = field(
-        default=0.9995, metadata={"help": "Its decay once warm: 1 - (1 + step)^(-3/4) until then."}
-    )
-    checkpointing_steps: int = field(default=500, metadata={"help": "Save every so many steps."})
-    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest' or a checkpoint folder."}
-    )
+    use_ema: bool = setting("Keep an exponential moving average of the weights; not of adapters.", True)
+    ema_decay: float = setting("Its decay once warm: 1 - (1 + step)^(-3/4) until then.", 0.9995)
+    checkpointing_steps: int = setting("Save every so many steps.", 500)
+    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2)
+    resume_from_checkpoint: str | None = setting("'latest' or a checkpoint folder.")
     validation_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Drawn at each validation."}
     )
-    validation_steps: int = field(default=1000, metadata={"help": "Validate every so many steps."})
-    report_to: str = field(default="tensorboard", metadata={"help": "Tracker of accelerate, or none."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, batches, captions, t and eps."})
+    validation_prompt: str | None = setting("One more, drawn num_validation_images times.")
+    num_validation_images: int = setting("Pictures of validation_prompt.", 4)
+    validation_steps: int = setting("Validate every so many steps.", 1000)
+    report_to: str = setting("Tracker of accelerate, or none.", "tensorboard")
+    tracker_project_name: str = setting("Name of the run in the tracker.", "text_to_image")
+    push_to_hub: bool = setting("Upload the result to the Hub at the end.", False)
+    hub_model_id: str | None = setting("Its name there; default that of output_dir.")
+    hub_token: str | None = setting("Token to upload with; default that of `hf auth login`.")
+    seed: int = setting("Seed of weights, batches, captions, t and eps.", 0)
 
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
@@ -154,14 +136,43 @@ class TextToImageConfig:
         require(
             saved is not None or tower is not None, "text_encoder", tower, "given when training from scratch"
         )
-        for name in ("caption_dropout", "canonical_caption", "concept_power"):
+        for name in ("text_encoder", "vae", "noise_scheduler"):
+            value = getattr(self, name)
+            require(saved is None or value is None, name, value, "left to pretrained_model_name_or_path")
+        for name in ("caption_dropout", "canonical_caption", "concept_power", "ema_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
-        counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
-        for name in (*counts, "validation_steps"):
+        for name in ("learning_rate", "max_grad_norm"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("lr_warmup_steps", "noise_offset", "adam_weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        counts = [
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "validation_steps",
+        ]
+        counts += ["shuffle_buffer", "num_validation_images"]
+        optional = ["max_train_steps", "num_train_epochs", "rank", "resolution", "max_train_samples"]
+        optional += ["checkpoints_total_limit", "num_processes"]
+        for name in counts + [name for name in optional if getattr(self, name) is not None]:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         kinds = (None, "epsilon", "sample", "v_prediction")
         require(self.prediction_type in kinds, "prediction_type", self.prediction_type, f"one of {kinds}")
-        require(not (self.random_flip and self.vae), "random_flip", True, "off with cached latents")
+        precisions, schedules = (None, "no", "fp16", "bf16"), [kind.value for kind in SchedulerType]
+        require(
+            self.mixed_precision in precisions,
+            "mixed_precision",
+            self.mixed_precision,
+            f"one of {precisions}",
+        )
+        require(self.lr_scheduler in schedules, "lr_scheduler", self.lr_scheduler, f"one of {schedules}")
+        lora, alpha, tower_too = self.rank is not None, self.lora_alpha, self.train_text_encoder
+        require(saved is not None or not lora, "rank", self.rank, "left out when training from scratch")
+        require(lora or alpha is None, "lora_alpha", alpha, "left out without rank")
+        require(lora or not tower_too, "train_text_encoder", tower_too, "left out without rank")
+        epochs = self.num_train_epochs
+        counted = epochs is None or self.max_train_steps is not None
+        require(counted or not self.streaming, "num_train_epochs", epochs, "max_train_steps when streaming")
 
 
 def as_mapping(value: Any, name: str) -> dict[str, Any]:
@@ -195,128 +206,108 @@ def build_pipeline(config: TextToImageConfig) -> TextToImagePipeline:
     )
 
 
-def draw_noise(
-    seed: int, step: int, shape: tuple[int, ...], timesteps: int, rank: int, world: int
-) -> tuple[Tensor, Tensor]:
-    """(eps, t) of this process's slice of micro-batch `step`: a function of (seed, step) and the place in the
-    global batch alone, however many processes share it."""
-    generator = torch.Generator().manual_seed(seed_for(seed, "noise", step))
-    t = torch.randint(0, timesteps, (shape[0] * world,), generator=generator)
-    eps = torch.randn((shape[0] * world, *shape[1:]), generator=generator)
-    mine = slice(rank * shape[0], (rank + 1) * shape[0])
-    return eps[mine], t[mine]
+def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
+    """The side of the pictures: as asked for, if the model can take it, else the one it was made for."""
+    unit = pipe.vae_scale_factor * pipe.unet.config.get("patch_size", 1)
+    size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    require(size % unit == 0, "resolution", size, f"a multiple of {unit} for this model")
+    return size
 
 
-def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the U-Net is to predict at x_t, by the scheduler's prediction_type."""
-    kind = scheduler.config.prediction_type
-    return {
-        "epsilon": lambda: eps,
-        "sample": lambda: x0,
-        "v_prediction": lambda: scheduler.get_velocity(x0, eps, t),
-    }[kind]()
-
-
-class DenoisingLoss:
-    """The training loss of one micro-batch, from picture indices to a scalar (Ho 2020, Algorithm 1)."""
-
-    def __init__(
-        self,
-        config: TextToImageConfig,
-        pipe: TextToImagePipeline,
-        unet: Any,
-        data: Any,
-        text: TextCache,
-        rank: int,
-        world: int,
-    ):
-        self.config, self.scheduler, self.unet, self.rank, self.world = (
-            config,
-            pipe.scheduler,
-            unet,
-            rank,
-            world,
-        )
-        self.data, self.text = data, text  # data: PictureCache or LatentCache
-        self.pooled = pipe.requires_pooled_text
-        self.snr = signal_to_noise_ratio(pipe.scheduler.alphas_cumprod)
-
-    def __call__(self, indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
-        config = self.config
-        # Drawn for the global batch, of which this process takes its slice, as eps and t are
-        generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step))
-        count = len(indices)
-        draws = torch.rand(count * self.world, 4, generator=generator)[self.rank * count :][:count]
-        x0 = self.data.images(indices)
-        if config.random_flip:
-            mirrored = draws[:, 3] < 0.5
-            x0[mirrored] = x0[mirrored].flip(-1)
-        captions = self.data.choose_captions(indices, draws[:, :2], config.canonical_caption)
-        captions[draws[:, 2] < config.caption_dropout] = 0  # "" is number 0
-        eps, t = draw_noise(
-            config.seed,
-            step,
-            tuple(x0.shape),
-            self.scheduler.config.num_train_timesteps,
-            self.rank,
-            self.world,
-        )
-        return self.loss(x0, captions, eps, t)
-
-    def loss(self, x0: Tensor, captions: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        device = self.unet.device if hasattr(self.unet, "device") else next(self.unet.parameters()).device
-        states, pooled = (x.to(device) for x in self.text.lookup(captions))
-        x0, eps, t = x0.to(device), eps.to(device), t.to(device)
-        added = {"pooled_text": pooled} if self.pooled else None
-        output = self.unet(self.scheduler.add_noise(x0, eps, t), t, states, added_cond_kwargs=added).sample
-        weight = None
-        if self.config.snr_gamma is not None:
-            weight = min_snr_weight(
-                self.snr.to(device)[t], self.scheduler.config.prediction_type, self.config.snr_gamma
-            )
-        per_sample = simple_loss(output, target_of(self.scheduler, x0, eps, t), weight)
-        return per_sample.mean(), {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
-
-
-BUCKETS = 10
-
-
-@torch.no_grad()
-def validation_loss(loss: DenoisingLoss, pictures: Any, seed: int, limit: int = 256) -> list[float]:
-    """Mean loss in each of ten timestep buckets, on fixed pictures, captions, eps and t: so steps compare."""
-    count = min(limit, len(pictures))
-    generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
-    order = torch.randperm(len(pictures), generator=generator)[:count]
-    total = loss.scheduler.config.num_train_timesteps
-    sums, counts = torch.zeros(BUCKETS), torch.zeros(BUCKETS)
-    was, loss.data, weighted, loss.config.snr_gamma = loss.data, pictures, loss.config.snr_gamma, None
-    try:
-        for start in range(0, count, 32):
-            indices = order[start : start + 32]
-            x0 = pictures.images(indices)
-            captions = torch.tensor([pictures.choices[int(i)][0] for i in indices])
-            eps = torch.randn(x0.shape, generator=generator)
-            t = (torch.arange(start, start + len(indices)) * 617 + 31) % total  # spread evenly over 0..T-1
-            details = loss.loss(x0, captions, eps, t)[1]
-            bucket = details["t"] * BUCKETS // total
-            sums.index_add_(0, bucket, details["per_sample"])
-            counts.index_add_(0, bucket, torch.ones(len(bucket)))
-    finally:
-        loss.data, loss.config.snr_gamma = was, weighted
-    return (sums / counts.clamp(min=1)).tolist()
-
-
-def load_data(config: TextToImageConfig, pipe: TextToImagePipeline, split: str) -> Any:
-    """Pictures in [-1, 1], or latents where the pipeline has a VAE, with their captions."""
-    source = config.train_data_dir or config.dataset_name or ""
-    data = load_pictures(source, split, config.dataset_config_name)
-    caption = config.caption_column or ("caption" if "caption" in data.column_names else "text")
+def load_data(
+    config: TextToImageConfig, pipe: TextToImagePipeline, split: str, accelerator: Accelerator
+) -> Any:
+    """Pictures in [-1, 1], or latents where the pipeline has a VAE, with captions; or a stream of them."""
+    source, column = config.train_data_dir or config.dataset_name or "", config.caption_column
+    size, crop = resolution_of(config, pipe), config.center_crop
+    strict, streaming = config.strict, config.streaming
+    data = load_pictures(source, split, config.dataset_config_name, None, streaming, column, strict)
     if config.max_train_samples:
-        data = data.select(range(min(config.max_train_samples, len(data))))
-    pictures = cache_pictures(
-        data, config.resolution, config.cache_dir, config.image_column, caption, config.center_crop
+        count = config.max_train_samples
+        data = data.take(count) if streaming else data.select(range(min(count, len(data))))
+    if streaming:
+        return PictureStream(
+            data, config.train_batch_size, config.seed, accelerator.process_index, accelerator.num_processes,
+            resolution=size, image_column=config.image_column, caption_column=column, center_crop=crop,
+            strict=strict, buffer_size=config.shuffle_buffer,
+        )  # fmt: skip
+    pictures = cache_pictures(data, size, config.cache_dir, config.image_column, column, crop, strict)
+    if pipe.vae is None:
+        return pictures
+    mirrored = config.random_flip and split == "train"
+    return cache_latents(pictures, pipe.vae, config.cache_dir, mirrored)
+
+
+def load_all(
+    config: TextToImageConfig, pipe: TextToImagePipeline, accelerator: Accelerator
+) -> tuple[Any, Any, Any]:
+    """(training data, held-out data or None, the source of text states)."""
+    train = load_data(config, pipe, "train", accelerator)
+    try:
+        held_out = load_data(config, pipe, "validation", accelerator)
+    except NoSuchSplit:
+        held_out = None
+    if config.streaming and held_out is not None:
+        held_out = held_out.head(256)
+        if pipe.vae is not None:
+            held_out = cache_latents(held_out, pipe.vae, config.cache_dir)
+    if config.streaming or config.train_text_encoder:
+        return train, held_out, LiveText(pipe.tokenizer, pipe.text_encoder)
+    captions = dict.fromkeys(train.captions + (held_out.captions if held_out else []))
+    return train, held_out, cache_text(list(captions), pipe.tokenizer, pipe.text_encoder, config.cache_dir)
+
+
+def make_ema(config: TextToImageConfig, unet: Any) -> EMAModel:
+    return EMAModel(
+        unet.parameters(),
+        decay=config.ema_decay,
+        use_ema_warmup=True,
+        power=0.75,
+        model_cls=type(unet),
+        model_config=unet.config,
+        foreach=True,
     )
-    return cache_latents(pictures, pipe.vae, config.cache_dir) if pipe.vae is not None else pictures
+
+
+@contextlib.contextmanager
+def averaged(models: list[Any], ema: EMAModel | None) -> Iterator[None]:
+    """For as long as this lasts, the trained models evaluate, the U-Net with its averaged weights."""
+    for model in models:
+        model.eval()
+    if ema is not None:
+        ema.store(models[0].parameters())
+        ema.copy_to(models[0].parameters())
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(models[0].parameters())
+        for model in models:
+            model.train()
+
+
+def validate(
+    config: TextToImageConfig,
+    pipe: TextToImagePipeline,
+    loss: DenoisingLoss,
+    parts: dict[str, Any],
+    step: int,
+) -> dict[str, float]:
+    """Print the losses by timestep on the fixed noise of each part of the data, draw the prompts; returns
+    what the tracker is to log."""
+    log: dict[str, float] = {}
+    for name, part in parts.items():
+        buckets = validation_loss(loss, part, config.seed)
+        log |= {f"{name}_loss/t{i * 100:03d}": value for i, value in enumerate(buckets)}
+        log[f"{name}_loss/mean"] = sum(buckets) / BUCKETS
+        shown = " ".join(f"{bucket:.4f}" for bucket in buckets)
+        tqdm.write(f"step {step} {name} loss by t: {shown}")
+    prompts = config.validation_prompts
+    if config.validation_prompt:
+        prompts = prompts + [config.validation_prompt] * config.num_validation_images
+    if prompts:
+        save_sheet(pipe, prompts, Path(config.output_dir) / "samples" / f"{step:07d}.png", config.seed)
+    return log
 
 
 def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: int) -> None:
@@ -328,151 +319,149 @@ def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: 
     image_grid(drawn.images, columns=8).save(path)
 
 
+def save_result(
+    config: TextToImageConfig, pipe: TextToImagePipeline, models: list[Any], repo: str | None
+) -> Path:
+    """The trained pipeline in output_dir/pipeline, or the adapters' file in output_dir; written aside first,
+    and uploaded where `repo` names a Hub repository."""
+    output = Path(config.output_dir)
+    partial = output / "result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if config.rank is not None:
+        LoraFile().save(models, partial)
+        (partial / FILE).replace(output / FILE)
+        partial.rmdir()
+        if repo:
+            upload_file(
+                path_or_fileobj=output / FILE, path_in_repo=FILE, repo_id=repo, token=config.hub_token
+            )
+        return output / FILE
+    pipe.save_pretrained(str(partial))
+    shutil.rmtree(output / "pipeline", ignore_errors=True)
+    partial.rename(output / "pipeline")
+    if repo:
+        pipe.push_to_hub(repo, token=config.hub_token)
+    return output / "pipeline"
+
+
 def main() -> None:
     # 1. Settings, and everything that can be refused at once.
     config = parse_config(TextToImageConfig)
     config.check()
     output = Path(config.output_dir)
     tracker = None if config.report_to == "none" else config.report_to
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=tracker,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-    )
+    accelerator = make_accelerator(output, config.mixed_precision, tracker, config.num_processes)
     set_seed(config.seed)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    require(not (sharded and config.use_ema), "use_ema", True, "false with FSDP, which shards the weights")
+    repo = None
+    if config.push_to_hub and is_main:
+        name = config.hub_model_id or output.name
+        repo = create_repo(name, token=config.hub_token, exist_ok=True).repo_id
 
     # 2. Model, data and the caches of what stays frozen.
-    pipe = build_pipeline(config)
-    unet = pipe.unet.train()
+    pipe = build_pipeline(config).to(accelerator.device)
+    models = [pipe.unet, pipe.text_encoder] if config.train_text_encoder else [pipe.unet]
+    with accelerator.local_main_process_first():  # it computes the caches, the others read them
+        train, held_out, text = load_all(config, pipe, accelerator)
+    if config.rank is not None:
+        for model, layers in zip(models, (UNET_LAYERS, TEXT_LAYERS), strict=False):
+            add_lora(model, layers, config.rank, config.lora_alpha)
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    train = load_data(config, pipe, "train")
-    try:
-        held_out: PictureCache | None = load_data(config, pipe, "validation")
-    except NoSuchSplit:
-        held_out = None
-    known = dict.fromkeys(
-        train.captions + (held_out.captions if held_out else []) + config.validation_prompts
-    )
-    text = cache_text(list(known), pipe.tokenizer, pipe.text_encoder, config.cache_dir)
-    if held_out:
-        number = {caption: i for i, caption in enumerate(known)}
-        held_out.choices = [[number[held_out.captions[c]] for c in own] for own in held_out.choices]
+        pipe.unet.enable_gradient_checkpointing()
 
     # 3. Optimizer, schedule, EMA, checkpoints.
+    pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * world
+    total = config.max_train_steps or 100_000
+    if config.num_train_epochs and not config.max_train_steps:
+        total = config.num_train_epochs * math.ceil(len(train) / pictures_a_step)
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
+        [parameter for model in models for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate * (pictures_a_step if config.scale_lr else 1),
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
         fused=True,
     )
+    warm_up = config.lr_warmup_steps
     schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps
-        * world,  # accelerate steps the schedule once for each process
-        num_training_steps=config.max_train_steps * world,
+        config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
     )
-    ema = None
-    if config.use_ema:
-        ema = EMAModel(
-            unet.parameters(),
-            decay=config.ema_decay,
-            use_ema_warmup=True,
-            power=0.75,
-            model_cls=ConditionalUNet,
-            model_config=unet.config,
-            foreach=True,
-        )
-        ema.to(accelerator.device)
-    model, optimizer, schedule = accelerator.prepare(unet, optimizer, schedule)
-    checkpoints = Checkpoints(accelerator, output, "unet", ema, config.checkpoints_total_limit)
+    ema = make_ema(config, pipe.unet) if config.use_ema and config.rank is None and is_main else None
+    *wrapped, optimizer, schedule = accelerator.prepare(*models, optimizer, schedule)
+    fixed_loss = DenoisingLoss(
+        config, pipe, pipe.unet, None, text
+    )  # of the bare models: one process validates
+    fixed_parts = {"validation": held_out} if held_out else {}
+    if held_out and not config.streaming:
+        fixed_parts = {"train": train} | fixed_parts
+    if config.train_text_encoder:
+        text = LiveText(pipe.tokenizer, Behind(wrapped[1], pipe.text_encoder), learns=True)
+    checkpoints = Checkpoints(
+        accelerator, output, "unet", ema, config.checkpoints_total_limit,
+        files=None if config.rank is None else LoraFile(),
+        settings={"seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming},
+    )  # fmt: skip
     start = checkpoints.resume(config.resume_from_checkpoint)
 
     # 4. Train; the generator yields after each step, and what follows happens between steps.
-    weights = (
-        concept_weights(train.columns["concept"], config.concept_power)
-        if "concept" in train.columns
-        else None
-    )
-    first = start * config.gradient_accumulation_steps
-    sampler = StepBatchSampler(len(train), config.train_batch_size, config.seed, weights, first, rank, world)
-    loss = DenoisingLoss(config, pipe, model, train, text, rank, world)
+    if config.streaming:
+        placed = not start or bool(checkpoints.state)
+        require(placed, "streaming", True, "off, as it was before this checkpoint")
+        train.load_state_dict(checkpoints.state or train.state_dict())
+        batches, loss = iter(train), DenoisingLoss(config, pipe, wrapped[0], None, text, rank, world)
+    else:
+        concepts = train.columns.get("concept")
+        weights = concept_weights(concepts, config.concept_power) if concepts else None
+        first, size = start * config.gradient_accumulation_steps, config.train_batch_size
+        batches = iter(StepBatchSampler(len(train), size, config.seed, weights, first, rank, world))
+        loss = DenoisingLoss(config, pipe, wrapped[0], train, text, rank, world)
     if tracker:
-        accelerator.init_trackers(
-            "text_to_image", {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
-        )
+        plain = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
+        accelerator.init_trackers(config.tracker_project_name, plain | {"hub_token": ""})
     steps = fit(
-        accelerator, model, optimizer, schedule, iter(sampler), loss,
-        max_train_steps=config.max_train_steps, start_step=start, seed=config.seed, ema=ema,
+        accelerator, wrapped, optimizer, schedule, batches, loss,
+        max_train_steps=total, start_step=start, seed=config.seed, ema=ema,
         gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
-    bar = tqdm(
-        total=config.max_train_steps,
-        initial=start,
-        disable=not accelerator.is_main_process,
-        unit="step",
-        mininterval=10,
-    )
-    began, saved, mean = time.process_time(), start, None
-
-    def use_ema_weights() -> None:
-        if ema is not None:
-            ema.store(unet.parameters())
-            ema.copy_to(unet.parameters())
-
-    def restore_weights() -> None:
-        if ema is not None:
-            ema.restore(unet.parameters())
-
+    bar = tqdm(total=total, initial=start, disable=not is_main, unit="step", mininterval=10)
+    began, mean, done, saved = time.process_time(), None, False, start
     for result in steps:
         mean = result.loss if mean is None else 0.99 * mean + 0.01 * result.loss
         bar.update()
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        out_of_time = (
-            config.max_train_minutes is not None
-            and (time.process_time() - began) / 60 > config.max_train_minutes
-        )
-        done = out_of_time or result.step == config.max_train_steps
+        done = result.step == total
+        if config.max_train_minutes is not None:  # the main process's time counts for all
+            spent = torch.tensor(time.process_time() - began, device=accelerator.device)
+            done = done or float(broadcast(spent)) / 60 > config.max_train_minutes
         if result.step % 20 == 0:
             accelerator.log(
                 {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate}, result.step
             )
+        # before drawing: a crash there costs nothing
         if done or result.step % config.checkpointing_steps == 0:
-            checkpoints.save(result.step)  # before drawing: a crash there must cost nothing
-            saved = result.step
-        if (done or result.step % config.validation_steps == 0) and accelerator.is_main_process:
-            unet.eval()
-            use_ema_weights()
-            if held_out:
-                for name, part in (("train", train), ("validation", held_out)):
-                    buckets = validation_loss(loss, part, config.seed)
-                    log = {f"{name}_loss/t{i * 100:03d}": value for i, value in enumerate(buckets)}
-                    accelerator.log(log | {f"{name}_loss/mean": sum(buckets) / BUCKETS}, result.step)
-                    tqdm.write(
-                        f"step {result.step} {name} loss by t: " + " ".join(f"{b:.4f}" for b in buckets)
-                    )
-            if config.validation_prompts:
-                save_sheet(
-                    pipe,
-                    config.validation_prompts,
-                    output / "samples" / f"{result.step:07d}.png",
-                    config.seed,
-                )
-            restore_weights()
-            unet.train()
+            place = train.state_dict() if config.streaming else None
+            checkpoints.save(result.step, required=done, state=place)
+        if (done or result.step % config.validation_steps == 0) and is_main and not sharded:
+            with averaged(models, ema):
+                accelerator.log(validate(config, pipe, fixed_loss, fixed_parts, result.step), result.step)
+        saved = result.step
         if done:
             break
     accelerator.wait_for_everyone()
 
-    # 5. Save the pipeline with the averaged weights.
-    if accelerator.is_main_process:
-        use_ema_weights()
-        pipe.save_pretrained(str(output / "pipeline"))
-        print(f"step {saved}; pipeline saved in {output / 'pipeline'}")
+    # 5. Save the pipeline with the averaged weights, or the adapters.
+    if sharded:
+        whole = accelerator.get_state_dict(wrapped[0])  # all processes together gather it
+        if is_main:
+            pipe.unet = ConditionalUNet.from_config(pipe.unet.config)
+            pipe.unet.load_state_dict(whole)
+    if is_main:
+        with averaged(models, ema):
+            path = save_result(config, pipe, models, repo)
+        what = "pipeline" if config.rank is None else "adapters"
+        print(f"step {saved}; {what} saved in {path}")
     accelerator.end_training()
 
 

@@ -1,0 +1,307 @@
+"""The lecture notes' and the papers' demonstrations, redrawn: `python -m benchmarks.figures`.
+
+    forward          a picture under the linear and the cosine schedule (Nichol 2021, figure 3)
+    digit            a digit step by step, beta = 0.2, T = 10
+    swiss-roll       forward, posterior and backward, beta = 0.05, T = 10
+    progressive      what the model takes the picture for on the way (Ho 2020, figure 6)
+    interpolation    two pictures mixed at several noise levels and drawn anew (Ho 2020, figure 9)
+    rate-distortion  what stopping early costs and leaves (Ho 2020, figure 5)
+
+The first three need nothing; the others a model without a VAE, and the last held-out pictures.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.toys import DIGIT, backward_chain, forward_chain, posterior_chain, swiss_roll
+from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines.conditioning import NULL_PROMPT, encode_text
+from pipelines.guidance import guide
+from pipelines.images import to_tensor, to_unit
+from pipelines.likelihood import chain_of, rate_distortion
+from training.bits_per_dim import (
+    BitsPerDimConfig,
+    evaluation_chain,
+    held_out_pictures,
+    load_pixel_pipeline,
+    measure,
+    new_figure,
+    save_figure,
+)
+
+PICTURES = Path(__file__).parent.parent / "tests" / "data" / "emoji64"
+PROMPTS = ["dog face, noto style", "red heart, 3d style", "pizza, flat style", "house, twemoji style"]
+
+
+# ------------------------------------------------------------ drawing
+
+
+def draw_pictures(rows: dict[str, Tensor], titles: list[str], path: Path) -> None:
+    """One row of pictures for each entry, (n, C, H, W) in [-1, 1], its name to the left, titles on top."""
+    columns = len(titles)
+    figure, axes = new_figure(1.1 * columns + 0.9, 1.15 * len(rows) + 0.3, columns, len(rows))
+    for r, (name, pictures) in enumerate(rows.items()):
+        for c, picture in enumerate(to_unit(pictures.float())):
+            ax = axes[r, c] if len(rows) > 1 else axes[c]
+            ax.imshow(picture.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            if r == 0:
+                ax.set_title(titles[c], fontsize=8)
+            if c == 0:
+                ax.set_ylabel(name, fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_points(rows: dict[str, Tensor], titles: dict[str, list[str]], path: Path) -> None:
+    """One row of scatter plots for each entry, (n, points, 2); a point keeps its colour along the row."""
+    columns = max(map(len, rows.values()))
+    figure, axes = new_figure(1.6 * columns, 1.8 * len(rows), columns, len(rows))
+    for row, (name, clouds) in zip(axes, rows.items(), strict=True):
+        for ax, cloud, title in zip(row, clouds, titles[name], strict=True):
+            ax.scatter(*cloud.T, s=1, c=torch.linspace(0, 1, len(cloud)), cmap="viridis")
+            ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
+            ax.set_title(title, fontsize=8)
+        row[0].set_ylabel(name, fontsize=9)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------ without a model
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noised_pictures(picture: Tensor, schedule: str, timesteps: list[int], seed: int) -> Tensor:
+    """The picture (1, C, H, W) at those timesteps of a schedule, all with the same noise, (n, C, H, W)."""
+    eps = torch.randn(picture.shape, generator=seeded(seed)).expand(len(timesteps), -1, -1, -1)
+    scheduler = DDPMScheduler(beta_schedule=schedule)
+    return scheduler.add_noise(picture.expand_as(eps), eps, torch.tensor(timesteps))
+
+
+def draw_forward(settings: argparse.Namespace, path: Path) -> None:
+    picture = to_tensor(Image.open(settings.picture))
+    timesteps = [0, 125, 250, 375, 500, 625, 750, 875, 999]
+    schedules = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+    rows = {name: noised_pictures(picture, s, timesteps, settings.seed) for name, s in schedules.items()}
+    draw_pictures(rows, [f"t = {t}" for t in timesteps], path)
+
+
+def draw_digit(settings: argparse.Namespace, path: Path) -> None:
+    chain = forward_chain(DIGIT, beta=0.2, T=10, generator=seeded(settings.seed))  # (11, 1, 8, 8)
+    titles = ["x_0", *(f"x_{t}" for t in range(1, 11))]
+    draw_pictures({"beta = 0.2": chain}, titles, path)
+
+
+def draw_swiss_roll(settings: argparse.Namespace, path: Path) -> None:
+    """q(x_t | x_{t-1}), q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t), every second of the eleven clouds.
+
+    Backward starts from noised points of its own and sees no x0: its model is the exact one, E[eps | x_t] for
+    x0 evenly among the roll's points. Ten steps are few: the last one goes to the mean of the places that x_1
+    may have come from, which for some lies between the coils.
+    """
+    roll, T, beta = swiss_roll(1000, settings.seed), 10, 0.05
+    generator = seeded(settings.seed)
+    forward = forward_chain(roll, beta, T, generator)
+    posterior = posterior_chain(roll, forward[-1], beta, T, generator)
+    backward = backward_chain(roll, forward_chain(roll, beta, T, generator)[-1], beta, T, generator)
+    shown = list(range(0, T + 1, 2))
+    rows = {
+        "forward": forward[shown],
+        "posterior": posterior[shown],
+        "backward": backward[shown],
+    }
+    up, down = [f"x_{t}" for t in shown], [f"x_{T - t}" for t in shown]
+    draw_points(rows, dict(zip(rows, (up, down, down), strict=True)), path)
+
+
+# ------------------------------------------------------------ with a model
+
+
+@torch.no_grad()
+def progressive_predictions(
+    pipe: TextToImagePipeline, prompts: list[str], steps: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """(timesteps (n,), predicted x0 at each (n, B, 3, H, W)) while the model's DDPM chain draws the prompts.
+
+    Prompt i has the seed seed + i; the last prediction is the picture.
+    """
+    scheduler, channels = chain_of(pipe.scheduler), pipe.unet.config.in_channels
+    scheduler.set_timesteps(steps)
+    states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, [NULL_PROMPT] * len(prompts) + prompts)
+    added = {"pooled_text": pooled} if pipe.requires_pooled_text else None
+    generators = [seeded(seed + i) for i in range(len(prompts))]
+    size = pipe.unet.config.sample_size
+    x = torch.cat([torch.randn(1, channels, size, size, generator=generator) for generator in generators])
+    predictions = []
+    for t in scheduler.timesteps:
+        output = pipe.unet(torch.cat([x, x]), t, states, added_cond_kwargs=added).sample
+        output = guide(output, channels, pipe.config.default_guidance_scale, 0.0)
+        x, x0 = scheduler.step(output, t, x, generators, return_dict=False)
+        predictions.append(x0)
+    return scheduler.timesteps, torch.stack(predictions)
+
+
+def draw_progressive(settings: argparse.Namespace, path: Path) -> None:
+    pipe = load_pixel_pipeline(settings.model)
+    timesteps, x0 = progressive_predictions(pipe, settings.prompts, settings.steps, settings.seed)
+    shown = torch.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().long()
+    rows = {prompt: x0[shown, i] for i, prompt in enumerate(settings.prompts)}
+    draw_pictures(rows, [f"t = {t}" for t in timesteps[shown].tolist()], path)
+
+
+def mixed_noise(pictures: Tensor, shares: Tensor, abar: float, seed: int) -> Tensor:
+    """x_t and x'_t ~ q(x_t | picture), mixed by `shares` (n,) of the second: (n, C, H, W).
+
+    A plain mix of independent noises would be calmer in the middle than x_t ever is, so the noise's part is
+    scaled back to its variance of 1 - abar: ((1 - s) eps + s eps')/sqrt((1 - s)^2 + s^2).
+    """
+    eps = torch.randn(pictures.shape, generator=seeded(seed))
+    s = shares.reshape(-1, 1, 1, 1)
+    clean = (1 - s) * pictures[:1] + s * pictures[1:]
+    noise = ((1 - s) * eps[:1] + s * eps[1:]) / ((1 - s) ** 2 + s**2).sqrt()
+    return math.sqrt(abar) * clean + math.sqrt(1 - abar) * noise
+
+
+@torch.no_grad()
+def interpolate(
+    pipe: TextToImagePipeline,
+    pictures: Tensor,
+    captions: list[str],
+    t: int,
+    shares: Tensor,
+    steps: int,
+    seed: int,
+) -> Tensor:
+    """The mixes of two pictures (2, 3, H, W) at timestep t, drawn anew from there: (n, 3, H, W) in [-1, 1].
+
+    The captions' states are mixed by the same shares, and every mix is denoised with the same noise.
+    """
+    scheduler = chain_of(pipe.scheduler)
+    abar = float(scheduler.alphas_cumprod[t])
+    visited = torch.linspace(t, 0, min(steps, t + 1)).round().long().unique().flip(0).tolist()
+    states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
+    mixed = {"prompt_embeds": torch.lerp(states[:1], states[1:], shares.reshape(-1, 1, 1))}
+    if pipe.requires_pooled_text:
+        mixed["pooled_prompt_embeds"] = torch.lerp(pooled[:1], pooled[1:], shares.reshape(-1, 1))
+    pipe.scheduler = scheduler
+    pipe.set_progress_bar_config(disable=True)
+    drawn: Any = pipe(
+        **mixed,
+        timesteps=visited,
+        latents=mixed_noise(pictures, shares, abar, seed),
+        generator=[seeded(seed + 1) for _ in shares],
+        output_type="pt",
+    )
+    return drawn.images * 2 - 1
+
+
+def draw_interpolation(settings: argparse.Namespace, path: Path) -> None:
+    pipe = load_pixel_pipeline(settings.model)
+    lines = (PICTURES / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    captions = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
+    names = ["dog-face-noto.png", "cat-face-noto.png"]
+    side = pipe.unet.config.sample_size
+    pictures = to_tensor([Image.open(PICTURES / name).convert("RGB").resize((side, side)) for name in names])
+    shares = torch.linspace(0, 1, 7)
+    rows = {}
+    for t in (int(share * (len(chain_of(pipe.scheduler)) - 1)) for share in (0.25, 0.5, 0.75, 1)):
+        mixes = interpolate(
+            pipe, pictures, [captions[n] for n in names], t, shares, settings.steps, settings.seed
+        )
+        rows[f"t = {t}"] = torch.cat([pictures[:1], mixes, pictures[1:]])
+    draw_pictures(rows, ["a picture", *(f"{share:.2f}" for share in shares.tolist()), "another"], path)
+
+
+def draw_rate_distortion(settings: argparse.Namespace, path: Path) -> None:
+    shared = ("model", "dataset", "num_pictures", "cache_dir", "seed")
+    config = BitsPerDimConfig(**{name: getattr(settings, name) for name in shared})
+    config.check()
+    pipe = load_pixel_pipeline(config.model)
+    chain = evaluation_chain(pipe)
+    held_out = held_out_pictures(config, pipe)
+    rate, distortion = rate_distortion(measure(config, pipe, chain, held_out, held_out.captions))
+    reverse_steps = torch.arange(len(rate))
+    figure, axes = new_figure(11, 3.2, columns=3)
+    for ax, x, y, labels in (
+        (
+            axes[0],
+            reverse_steps,
+            distortion,
+            ("reverse process steps (T - t)", "distortion (RMSE, 0 .. 255)"),
+        ),
+        (axes[1], reverse_steps, rate, ("reverse process steps (T - t)", "rate (bits/dim)")),
+        (axes[2], rate, distortion, ("rate (bits/dim)", "distortion (RMSE, 0 .. 255)")),
+    ):
+        ax.plot(x, y, lw=1)
+        ax.set(xlabel=labels[0], ylabel=labels[1])
+        ax.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------ the command
+
+
+FIGURES: dict[str, Callable[[argparse.Namespace, Path], None]] = {
+    "forward": draw_forward,
+    "digit": draw_digit,
+    "swiss-roll": draw_swiss_roll,
+    "progressive": draw_progressive,
+    "interpolation": draw_interpolation,
+    "rate-distortion": draw_rate_distortion,
+}
+NEED_A_MODEL = ("progressive", "interpolation", "rate-distortion")
+
+
+def main(argv: list[str] | None = None) -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.figures", description=__doc__, formatter_class=formatter
+    )
+    parser.add_argument("figures", nargs="*", metavar="figure", help="which to draw; all by default")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/figures"), help="where the PNGs go")
+    parser.add_argument("--model", default="models/emoji", help="pipeline without a VAE")
+    parser.add_argument(
+        "--dataset", default="data/emoji", help="rate-distortion: validation pictures from here"
+    )
+    parser.add_argument("--cache_dir", default="data/cache", help="decoded pictures")
+    parser.add_argument("--num_pictures", type=int, default=50, help="rate-distortion: so many of them")
+    parser.add_argument(
+        "--picture", type=Path, default=PICTURES / "dog-face-noto.png", help="forward: the picture"
+    )
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="progressive: a row for each")
+    parser.add_argument("--steps", type=int, default=100, help="progressive, interpolation: denoising steps")
+    parser.add_argument("--seed", type=int, default=0)
+    settings = parser.parse_args(argv)
+    names = settings.figures or list(FIGURES)
+    for name in names:
+        if name not in FIGURES:
+            parser.error(f"figure {name!r}: must be one of {', '.join(FIGURES)}")
+    if settings.steps < 2:
+        parser.error(f"--steps must be at least 2, got {settings.steps}")
+    if not settings.picture.is_file():
+        parser.error(f"--picture: there is no file {settings.picture}")
+    if set(names) & set(NEED_A_MODEL) and not (Path(settings.model) / "model_index.json").is_file():
+        free = " ".join(name for name in FIGURES if name not in NEED_A_MODEL)
+        parser.error(
+            f"--model: there is no pipeline in {settings.model!r}; without one, name figures: {free}"
+        )
+    for name in names:
+        path = settings.output_dir / f"{name}.png"
+        try:
+            FIGURES[name](settings, path)
+        except ValueError as error:
+            parser.error(f"{name}: {error}")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

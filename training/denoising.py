@@ -1,0 +1,150 @@
+"""The loss that trains a denoising U-Net on captioned pictures, and its value on fixed noise."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines.components.ddpm_scheduler import signal_to_noise_ratio
+from pipelines.conditioning import NULL_PROMPT
+from training.caches import encode_latents
+from training.data import PictureCache, seed_for
+from training.losses import min_snr_weight, simple_loss
+
+
+def training_scheduler(scheduler: Any) -> DDPMScheduler:
+    """The DDPMScheduler with the betas and the prediction type of any scheduler (a Stable Diffusion folder
+    brings PNDM), itself when it is one."""
+    return scheduler if isinstance(scheduler, DDPMScheduler) else DDPMScheduler.from_config(scheduler.config)
+
+
+def draw_noise(
+    seed: int,
+    step: int,
+    shape: tuple[int, ...],
+    timesteps: int,
+    rank: int,
+    world: int,
+    noise_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(eps, t) of this process's slice of micro-batch `step`: a function of (seed, step) and the place in the
+    global batch alone, however many processes share it.
+
+    With `noise_offset` eps has that much noise added that is constant over each channel of a picture, without
+    which models hardly learn to draw very dark or bright ones.
+    """
+    generator = torch.Generator().manual_seed(seed_for(seed, "noise", step))
+    count = shape[0] * world
+    t = torch.randint(0, timesteps, (count,), generator=generator)
+    eps = torch.randn((count, *shape[1:]), generator=generator)
+    if noise_offset:
+        level = torch.randn((count, shape[1], *(1 for _ in shape[2:])), generator=generator)  # (B, C, 1, 1)
+        eps = eps + noise_offset * level
+    mine = slice(rank * shape[0], (rank + 1) * shape[0])
+    return eps[mine], t[mine]
+
+
+def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the U-Net is to predict at x_t, by the scheduler's prediction_type."""
+    kind = scheduler.config.prediction_type
+    return {
+        "epsilon": lambda: eps,
+        "sample": lambda: x0,
+        "v_prediction": lambda: scheduler.get_velocity(x0, eps, t),
+    }[kind]()
+
+
+class DenoisingLoss:
+    """The training loss of one micro-batch, from picture indices to a scalar (Ho 2020, Algorithm 1).
+
+    Args:
+        config: TextToImageConfig, of which it reads seed, random_flip, canonical_caption, caption_dropout,
+            noise_offset and snr_gamma.
+        unet: what `accelerator.prepare` made of the pipeline's.
+        data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
+        text: captions -> states and pooled vectors, a TextCache or LiveText.
+        rank, world: this process's number and how many share a global batch.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        pipe: TextToImagePipeline,
+        unet: Any,
+        data: Any,
+        text: Any,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.config, self.scheduler, self.unet = config, training_scheduler(pipe.scheduler), unet
+        self.rank, self.world = rank, world
+        self.data, self.text, self.vae = data, text, pipe.vae
+        self.pooled = pipe.requires_pooled_text
+        self.snr = signal_to_noise_ratio(self.scheduler.alphas_cumprod)
+
+    def __call__(self, batch: list[int] | PictureCache, step: int) -> tuple[Tensor, dict[str, Any]]:
+        config = self.config
+        streamed = isinstance(batch, PictureCache)
+        data: Any = batch if streamed else self.data
+        indices: Any = list(range(len(batch))) if streamed else batch
+        count = len(indices)
+        # Drawn for the global batch, of which this process takes its slice, as eps and t are
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step))
+        draws = torch.rand(count * self.world, 4, generator=generator)[self.rank * count :][:count]
+        x0 = data.images(indices, draws[:, 3] < 0.5 if config.random_flip else None)
+        if streamed and self.vae is not None:
+            x0 = encode_latents(self.vae, x0)
+        chosen = data.choose_captions(indices, draws[:, :2], config.canonical_caption).tolist()
+        dropped = (draws[:, 2] < config.caption_dropout).tolist()
+        captions = [
+            NULL_PROMPT if drop else data.captions[i] for i, drop in zip(chosen, dropped, strict=True)
+        ]
+        timesteps = self.scheduler.config.num_train_timesteps
+        shape, offset = tuple(x0.shape), config.noise_offset
+        eps, t = draw_noise(config.seed, step, shape, timesteps, self.rank, self.world, offset)
+        return self.loss(x0, captions, eps, t)
+
+    def loss(self, x0: Tensor, captions: list[str], eps: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Mean over batch and dimensions of weight(t) (target - unet(q_sample(x0, t, eps), t, text))^2; among
+        the details t and each sample's loss."""
+        device = next(self.unet.parameters()).device
+        states, pooled = (x.to(device) for x in self.text(captions))
+        x0, eps, t = x0.to(device), eps.to(device), t.to(device)
+        added = {"pooled_text": pooled} if self.pooled else None
+        output = self.unet(self.scheduler.add_noise(x0, eps, t), t, states, added_cond_kwargs=added).sample
+        weight = None
+        if self.config.snr_gamma is not None:
+            weight = min_snr_weight(
+                self.snr.to(device)[t], self.scheduler.config.prediction_type, self.config.snr_gamma
+            )
+        per_sample = simple_loss(output, target_of(self.scheduler, x0, eps, t), weight)
+        return per_sample.mean(), {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
+
+
+BUCKETS = 10
+
+
+@torch.no_grad()
+def validation_loss(loss: DenoisingLoss, pictures: Any, seed: int, limit: int = 256) -> list[float]:
+    """Mean loss in each of ten timestep buckets, on fixed pictures, captions, eps and t: so steps compare."""
+    count = min(limit, len(pictures))
+    generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
+    order = torch.randperm(len(pictures), generator=generator)[:count]
+    total = loss.scheduler.config.num_train_timesteps
+    sums, counts = torch.zeros(BUCKETS), torch.zeros(BUCKETS)
+    weighted, loss.config.snr_gamma = loss.config.snr_gamma, None
+    try:
+        for start in range(0, count, 32):
+            indices = order[start : start + 32]
+            x0 = pictures.images(indices)
+            captions = [pictures.captions[pictures.choices[int(i)][0]] for i in indices]
+            eps = torch.randn(x0.shape, generator=generator)
+            t = (torch.arange(start, start + len(indices)) * 617 + 31) % total  # spread evenly over 0..T-1
+            details = loss.loss(x0, captions, eps, t)[1]
+            bucket = details["t"] * BUCKETS // total
+            sums.index_add_(0, bucket, details["per_sample"])
+            counts.index_add_(0, bucket, torch.ones(len(bucket)))
+    finally:
+        loss.config.snr_gamma = weighted
+    return (sums / counts.clamp(min=1)).tolist()
