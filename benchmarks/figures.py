@@ -51,7 +51,7 @@ def draw_pictures(rows: dict[str, Tensor], titles: list[str], path: Path) -> Non
     for r, (name, pictures) in enumerate(rows.items()):
         for c, picture in enumerate(to_unit(pictures.float())):
             ax = axes[r, c] if len(rows) > 1 else axes[c]
-            ax.imshow(picture.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
             if r == 0:
                 ax.set_title(titles[c], fontsize=8)
@@ -66,7 +66,7 @@ def draw_points(rows: dict[str, Tensor], titles: dict[str, list[str]], path: Pat
     figure, axes = new_figure(1.6 * columns, 1.8 * len(rows), columns, len(rows))
     for row, (name, clouds) in zip(axes, rows.items(), strict=True):
         for ax, cloud, title in zip(row, clouds, titles[name], strict=True):
-            ax.scatter(*cloud.T, s=1, c=torch.linspace(0, 1, len(cloud)), cmap="viridis")
+            ax.scatter(*cloud.T.numpy(), s=1, c=range(len(cloud)), cmap="viridis")
             ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
             ax.set_title(title, fontsize=8)
         row[0].set_ylabel(name, fontsize=9)
@@ -241,7 +241,7 @@ def draw_rate_distortion(settings: argparse.Namespace, path: Path) -> None:
         (axes[1], reverse_steps, rate, ("reverse process steps (T - t)", "rate (bits/dim)")),
         (axes[2], rate, distortion, ("rate (bits/dim)", "distortion (RMSE, 0 .. 255)")),
     ):
-        ax.plot(x, y, lw=1)
+        ax.plot(x.numpy(), y.numpy(), lw=1)
         ax.set(xlabel=labels[0], ylabel=labels[1])
         ax.grid(alpha=0.3)
     save_figure(figure, path)

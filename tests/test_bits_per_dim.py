@@ -19,8 +19,9 @@ from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.conditioning import encode_text
 from training import evaluate
 from training.bits_per_dim import BitsPerDimConfig, picture_noise, shuffle_captions
+from training.config import parse_config
 from training.data import seed_for
-from training.sampling_steps import SamplingStepsConfig, frechet_distance
+from training.sampling_steps import SamplingStepsConfig, frechet_distance, label
 
 T = 12
 SEED = 3
@@ -413,6 +414,25 @@ def test_sampling_steps(make_model, judge_folder, dataset_folder, tmp_path, monk
 def test_settings_of_sampling_steps_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingStepsConfig(**settings).check()
+
+
+def test_legends_name_models_without_their_paths():
+    names = {
+        "runs/simple/pipeline:fixed_large": "simple, fixed_large",
+        "models/emoji": "emoji",
+        "pipeline": "pipeline",
+    }
+    assert {model: label(model) for model in names} == names
+
+
+@pytest.mark.parametrize("config", [BitsPerDimConfig, SamplingStepsConfig])
+def test_every_setting_has_its_help(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(config, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for name, setting in config.__dataclass_fields__.items():
+        assert f"--{name}" in shown and setting.metadata["help"][:12] in shown
 
 
 def test_the_defaults_pass():

@@ -9,6 +9,7 @@ half B. The floor is the real pictures of half B themselves.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,20 +172,34 @@ def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
     return figures
 
 
+def label(model: str) -> str:
+    """FOLDER:VARIANCE_TYPE -> what a legend calls it, without the path: the run's name for its `pipeline`."""
+    folder, variance = split_name(model)
+    path = Path(folder)
+    name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
+    return f"{name}, {variance}" if variance else name
+
+
 def draw_curves(figures: dict[str, Any], config: SamplingStepsConfig) -> None:
-    """Both figures side by side, a curve for each model, steps on a logarithmic scale."""
+    """Both figures side by side, a curve for each model; steps and bits on logarithmic scales."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     figure, (bits, distance) = new_figure(10, 4, columns=2)
-    for name in config.models:
-        rows = [figures[name][f"{steps} steps"] for steps in config.steps]
-        means, errors = ([row["bits/dim"][key] for row in rows] for key in ("mean", "standard error"))
-        bits.errorbar(
-            config.steps, means, yerr=[2 * error for error in errors], marker="o", capsize=2, label=name
-        )
-        distance.plot(config.steps, [row["Frechet distance"] for row in rows], marker="o", label=name)
+    for model in config.models:
+        rows = [figures[model][f"{steps} steps"] for steps in config.steps]
+        means = [row["bits/dim"]["mean"] for row in rows]
+        errors = [2 * row["bits/dim"]["standard error"] for row in rows]
+        bits.errorbar(config.steps, means, yerr=errors, marker="o", capsize=2, label=label(model))
+        distances = [row["Frechet distance"] for row in rows]
+        distance.plot(config.steps, distances, marker="o", label=label(model))
     floor = figures[config.models[0]]["floor of the Frechet distance"]
     distance.axhline(floor, color="grey", ls=":", label="real pictures")
-    for ax, label in ((bits, "bits/dim"), (distance, "Frechet distance, judge's image space")):
-        ax.set(xscale="log", xlabel="steps", ylabel=label, xticks=config.steps, xticklabels=config.steps)
+    bits.set_yscale("log")  # few steps with too small a variance cost ten times the bits of the others
+    bits.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    bits.yaxis.set_major_formatter(ScalarFormatter())
+    bits.yaxis.set_minor_formatter(NullFormatter())
+    for ax, quantity in ((bits, "bits/dim"), (distance, "Frechet distance, judge's image space")):
+        ax.set(xscale="log", xlabel="steps", ylabel=quantity, xticks=config.steps, xticklabels=config.steps)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend()
