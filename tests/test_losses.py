@@ -49,6 +49,25 @@ def test_min_snr_weights_by_hand(prediction_type, expected):
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 
+@pytest.mark.parametrize(
+    "prediction_type, expected",
+    [
+        ("epsilon", [2.0, 1.0, 0.25]),
+        ("v_prediction", [2 / 3, 5 / 6, 5 / 21]),
+        ("sample", [1.0, 5.0, 5.0]),
+    ],
+)
+def test_a_floor_lifts_the_weight_of_the_noisiest_by_hand(prediction_type, expected):
+    weights = min_snr_weight(torch.tensor([0.5, 5.0, 20.0]), prediction_type, gamma=5.0, floor=1.0)
+    torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("floor", [-0.1, 5.1])
+def test_a_floor_outside_zero_to_gamma_is_refused(floor):
+    with pytest.raises(ValueError, match=f"floor must be in .0, gamma. .*got {floor}"):
+        min_snr_weight(torch.ones(2), "sample", 5.0, floor)
+
+
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights_over_a_schedule(theirs, gamma):
     """Hang 2023: w_x0 = min(SNR, g), and the others are it over SNR and SNR + 1; SNR as diffusers has it."""

@@ -141,27 +141,26 @@ def by_hand(
     return F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
 
 
-def min_snr(kind: str, t: torch.Tensor) -> torch.Tensor:
-    """Hang 2023 with gamma 5, SNR from diffusers."""
+def min_snr(kind: str, t: torch.Tensor, floor: float) -> torch.Tensor:
+    """Hang 2023 with gamma 5, SNR from diffusers, and our floor."""
     snr = compute_snr(DiffusersDDPM(beta_schedule="squaredcos_cap_v2"), t)
-    capped = torch.minimum(snr, torch.tensor(5.0))
+    capped = torch.maximum(torch.minimum(snr, torch.tensor(5.0)), torch.tensor(floor))
     return capped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
 
 
-@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("snr_gamma, snr_floor", [(None, 0.0), (5.0, 0.0), (5.0, 1.0)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_against_diffusers_parts(kind, snr_gamma, make_loss):
+def test_the_loss_against_diffusers_parts(kind, snr_gamma, snr_floor, make_loss):
     pictures = random_pictures()
-    loss, pipe = make_loss(
-        kind, pictures, snr_gamma=snr_gamma, canonical_caption=1.0, caption_dropout=0.0, seed=4
-    )
+    settings = {"snr_gamma": snr_gamma, "snr_floor": snr_floor, "caption_dropout": 0.0, "seed": 4}
+    loss, pipe = make_loss(kind, pictures, canonical_caption=1.0, **settings)
     indices = [7, 0, 3, 3]
     mean, details = loss(indices, 9)
     x0 = torch.from_numpy(pictures.pixels[indices]).float() / 255 * 2 - 1
     eps, t = draw_noise(4, 9, (4, 3, 16, 16), 1000, 0, 1)
     expected = by_hand(pipe, x0, [f"cat {i}" for i in indices], eps, t)
     if snr_gamma:
-        expected = expected * min_snr(kind, t)
+        expected = expected * min_snr(kind, t, snr_floor)
     torch.testing.assert_close(details["per_sample"], expected, rtol=2e-3, atol=1e-5)  # fp16 text states
     assert_same(details["t"], t)
     assert mean.item() == pytest.approx(details["per_sample"].mean().item(), rel=1e-6)
@@ -274,6 +273,9 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("vae", {"vae": "vae"} | SAVED | {"text_encoder": None}),
         ("checkpoints_total_limit", {"checkpoints_total_limit": 0}),
         ("learning_rate", {"learning_rate": 0.0}),
+        ("snr_gamma", {"snr_gamma": 0.0}),
+        ("snr_floor", {"snr_floor": 6.0}),
+        ("snr_floor", {"snr_gamma": None, "snr_floor": 1.0}),
         ("lr_warmup_steps", {"lr_warmup_steps": -1}),
     ],
 )  # fmt: skip

@@ -60,7 +60,7 @@ class DenoisingLoss:
 
     Args:
         config: TextToImageConfig, of which it reads seed, random_flip, canonical_caption, caption_dropout,
-            noise_offset and snr_gamma.
+            noise_offset, snr_gamma and snr_floor.
         unet: what `accelerator.prepare` made of the pipeline's.
         data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
         text: captions -> states and pooled vectors, a TextCache or LiveText.
@@ -115,9 +115,9 @@ class DenoisingLoss:
         output = self.unet(self.scheduler.add_noise(x0, eps, t), t, states, added_cond_kwargs=added).sample
         weight = None
         if self.config.snr_gamma is not None:
-            weight = min_snr_weight(
-                self.snr.to(device)[t], self.scheduler.config.prediction_type, self.config.snr_gamma
-            )
+            kind = self.scheduler.config.prediction_type
+            snr = self.snr.to(device)[t]
+            weight = min_snr_weight(snr, kind, self.config.snr_gamma, self.config.snr_floor)
         per_sample = simple_loss(output, target_of(self.scheduler, x0, eps, t), weight)
         return per_sample.mean(), {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
 

@@ -12,22 +12,27 @@ from pipelines.likelihood import chain_of, vlb_term
 LOSSES = ("simple", "hybrid", "vlb")
 
 
-def min_snr_weight(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
+def min_snr_weight(snr: Tensor, prediction_type: str, gamma: float, floor: float = 0.0) -> Tensor:
     """Loss weight per sample that caps the signal-to-noise ratio at gamma (Hang 2023, equation 6).
 
-    epsilon: min(SNR, gamma) / SNR;  v_prediction: min(SNR, gamma) / (SNR + 1);  sample: min(SNR, gamma).
+    w = clamp(SNR, floor, gamma), divided by SNR for epsilon, by SNR + 1 for v_prediction, by 1 for sample.
+    With floor 0 it is the paper's min(SNR, gamma), which is near 0 where there is almost only noise: there
+    nothing but the text tells what the picture shows, and a floor of 1 keeps the plain x0 loss.
 
     Args:
         snr: abar_t / (1 - abar_t) of each sample, (B,), positive.
         prediction_type: "epsilon", "v_prediction" or "sample".
         gamma: the cap, positive; the paper's 5.
+        floor: the least SNR counts as, from 0 to gamma.
 
     Raises:
-        ValueError: an unknown prediction_type, or gamma not above 0.
+        ValueError: an unknown prediction_type, gamma not above 0, or floor outside [0, gamma].
     """
     if gamma <= 0:
         raise ValueError(f"gamma must be above 0, got {gamma}")
-    capped = snr.clamp(max=gamma)
+    if not 0 <= floor <= gamma:
+        raise ValueError(f"floor must be in [0, gamma] = [0, {gamma}], got {floor}")
+    capped = snr.clamp(floor, gamma)
     if prediction_type == "epsilon":
         return capped / snr
     if prediction_type == "v_prediction":

@@ -101,6 +101,7 @@ class TextToImageConfig:
     adam_epsilon: float = setting("AdamW.", 1e-8)
     max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0)
     snr_gamma: float | None = setting("Min-SNR weighting; none is the plain simple loss.", 5.0)
+    snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
     noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
     mixed_precision: str | None = setting("no, fp16 or bf16; default accelerate's.")
@@ -141,6 +142,9 @@ class TextToImageConfig:
             require(saved is None or value is None, name, value, "left to pretrained_model_name_or_path")
         for name in ("caption_dropout", "canonical_caption", "concept_power", "ema_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        gamma, floor = self.snr_gamma, self.snr_floor
+        require(gamma is None or gamma > 0, "snr_gamma", gamma, "above 0, or null for the plain loss")
+        require(floor == 0 or 0 < floor <= (gamma or 0), "snr_floor", floor, "in [0, snr_gamma]")
         for name in ("learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("lr_warmup_steps", "noise_offset", "adam_weight_decay"):
