@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from training.config import parse_config
 from training.data import StepBatchSampler, cache_pictures, concept_weights, load_pictures, seed_for
-from training.loop import Checkpoints, fit
+from training.loop import Checkpoints, fit, make_accelerator
 
 
 @dataclass
@@ -33,8 +32,8 @@ class AutoencoderConfig:
     dataset: str = field(
         default="data/emoji", metadata={"help": "Saved data set, picture folder or Hub name."}
     )
-    caption_column: str = field(
-        default="caption", metadata={"help": "Column of the captions (unused, but cached)."}
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions (unused, but cached); caption or text."}
     )
     cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures, computed once."})
     resolution: int = field(default=64, metadata={"help": "Side of the pictures, in pixels."})
@@ -59,6 +58,18 @@ class AutoencoderConfig:
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and latent noise."})
 
 
+class Autoencoder(AutoencoderKL):
+    """AutoencoderKL with all that training needs in one forward pass, so that processes share gradients."""
+
+    def forward(  # type: ignore[override]
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> (pictures decoded from a draw of q(z given x), KL(q, N(0, I)) per value of x)."""
+        posterior = self.encode(images).latent_dist
+        decoded = self.decode(posterior.sample(generator)).sample
+        return decoded, posterior.kl().mean() / images[0].numel()
+
+
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error of the picture and, as much again, of its differences between neighbours: flat art
     lives by its edges, and the plain error blurs them."""
@@ -70,12 +81,12 @@ def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
 
 def main() -> None:
     config = parse_config(AutoencoderConfig)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = make_accelerator(config.output_dir, config.mixed_precision)
     set_seed(config.seed)
     data = load_pictures(config.dataset)
     cache = cache_pictures(data, config.resolution, config.cache_dir, "image", config.caption_column)
     levels = len(config.block_out_channels)
-    vae = AutoencoderKL(
+    vae = Autoencoder(
         sample_size=config.resolution,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -103,11 +114,8 @@ def main() -> None:
     def compute_loss(indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         images = cache.images(indices).to(accelerator.device, memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(seed_for(config.seed, "latent", step, rank))
-        unwrapped = accelerator.unwrap_model(model)
-        posterior = unwrapped.encode(images).latent_dist
-        decoded = unwrapped.decode(posterior.sample(generator)).sample
+        decoded, kl = model(images, generator)
         reconstruction = reconstruction_loss(decoded.float(), images)
-        kl = posterior.kl().mean() / images[0].numel()
         return reconstruction + config.kl_weight * kl, {"reconstruction": float(reconstruction)}
 
     bar = tqdm(
@@ -146,9 +154,11 @@ def finish(vae: AutoencoderKL, cache: Any, output: Path) -> None:
     images = cache.images(torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))[:512])
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)])
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(64)])
-    vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     mse = ((decoded.clamp(-1, 1) - images) / 2).pow(2).mean()
-    vae.save_pretrained(str(output / "vae"))
+    plain = AutoencoderKL.from_config(vae.config)  # so that the saved config names diffusers' class
+    plain.load_state_dict(vae.state_dict())
+    plain.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+    plain.save_pretrained(str(output / "vae"))
     print(f"autoencoder saved in {output / 'vae'}: PSNR {-10 * mse.log10():.2f} dB, std {latents.std():.2f}")
 
 
