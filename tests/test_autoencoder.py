@@ -50,26 +50,26 @@ def test_the_reconstruction_loss_by_hand():
 
 
 def test_the_recipe_learns_and_measures_the_scale(monkeypatch, tmp_path, capsys):
-    """60 steps on the committed pictures: nearer to them than their mean picture is, latents of unit
+    """150 steps on the committed pictures: nearer to them than their mean picture is, latents of unit
     variance by the saved scale, and a folder of diffusers' class."""
     arguments = {
         "output_dir": tmp_path / "run",
         "dataset": EMOJI,
         "cache_dir": tmp_path / "cache",
-        "resolution": 32,
+        "resolution": 16,
         "train_batch_size": 8,
-        "max_train_steps": 60,
+        "max_train_steps": 150,
         "learning_rate": 3e-3,
         "seed": 3,
     }
     argv = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(sys, "argv", ["autoencoder", *argv, "--block_out_channels", "16", "32", "32"])
+    monkeypatch.setattr(sys, "argv", ["autoencoder", *argv, "--block_out_channels", "16", "32"])
     autoencoder.main()
     assert "autoencoder saved in" in capsys.readouterr().out
     vae = AutoencoderKL.from_pretrained(tmp_path / "run" / "vae")
     data = load_pictures(str(EMOJI))
-    cache = cache_pictures(data, 32, str(tmp_path / "cache"), "image", None)
+    cache = cache_pictures(data, 16, str(tmp_path / "cache"), "image", None)
     images = cache.images(list(range(len(cache))))
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
@@ -78,4 +78,4 @@ def test_the_recipe_learns_and_measures_the_scale(monkeypatch, tmp_path, capsys)
     assert scaled.std().item() == pytest.approx(1.0, abs=0.01)
     assert scaled.mean().item() == pytest.approx(0.0, abs=0.01)
     error, blank = ((x - images).square().mean().item() for x in (decoded, images.mean(0)))
-    assert error < 0.5 * blank, (error, blank)
+    assert error < 0.65 * blank, (error, blank)
