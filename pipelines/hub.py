@@ -144,7 +144,7 @@ class SaveMixin:
             clean_config(staging / INDEX)
             text = self.make_card(name, not in_diffusers_format, card, model_card)
             if text != read_text(folder / CARD):  # else not a byte of it changes
-                (staging / CARD).write_bytes(text.encode())
+                (staging / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
             move_into(staging, folder, variant)
 
 
@@ -164,8 +164,10 @@ def check_saving(
         logger.warning("safe_serialization=False is ignored: weights are saved as safetensors only.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`save_directory` must be a folder, and {folder} is a file")
-    if not (card is None or isinstance(card, dict) or Path(card).is_file()):
+    file = isinstance(card, (str, os.PathLike)) and Path(card).is_file()
+    if not (card is None or isinstance(card, dict) or file):
         raise ValueError(f"`model_card` must be a dict of front matter or a Markdown file, got {card!r}")
+    pipeline.make_card(folder.name, has_code=True, given=card)  # raises for what cannot be a card
     for name, component in modules_of(pipeline).items():
         if any(".lora_A." in key for key in component.state_dict()):
             raise ValueError(
@@ -385,8 +387,8 @@ def weight_patterns(component: str, variant: str | None) -> list[str]:
 
 
 def read_text(path: Path) -> str | None:
-    """A text file's content, None when there is no such file."""
-    return path.read_bytes().decode("utf-8") if path.is_file() else None
+    """A text file's content, bytes that are no UTF-8 kept as they are; None when there is no such file."""
+    return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -401,11 +403,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def create_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
-    """The full name of the repository, made if it is not there; its owner defaults to the token's."""
-    from huggingface_hub import create_repo
+    """The full name of the repository, made if it is not there; its owner defaults to the token's.
 
+    Raises ValueError where `private` is asked for and the repository is there already, and public.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
     with hub_errors(repo_id):
-        return create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        public = private and not api.repo_info(name).private
+    if public:
+        raise ValueError(
+            f"`private` must not be True for {name}, which is there already and public; nothing was pushed. "
+            f"HfApi().update_repo_settings({name!r}, private=True) makes it private"
+        )
+    return name
 
 
 def fetch_card(repo_id: str, token: str | bool | None) -> str | None:
@@ -437,7 +450,7 @@ def upload(
 
     start = f"{subfolder}/" if subfolder else ""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    added = {start + place: path for place, path in sorted(files.items()) if not place.startswith(".")}
+    added = {start + place: path for place, path in sorted(files.items()) if "/." not in "/" + place}
     patterns = [start + p for name in pipeline.components for p in weight_patterns(name, variant)]
     api = HfApi(token=token)
     with hub_errors(repo_id):

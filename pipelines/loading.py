@@ -8,6 +8,7 @@ to the Hub brings this helper along, and there the components come as files of t
 """
 
 import glob
+import inspect
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
 
 logger = logging.get_logger("diffusers.pipelines.pipeline_utils")  # whose log lists the other components
 
@@ -48,19 +51,24 @@ class LoadMixin:
         Weights come from safetensors only, and as float32 unless `torch_dtype` says otherwise, whatever the
         precision on disk. A name that is no folder is taken as the Hub's. This class and our components are
         used even where the folder brings code for them; other custom code runs with `trust_remote_code=True`
-        only. Raises OSError or ValueError with the way out for what cannot or should not be loaded.
+        only. `device_map` may be a device. Raises OSError or ValueError with the way out for what cannot or
+        should not be loaded.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
+        if kwargs.get("device_map") == "balanced":
+            raise ValueError(
+                "`device_map` must be a device, got 'balanced': for a model that does not fit on one, load "
+                "without and call `enable_model_cpu_offload()`."
+            )
         name = str(pretrained_model_name_or_path)
         dtype = kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or torch.float32
         kwargs |= {"use_safetensors": True, "dtype": dtype}
-        folder = model_folder(name, kwargs)
+        folder = model_folder(name, kwargs, cls)
         own = load_own_components(folder, kwargs, dtype)
         pipeline = super().from_pretrained(str(folder), **(kwargs | own))  # type: ignore[misc]
         align_weights(pipeline)
-        if "scheduler" not in kwargs:
-            follow_stable_diffusion(folder, pipeline.scheduler)
+        follow_stable_diffusion(folder, pipeline)
         pipeline.register_to_config(_name_or_path=name)
         pipeline._model_card = read_text(folder / CARD)  # for the card of what is saved from here
         pipeline._loaded_name = None if Path(name).is_dir() else name
@@ -122,7 +130,7 @@ def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 # ---- which files are read ----
 
 
-def model_folder(name: str, given: dict[str, Any]) -> Path:
+def model_folder(name: str, given: dict[str, Any], pipeline_class: type) -> Path:
     """The folder `name`, or where the Hub's model of that name was downloaded to, with all it needs.
 
     `given` are from_pretrained's keywords; components among them are neither checked nor downloaded.
@@ -132,7 +140,7 @@ def model_folder(name: str, given: dict[str, Any]) -> Path:
     if folder.is_dir():
         if not (folder / INDEX).is_file():
             raise OSError(f"{name} is no model folder: it has no {INDEX}.{_single_file_hint(folder)}")
-        index = read_json(folder / INDEX)
+        index = read_index(folder, pipeline_class, name)
         inside = [
             folder / INDEX,
             *(file for part in component_entries(index) for file in folder.glob(f"{part}/*")),
@@ -140,10 +148,31 @@ def model_folder(name: str, given: dict[str, Any]) -> Path:
         files = choose_files([file.relative_to(folder).as_posix() for file in inside], index, given, name)
         check_links(folder, inside)
     else:
-        folder, files = download(name, given)
+        folder, files = download(name, given, pipeline_class)
         index = read_json(folder / INDEX)
     check_contents(folder, files, component_entries(index))
     return folder
+
+
+def read_index(folder: Path, pipeline_class: type, source: str) -> dict[str, Any]:
+    """The folder's model index. OSError for a pipeline with other parts than `pipeline_class` has.
+
+    What Stable Diffusion folders hold besides is left alone, as diffusers leaves it; but without its second
+    text encoder, say, another kind of model would draw nothing, or noise.
+    """
+    index = read_json(folder / INDEX)
+    kind = index.get("_class_name")
+    kind = kind[-1] if isinstance(kind, list) and kind else kind
+    if not isinstance(kind, str):
+        raise OSError(f"{INDEX} of {source} names no pipeline: it has no `_class_name`")
+    accepted = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
+    strange = [name for name in component_entries(index) if name not in accepted]
+    if strange and kind not in ("StableDiffusionPipeline", pipeline_class.__name__):
+        raise OSError(
+            f"{source} is a {kind}, with {' and '.join(strange)}, for which {pipeline_class.__name__} has no "
+            "place: diffusers' DiffusionPipeline.from_pretrained loads it"
+        )
+    return index
 
 
 def choose_files(
@@ -208,17 +237,22 @@ def check_links(folder: Path, files: list[Path]) -> None:
 
 
 def check_contents(folder: Path, files: list[str], entries: dict[str, tuple[str, str]]) -> None:
-    """OSError where an index of shards names something else than the folder's shards, or a config another
-    model or code: transformers' loaders would follow them."""
+    """OSError for weights that are not whole, and where an index of shards names something else than the
+    folder's shards, or a config another model or code: transformers' loaders would follow them."""
     for file in files:
         component, _, base = file.partition("/")
-        if base == "adapter_config.json":
+        if base.endswith(".safetensors"):
+            check_whole(folder / file)
+        elif base == "adapter_config.json":
             raise OSError(
                 f"{folder / file} says to load adapters, and {component} from where it names: take it "
                 "away, and load the adapters with load_lora_weights"
             )
-        if ".safetensors" in base and base.endswith(".json"):
-            for shard in sorted(set(map(str, read_json(folder / file).get("weight_map", {}).values()))):
+        elif ".safetensors" in base:
+            places = read_json(folder / file).get("weight_map")
+            if not isinstance(places, dict):
+                raise OSError(f"{folder / file} must map names to shards in `weight_map`, got {places!r:.50}")
+            for shard in sorted(set(map(str, places.values()))):
                 if f"{component}/{shard}" not in files:
                     raise OSError(
                         f"{folder / file} names the shard {shard!r}, which is not one of that folder's"
@@ -229,6 +263,34 @@ def check_contents(folder: Path, files: list[str], entries: dict[str, tuple[str,
                     f"{folder / file} asks for code through {entries[component][1]}, which is not run: load "
                     f"{component} yourself and pass it to from_pretrained"
                 )
+        if base == "config.json" and (kernels := kernels_of(read_json(folder / file))):
+            raise OSError(
+                f"{folder / file} asks for attention code, {' and '.join(kernels)}, which is not fetched: "
+                "take `attn_implementation` out of it"
+            )
+
+
+def check_whole(file: Path) -> None:
+    """OSError for what is no safetensors file or only the beginning of one; tensors are not read."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{file} is no safetensors file, or not the whole of one ({error}): fetch it again, with "
+            "`git lfs pull` where git left a pointer to it"
+        ) from error
+
+
+def kernels_of(config: dict[str, Any]) -> list[str]:
+    """The repositories whose attention code a config of transformers, or one inside it, asks for."""
+    found = []
+    for key, value in config.items():
+        if key.endswith("attn_implementation") and "/" in str(value):
+            found.append(str(value))
+        elif isinstance(value, dict):
+            found += kernels_of(value)
+    return found
 
 
 def _single_file_hint(folder: Path) -> str:
@@ -242,7 +304,7 @@ def _single_file_hint(folder: Path) -> str:
 # ---- the Hub ----
 
 
-def download(name: str, given: dict[str, Any]) -> tuple[Path, list[str]]:
+def download(name: str, given: dict[str, Any], pipeline_class: type) -> tuple[Path, list[str]]:
     """(folder, files) of the Hub's model `name`, all of one commit, or what the cache has when out of reach.
 
     Raises OSError that says what to do about it; what has arrived by then is kept, and no folder counts as
@@ -263,7 +325,7 @@ def download(name: str, given: dict[str, Any]) -> tuple[Path, list[str]]:
         raise OSError(_explain(error, name, given.get("revision"))) from error
     if INDEX not in names:
         raise OSError(f"{name} on the Hub is no model of diffusers' kind: it has no {INDEX}")
-    index = read_json(folder / INDEX)
+    index = read_index(folder, pipeline_class, name)
     files = choose_files(names, index, given, name)
     try:
         folder = Path(
@@ -315,8 +377,8 @@ def _explain(error: Exception, name: str, revision: str | None) -> str:
 def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.float32) -> dict[str, Any]:
     """Every component of `folder` that `OWN_CLASSES` covers and `given` has not, in our class.
 
-    `given` are from_pretrained's keywords; of them `variant` counts here. `dtype` is one for all, or
-    diffusers' dict by component, with "default".
+    `given` are from_pretrained's keywords; of them `variant` and `device_map` count here. `dtype` is one for
+    all, or diffusers' dict by component, with "default".
     """
     index = read_json(folder / INDEX)
     variant = given.get("variant")
@@ -331,21 +393,29 @@ def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.
             if variant is not None and any((folder / name).glob(f"*.{variant}*")):
                 options["variant"] = variant
         loaded[name] = cls.from_pretrained(folder, subfolder=name, **options)  # type: ignore[attr-defined]
+        if isinstance(loaded[name], torch.nn.Module) and given.get("device_map") is not None:
+            loaded[name].to(given["device_map"])
         logger.info("Loaded %s as %s from `%s` subfolder of %s.", name, cls.__name__, name, folder)
     return loaded
 
 
-def follow_stable_diffusion(folder: Path, scheduler: Any) -> None:
-    """Give the scheduler of a Stable Diffusion folder the settings StableDiffusionPipeline forces on it.
+def follow_stable_diffusion(folder: Path, pipeline: Any) -> None:
+    """Give the parts of a Stable Diffusion folder the settings that StableDiffusionPipeline forces on them.
 
-    Old folders say clip_sample = true, which would clip latents to [-1, 1], and steps_offset = 0; diffusers
-    overrules both on loading, so pictures would differ from everybody else's without this.
+    Old folders say clip_sample = true, which would clip latents to [-1, 1], and steps_offset = 0; and what
+    diffusers before 0.9 saved says sample_size = 32 for models of 64. diffusers overrules all three, also on
+    parts that it is handed, so pictures would differ from everybody else's without this.
     """
-    index = read_json(folder / INDEX)
-    if str(index.get("_class_name", "")).startswith("StableDiffusion"):
+    if not str(read_json(folder / INDEX).get("_class_name", "")).startswith("StableDiffusion"):
+        return
+    if (scheduler := pipeline.scheduler) is not None:
         forced = {"clip_sample": False, "steps_offset": 1}
-        known = {key: value for key, value in forced.items() if key in scheduler.config}
-        scheduler.register_to_config(**known)
+        scheduler.register_to_config(**{key: forced[key] for key in forced if key in scheduler.config})
+    if (unet := pipeline.unet) is not None:
+        size, saved_by = unet.config.sample_size, unet.config.get("_diffusers_version")
+        old = saved_by is not None and Version(saved_by) < Version("0.9.0.dev0")
+        if old and isinstance(size, int) and size < 64:
+            unet.register_to_config(sample_size=64)
 
 
 def align_weights(pipeline: Any) -> None:
@@ -374,4 +444,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_text(path: Path) -> str | None:
     """A text file's content, None when there is no such file."""
-    return path.read_bytes().decode("utf-8") if path.is_file() else None
+    return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None

@@ -1,5 +1,6 @@
 """The model card: README.md of a folder, with the front matter that the Hub reads."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,33 @@ class ModelCardMixin:
             has_code: whether diffusers needs `trust_remote_code` to load it.
             card: the text of the folder's own card, kept as it is except for the fields in `given`.
             given: front matter as huggingface_hub's ModelCardData takes it, or a Markdown file to copy.
+
+        Raises ValueError for front matter, given or in `card`, that cannot be read, and for a file not in
+        UTF-8.
         """
         from huggingface_hub import ModelCard, ModelCardData
+        from yaml import YAMLError
 
         if not (given is None or isinstance(given, dict)):
-            return Path(given).read_text(encoding="utf-8")
+            try:
+                return Path(given).read_bytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"`model_card` must be a file in UTF-8, and {given} is none: {error}"
+                ) from error
         fields = dict(given or {})
         if fields.get("eval_results"):
             fields.setdefault("model_name", name)
         if card is not None:
             if not fields:
                 return card
-            kept = ModelCard(card)
+            try:
+                kept = ModelCard(card)
+            except (YAMLError, ValueError, TypeError) as error:
+                raise ValueError(
+                    "`model_card` cannot be merged into the README.md that is there: its front matter cannot "
+                    f"be read ({error}). Mend it, or pass a Markdown file to take its place"
+                ) from error
             kept.data = ModelCardData(**(kept.data.to_dict() | ModelCardData(**fields).to_dict()))
             return str(kept)
         general: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
@@ -66,9 +82,9 @@ class ModelCardMixin:
         if self._model_card:
             try:
                 fields = ModelCard(self._model_card, ignore_metadata_errors=True).data.to_dict()
-            except (YAMLError, ValueError):  # somebody else's broken card is no reason not to save
+            except (YAMLError, ValueError, TypeError):  # somebody else's broken card is no reason not to save
                 fields = {}
-        fields = {key: fields[key] for key in INHERITED if fields.get(key)}
+        fields = {key: fields[key] for key in INHERITED if well_formed(key, fields.get(key))}
         if self._loaded_name not in (None, name):
             fields["base_model"] = self._loaded_name
         return fields
@@ -76,7 +92,8 @@ class ModelCardMixin:
     def _card_body(self, name: str, has_code: bool, data: Any) -> str:
         config = self.config
         scale, steps = config["default_guidance_scale"], config["default_num_inference_steps"]
-        prompt = next((one["text"] for one in data.get("widget") or [] if one.get("text")), PROMPT)
+        widget = [one for one in data.get("widget") or [] if isinstance(one, dict)]
+        prompt = next((str(one["text"]) for one in widget if one.get("text")), PROMPT)
         trust = ", trust_remote_code=True" if has_code else ""
         modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
         parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
@@ -89,7 +106,8 @@ class ModelCardMixin:
             "from diffusers import DiffusionPipeline",
             "",
             f'pipe = DiffusionPipeline.from_pretrained("{name}"{trust})',
-            f'pipe("{prompt}", guidance_scale={scale}, num_inference_steps={steps}).images[0]',
+            f"pipe({json.dumps(prompt, ensure_ascii=False)}, guidance_scale={scale}, "
+            f"num_inference_steps={steps}).images[0]",
             "```",
         ]
         if has_code:
@@ -100,10 +118,19 @@ class ModelCardMixin:
             "Licence": data.license,
         }.items():
             if value:
-                lines += ["", f"## {title}", "", ", ".join(value) if isinstance(value, list) else value]
+                listed = value if isinstance(value, list) else [value]
+                lines += ["", f"## {title}", "", ", ".join(map(str, listed))]
         if data.eval_results:
             lines += ["", "## Results", "", "| metric | value | on |", "|---|---|---|"]
             for result in data.eval_results:
                 metric = result.metric_name or result.metric_type
                 lines.append(f"| {metric} | {result.metric_value} | {result.dataset_name} |")
         return "\n".join(lines) + "\n"
+
+
+def well_formed(key: str, value: Any) -> bool:
+    """Whether front matter of somebody else's is what the Hub takes there, and not empty."""
+    if key == "widget":
+        return bool(value) and isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    listed = value if isinstance(value, list) else [value]
+    return bool(value) and all(isinstance(one, str) for one in listed)

@@ -19,7 +19,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
@@ -89,14 +88,40 @@ def test_stable_diffusion_folder_loads_into_our_classes(both):
 
 
 def test_old_scheduler_configs_are_read_as_stable_diffusion_reads_them(stable_diffusion_folder, tmp_path):
-    """clip_sample and steps_offset of the first checkpoints, which StableDiffusionPipeline overrules."""
+    """clip_sample and steps_offset of the first checkpoints, which StableDiffusionPipeline overrules, also in
+    a scheduler that it is handed."""
     for name in ("DDIMScheduler", "DDPMScheduler"):
         folder = shutil.copytree(stable_diffusion_folder, tmp_path / name)
-        getattr(diffusers, name)(clip_sample=True, steps_offset=0).save_pretrained(folder / "scheduler")
+        scheduler = getattr(diffusers, name)(clip_sample=True, steps_offset=0)
+        scheduler.save_pretrained(folder / "scheduler")
         edit(folder / "model_index.json", scheduler=["diffusers", name])
         theirs, ours = (cls.from_pretrained(folder) for cls in (StableDiffusionPipeline, TextToImagePipeline))
         assert (type(ours.scheduler) is DDPMScheduler) == (name == "DDPMScheduler")
-        assert np.abs(draw(theirs) - draw(ours)).max() < 1e-4
+        handed = TextToImagePipeline.from_pretrained(folder, scheduler=scheduler)
+        assert handed.scheduler is scheduler
+        expected = draw(theirs)
+        for pipe in (ours, handed):
+            assert np.abs(draw(pipe) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("saved_by, side", [("0.8.1", 128), ("0.9.0", 32), (None, 32)])
+def test_old_sample_sizes_are_read_as_stable_diffusion_reads_them(
+    stable_diffusion_folder, tmp_path, saved_by, side
+):
+    """Checkpoints from before 0.9 say 32 or less where they mean 64 latents, of 2 pixels here."""
+    folder = shutil.copytree(stable_diffusion_folder, tmp_path / "model")
+    config = {key: value for key, value in read(folder / "unet/config.json").items() if key[0] != "_"}
+    config |= {} if saved_by is None else {"_diffusers_version": saved_by}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    handed = {"unet": ConditionalUNet.from_pretrained(folder, subfolder="unet")}
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    expected = draw(theirs, num_inference_steps=1)
+    assert expected.shape == (1, side, side, 3)
+    for options in ({}, handed):
+        ours = TextToImagePipeline.from_pretrained(folder, **options)
+        assert ours.unet.config.sample_size == theirs.unet.config.sample_size == side // 2
+        drawn = draw(ours, num_inference_steps=1)
+        assert drawn.shape == expected.shape and np.abs(drawn - expected).max() < 1e-4
 
 
 def test_stable_diffusion_survives_our_saving(both, tmp_path):
@@ -385,60 +410,3 @@ def test_what_cannot_be_saved_is_refused_before_work(make_pipeline, make_unet, t
     with pytest.raises(ValueError, match=r"unet has LoRA adapters.*unload_lora_weights"):
         pipe.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-# ---- the model card ----
-
-
-def test_a_new_card_has_the_front_matter_of_the_page(pipeline, tmp_path):
-    result = EvalResult("text-to-image", "emoji", "64 emoji", "kid", 0.0123, metric_name="KID")
-    fields = {
-        "license": "apache-2.0",
-        "base_model": "me/base",
-        "datasets": ["me/emoji"],
-        "eval_results": [result],
-    }
-    pipeline.save_pretrained(tmp_path / "corgi", model_card=fields)
-    card = ModelCard.load(tmp_path / "corgi/README.md")
-    assert card.data.license == "apache-2.0" and card.data.base_model == "me/base"
-    assert card.data.datasets == ["me/emoji"] and card.data.eval_results == [result]
-    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
-    assert card.data.widget == [{"text": "a corgi in a party hat"}]
-    for shown in (
-        "# corgi",
-        "trust_remote_code=True",
-        "guidance_scale=3.0",
-        "me/emoji",
-        "| KID | 0.0123 | 64 emoji |",
-    ):
-        assert shown in card.text
-
-
-def test_a_card_that_is_there_keeps_every_byte(pipeline, tmp_path):
-    mine = b"---\r\n# mine\r\nlicense: mit\r\ntags: [cats]\r\n---\r\nMy words.\r\n"
-    (tmp_path / "README.md").write_bytes(mine)
-    pipeline.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_bytes() == mine
-    pipeline.save_pretrained(tmp_path, model_card={"datasets": ["me/emoji"]})
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.text.strip() == "My words."
-    assert (card.data.license, card.data.tags, card.data.datasets) == ("mit", ["cats"], ["me/emoji"])
-    (tmp_path / "other.md").write_text("# Another\n")
-    pipeline.save_pretrained(tmp_path, model_card=tmp_path / "other.md")
-    assert (tmp_path / "README.md").read_text() == "# Another\n"
-
-
-def test_the_licence_travels_and_the_results_do_not(pipeline, tmp_path):
-    result = EvalResult("text-to-image", "emoji", "64 emoji", "kid", 0.0123)
-    fields = {"license": "cc-by-4.0", "datasets": ["me/emoji"], "eval_results": [result]}
-    pipeline.save_pretrained(tmp_path / "first", model_card=fields)
-    loaded = TextToImagePipeline.from_pretrained(tmp_path / "first")
-    loaded.save_pretrained(tmp_path / "second")
-    card = ModelCard.load(tmp_path / "second/README.md")
-    assert (card.data.license, card.data.datasets, card.data.eval_results) == (
-        "cc-by-4.0",
-        ["me/emoji"],
-        None,
-    )
-    (tmp_path / "first/README.md").write_text("---\nlicense: [\n---\n")  # broken front matter stops nothing
-    TextToImagePipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "third")

@@ -273,6 +273,8 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("vae", {"vae": "vae"} | SAVED | {"text_encoder": None}),
         ("checkpoints_total_limit", {"checkpoints_total_limit": 0}),
         ("learning_rate", {"learning_rate": 0.0}),
+        ("muon_learning_rate", {"muon_learning_rate": 0.0}),
+        ("optimizer", {"optimizer": "Muon"}),
         ("snr_gamma", {"snr_gamma": 0.0}),
         ("snr_floor", {"snr_floor": 6.0}),
         ("snr_floor", {"snr_gamma": None, "snr_floor": 1.0}),

@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from torch import Tensor
 
 from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.components.ddpm_scheduler import signal_to_noise_ratio
 from pipelines.conditioning import NULL_PROMPT
 from training.caches import encode_latents
+from training.config import require
 from training.data import PictureCache, seed_for
-from training.losses import min_snr_weight, simple_loss
+from training.losses import DiffusionLoss, LossAwareTimesteps, min_snr_weight
 
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
@@ -55,16 +57,29 @@ def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     }[kind]()
 
 
+def diffusion_loss(config: Any, pipe: TextToImagePipeline) -> DiffusionLoss:
+    """The loss that `config.loss` names: simple, hybrid or vlb.
+
+    Raises:
+        ValueError: it does not fit the scheduler's variance; the U-Net's out_channels are not as many as that
+            takes; or a bound on the likelihood is asked of a pipeline with a VAE: latents have no levels.
+    """
+    kind, unet = config.loss, pipe.unet.config
+    require(pipe.vae is None or kind == "simple", "loss", kind, "simple with a VAE: the others are of pixels")
+    return DiffusionLoss(kind, training_scheduler(pipe.scheduler), unet.out_channels, unet.in_channels)
+
+
 class DenoisingLoss:
     """The training loss of one micro-batch, from picture indices to a scalar (Ho 2020, Algorithm 1).
 
     Args:
-        config: TextToImageConfig, of which it reads seed, random_flip, canonical_caption, caption_dropout,
-            noise_offset, snr_gamma and snr_floor.
+        config: TextToImageConfig, of which it reads loss, seed, random_flip, canonical_caption,
+            caption_dropout, noise_offset, snr_gamma and snr_floor.
         unet: what `accelerator.prepare` made of the pipeline's.
         data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
         text: captions -> states and pooled vectors, a TextCache or LiveText.
         rank, world: this process's number and how many share a global batch.
+        timesteps: draws t instead of `draw_noise`, and is told each loss, of all processes; for vlb.
     """
 
     def __init__(
@@ -76,12 +91,14 @@ class DenoisingLoss:
         text: Any,
         rank: int = 0,
         world: int = 1,
+        timesteps: LossAwareTimesteps | None = None,
     ):
         self.config, self.scheduler, self.unet = config, training_scheduler(pipe.scheduler), unet
         self.rank, self.world = rank, world
         self.data, self.text, self.vae = data, text, pipe.vae
         self.pooled = pipe.requires_pooled_text
         self.snr = signal_to_noise_ratio(self.scheduler.alphas_cumprod)
+        self.criterion, self.timesteps = diffusion_loss(config, pipe), timesteps
 
     def __call__(self, batch: list[int] | PictureCache, step: int) -> tuple[Tensor, dict[str, Any]]:
         config = self.config
@@ -103,23 +120,35 @@ class DenoisingLoss:
         timesteps = self.scheduler.config.num_train_timesteps
         shape, offset = tuple(x0.shape), config.noise_offset
         eps, t = draw_noise(config.seed, step, shape, timesteps, self.rank, self.world, offset)
-        return self.loss(x0, captions, eps, t)
+        if self.timesteps is None:
+            return self.loss(x0, captions, eps, t)
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "timesteps", step))
+        drawn = self.timesteps.draw(count * self.world, generator)
+        t, share = (part[self.rank * count :][:count] for part in drawn)
+        _, details = result = self.loss(x0, captions, eps, t, share)
+        self.timesteps.update(*(gather(details[name].to(result[0].device)) for name in ("t", "per_sample")))
+        return result
 
-    def loss(self, x0: Tensor, captions: list[str], eps: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Mean over batch and dimensions of weight(t) (target - unet(q_sample(x0, t, eps), t, text))^2; among
-        the details t and each sample's loss."""
+    def loss(
+        self, x0: Tensor, captions: list[str], eps: Tensor, t: Tensor, share: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Mean over the batch of the loss that config names, by default weight(t) (target - prediction)^2, of
+        unet(q_sample(x0, t, eps), t, text); each counts `share` times, (B,) or once. Among the details t and
+        each sample's loss, before `share`."""
         device = next(self.unet.parameters()).device
         states, pooled = (x.to(device) for x in self.text(captions))
         x0, eps, t = x0.to(device), eps.to(device), t.to(device)
         added = {"pooled_text": pooled} if self.pooled else None
-        output = self.unet(self.scheduler.add_noise(x0, eps, t), t, states, added_cond_kwargs=added).sample
+        x_t = self.scheduler.add_noise(x0, eps, t)
+        output = self.unet(x_t, t, states, added_cond_kwargs=added).sample
         weight = None
-        if self.config.snr_gamma is not None:
+        if self.config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb weighs its terms itself
             kind = self.scheduler.config.prediction_type
             snr = self.snr.to(device)[t]
             weight = min_snr_weight(snr, kind, self.config.snr_gamma, self.config.snr_floor)
-        per_sample = simple_loss(output, target_of(self.scheduler, x0, eps, t), weight)
-        return per_sample.mean(), {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
+        per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
+        details = {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
+        return (per_sample if share is None else share.to(device) * per_sample).mean(), details
 
 
 BUCKETS = 10

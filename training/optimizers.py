@@ -89,7 +89,8 @@ def make_optimizer(
         matrix_learning_rate: Muon's.
         settings: AdamW's betas, weight_decay (Muon's too) and eps.
     """
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for model in models:
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for name, weight in model.named_parameters():
@@ -99,5 +100,8 @@ def make_optimizer(
             (matrices if weight.ndim > 1 and not outer else others).append(weight)
     if kind == "adamw":
         return torch.optim.AdamW(others + matrices, lr=learning_rate, fused=True, **settings)
-    hidden = {"params": matrices, "lr": matrix_learning_rate, "momentum": MOMENTUM}
-    return Muon([{"params": others}, hidden], lr=learning_rate, **settings)
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": matrices, "lr": matrix_learning_rate, "momentum": MOMENTUM},
+    ]
+    return Muon(groups, lr=learning_rate, **settings)

@@ -34,9 +34,11 @@ from pipelines.images import image_grid
 from training.caches import LiveText, cache_latents, cache_text
 from training.config import parse_config, require
 from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
-from training.denoising import BUCKETS, DenoisingLoss, draw_noise, target_of, validation_loss
+from training.denoising import DenoisingLoss, diffusion_loss, draw_noise, target_of, validation_loss
 from training.loop import Checkpoints, fit, make_accelerator
 from training.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
+from training.losses import LOSSES, LossAwareTimesteps
+from training.optimizers import OPTIMIZERS, make_optimizer
 from training.streaming import PictureStream
 
 __all__ = [
@@ -62,7 +64,7 @@ class TextToImageConfig:
     pretrained_model_name_or_path: str | None = setting("Start from this pipeline: a folder or a Hub name.")
     unet: Any = setting("ConditionalUNet's config (in YAML, or as JSON); from scratch.")
     noise_scheduler: Any = setting("DDPMScheduler's config (in YAML, or as JSON).")
-    text_encoder: str | None = setting("Folder of a CLIP with its tokenizer; frozen.")
+    text_encoder: str | None = setting("A CLIP's folder with its tokenizer, or a pipeline's; frozen.")
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.")
     prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.")
     rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
@@ -86,12 +88,15 @@ class TextToImageConfig:
     caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1)
     concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25)
     # The loss and the optimizer
+    loss: str = setting("simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple")
     train_batch_size: int = setting("Pictures for each process and micro-batch.", 32)
     gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1)
     max_train_steps: int | None = setting("Optimizer steps; default num_train_epochs, or else 100,000.")
     num_train_epochs: int | None = setting("Passes over the data, where max_train_steps is not given.")
     max_train_minutes: float | None = setting("Stop after so much CPU time of the main process.")
+    optimizer: str = setting("adamw, or muon: Muon for the hidden matrices, AdamW for the rest.", "adamw")
     learning_rate: float = setting("Peak learning rate.", 4e-4)
+    muon_learning_rate: float = setting("The same of Muon, where it is used.", 1e-3)
     scale_lr: bool = setting("Multiply it by the pictures of one optimizer step.", False)
     lr_scheduler: str = setting("A schedule of diffusers.optimization.", "constant_with_warmup")
     lr_warmup_steps: int = setting("Steps of linear warm-up.", 300)
@@ -100,7 +105,7 @@ class TextToImageConfig:
     adam_weight_decay: float = setting("AdamW.", 0.01)
     adam_epsilon: float = setting("AdamW.", 1e-8)
     max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0)
-    snr_gamma: float | None = setting("Min-SNR weighting; none is the plain simple loss.", 5.0)
+    snr_gamma: float | None = setting("Min-SNR weighting of all but vlb; none is the plain loss.", 5.0)
     snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
     noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
@@ -142,10 +147,11 @@ class TextToImageConfig:
             require(saved is None or value is None, name, value, "left to pretrained_model_name_or_path")
         for name in ("caption_dropout", "canonical_caption", "concept_power", "ema_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        require(self.loss in LOSSES, "loss", self.loss, f"one of {LOSSES}")
         gamma, floor = self.snr_gamma, self.snr_floor
         require(gamma is None or gamma > 0, "snr_gamma", gamma, "above 0, or null for the plain loss")
         require(floor == 0 or 0 < floor <= (gamma or 0), "snr_floor", floor, "in [0, snr_gamma]")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("lr_warmup_steps", "noise_offset", "adam_weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -162,6 +168,7 @@ class TextToImageConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         kinds = (None, "epsilon", "sample", "v_prediction")
         require(self.prediction_type in kinds, "prediction_type", self.prediction_type, f"one of {kinds}")
+        require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {OPTIMIZERS}")
         precisions, schedules = (None, "no", "fp16", "bf16"), [kind.value for kind in SchedulerType]
         require(
             self.mixed_precision in precisions,
@@ -201,9 +208,13 @@ def build_pipeline(config: TextToImageConfig) -> TextToImagePipeline:
     settings = as_mapping(config.noise_scheduler, "noise_scheduler")
     if config.prediction_type:
         settings["prediction_type"] = config.prediction_type
+    tower = Path(config.text_encoder or "")
+    of_pipeline = (tower / "model_index.json").is_file()
     return TextToImagePipeline(
-        tokenizer=CLIPTokenizer.from_pretrained(config.text_encoder),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(config.text_encoder),
+        tokenizer=CLIPTokenizer.from_pretrained(tower / "tokenizer" if of_pipeline else tower),
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(
+            tower / "text_encoder" if of_pipeline else tower, dtype=torch.float32
+        ),
         unet=ConditionalUNet(**as_mapping(config.unet, "unet")),
         scheduler=DDPMScheduler(**settings),
         vae=AutoencoderKL.from_pretrained(config.vae) if config.vae else None,
@@ -303,7 +314,7 @@ def validate(
     for name, part in parts.items():
         buckets = validation_loss(loss, part, config.seed)
         log |= {f"{name}_loss/t{i * 100:03d}": value for i, value in enumerate(buckets)}
-        log[f"{name}_loss/mean"] = sum(buckets) / BUCKETS
+        log[f"{name}_loss/mean"] = sum(buckets) / len(buckets)
         shown = " ".join(f"{bucket:.4f}" for bucket in buckets)
         tqdm.write(f"step {step} {name} loss by t: {shown}")
     prompts = config.validation_prompts
@@ -359,6 +370,8 @@ def main() -> None:
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not (sharded and config.use_ema), "use_ema", True, "false with FSDP, which shards the weights")
+    kind = config.optimizer
+    require(not sharded or kind == "adamw", "optimizer", kind, "adamw with FSDP: Muon needs whole matrices")
     repo = None
     if config.push_to_hub and is_main:
         name = config.hub_model_id or output.name
@@ -366,6 +379,7 @@ def main() -> None:
 
     # 2. Model, data and the caches of what stays frozen.
     pipe = build_pipeline(config).to(accelerator.device)
+    chain = diffusion_loss(config, pipe).chain  # raises if loss, variance and out_channels do not fit
     models = [pipe.unet, pipe.text_encoder] if config.train_text_encoder else [pipe.unet]
     with accelerator.local_main_process_first():  # it computes the caches, the others read them
         train, held_out, text = load_all(config, pipe, accelerator)
@@ -380,14 +394,13 @@ def main() -> None:
     total = config.max_train_steps or 100_000
     if config.num_train_epochs and not config.max_train_steps:
         total = config.num_train_epochs * math.ceil(len(train) / pictures_a_step)
-    optimizer = torch.optim.AdamW(
-        [parameter for model in models for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate * (pictures_a_step if config.scale_lr else 1),
+    scale = pictures_a_step if config.scale_lr else 1
+    optimizer = make_optimizer(
+        config.optimizer, models, config.learning_rate * scale, config.muon_learning_rate * scale,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=True,
-    )
+    )  # fmt: skip
     warm_up = config.lr_warmup_steps
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
@@ -407,20 +420,30 @@ def main() -> None:
         files=None if config.rank is None else LoraFile(),
         settings={"seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming},
     )  # fmt: skip
-    start = checkpoints.resume(config.resume_from_checkpoint)
+    timesteps = LossAwareTimesteps(len(chain)) if config.loss == "vlb" else None
+    if timesteps is not None:
+        accelerator.register_for_checkpointing(timesteps)
+    resumed = config.resume_from_checkpoint
+    try:
+        start = checkpoints.resume(resumed)
+    except RuntimeError as error:  # accelerate's, where only one of the two runs draws t by its losses
+        same = "custom checkpoints" not in str(error)
+        require(same, "resume_from_checkpoint", resumed, f"of a run with loss {config.loss}, too")
+        raise
 
     # 4. Train; the generator yields after each step, and what follows happens between steps.
     if config.streaming:
         placed = not start or bool(checkpoints.state)
         require(placed, "streaming", True, "off, as it was before this checkpoint")
         train.load_state_dict(checkpoints.state or train.state_dict())
-        batches, loss = iter(train), DenoisingLoss(config, pipe, wrapped[0], None, text, rank, world)
+        batches = iter(train)
     else:
         concepts = train.columns.get("concept")
         weights = concept_weights(concepts, config.concept_power) if concepts else None
         first, size = start * config.gradient_accumulation_steps, config.train_batch_size
         batches = iter(StepBatchSampler(len(train), size, config.seed, weights, first, rank, world))
-        loss = DenoisingLoss(config, pipe, wrapped[0], train, text, rank, world)
+    data = None if config.streaming else train
+    loss = DenoisingLoss(config, pipe, wrapped[0], data, text, rank, world, timesteps)
     if tracker:
         plain = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
         accelerator.init_trackers(config.tracker_project_name, plain | {"hub_token": ""})

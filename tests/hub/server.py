@@ -43,6 +43,7 @@ class Repository:
     name: str
     kind: str  # model or dataset
     private: bool = False
+    gated: bool = False  # shows what it has and gives nobody any of it
     commits: dict[str, dict[str, File]] = field(default_factory=dict)  # sha -> its files
     branches: dict[str, str] = field(default_factory=dict)  # also refs/pr/N
 
@@ -287,7 +288,8 @@ class Handler(BaseHTTPRequestHandler):
         files = []
         for file in json.loads(self.body)["files"]:
             lfs = not file["path"].endswith(TEXT) and file["size"] >= LFS_FROM
-            oid = known[file["path"]].blob_id if file["path"] in known else None
+            there = known.get(file["path"])
+            oid = there and (there.sha256 if there.lfs else there.blob_id)
             mode = "lfs" if lfs else "regular"
             files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer({"files": files})
@@ -344,6 +346,8 @@ class Handler(BaseHTTPRequestHandler):
         sha = self.revision(repository, revision)
         file = repository.commits[sha].get(path)
         headers = {"X-Repo-Commit": sha}
+        if repository.gated:
+            raise Refused(403, f"Access to model {name} is restricted", "GatedRepo")
         if file is None:
             raise Refused(404, "Entry not found", "EntryNotFound")
         if file.lfs:

@@ -1,35 +1,54 @@
 """A model that tells its own variance, pushed by one process and drawn with by name in others."""
 
+from typing import Any
+
 import numpy as np
-import pytest
-from hub.snippets import DRAW, LOAD, PUSH
+from hub.snippets import DRAW
 
 from pipelines import DDPMScheduler
 
 STEPS = [10, 25, 50, 100]
+PUSH = """
+from pipelines import TextToImagePipeline
+TextToImagePipeline.from_pretrained(folder).push_to_hub("me/corgi")
+"""
+LOAD_AND_DRAW = """
+pipe = Pipeline.from_pretrained("me/corgi", **options)
+value = [draw(pipe, num_inference_steps=n) for n in steps]
+value += [type(pipe.unet).__module__.split(".")[0], pipe.scheduler.config.variance_type]
+"""
+WITH_OURS = "from pipelines import TextToImagePipeline as Pipeline" + DRAW + LOAD_AND_DRAW
+WITHOUT = "from diffusers import DiffusionPipeline as Pipeline" + DRAW + LOAD_AND_DRAW
 
 
-@pytest.mark.parametrize("ours", [True, False])
+def pictures(pipe: Any) -> list[np.ndarray]:
+    """What `DRAW` draws elsewhere, for each number of steps."""
+    drawing: dict[str, Any] = {}
+    exec(DRAW, drawing)
+    return [np.array(drawing["draw"](pipe, num_inference_steps=n)) for n in STEPS]
+
+
 def test_a_pushed_learned_variance_draws_the_same_elsewhere(
-    elsewhere, hub, make_pipeline, make_unet, tmp_path, ours
+    elsewhere, hub, make_pipeline, make_unet, tmp_path
 ):
-    """Loaded with this repository and without it: the pictures of all numbers of steps, guided."""
-    scheduler = DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", variance_type="learned_range"
-    )
+    """With this repository and without it: guided pictures of every number of steps, and not those of a fixed
+    variance."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+    scheduler = DDPMScheduler(**config, variance_type="learned_range")
     pipe = make_pipeline(unet=make_unet(out_channels=6, patch_size=2), scheduler=scheduler)
     pipe.save_pretrained(tmp_path / "model")
-    drawing = "\nvalue = [draw(pipe, num_inference_steps=n) for n in steps]\n"
-    before = elsewhere(
-        PUSH + drawing, ours=True, folder=str(tmp_path / "model"), name="me/corgi", options={}, steps=STEPS
-    )
-    elsewhere.forget()
-    remote = (
-        DRAW + "\nfrom diffusers import DiffusionPipeline as P\npipe = P.from_pretrained(name, **options)\n"
-    )
-    load, options = (LOAD, {}) if ours else (remote, {"trust_remote_code": True})
-    kinds = "value.append([pipe.unet.config.out_channels, pipe.scheduler.config.variance_type])\n"
-    *after, kind = elsewhere(load + drawing + kinds, ours=ours, name="me/corgi", options=options, steps=STEPS)
-    assert kind == [6, "learned_range"]
-    for steps, pictures, expected in zip(STEPS, after, before, strict=True):
-        assert np.abs(np.subtract(pictures, expected)).max() < 1e-5, steps
+    expected = pictures(pipe)
+    pipe.scheduler = DDPMScheduler(**config, variance_type="fixed_small")
+    for steps, learned, fixed in zip(STEPS, expected, pictures(pipe), strict=True):
+        assert np.abs(learned - fixed).mean() > 0.003, steps
+
+    elsewhere(PUSH, ours=True, folder=str(tmp_path / "model"))
+    for code, ours, options, home in (
+        (WITH_OURS, True, {}, "pipelines"),
+        (WITHOUT, False, {"trust_remote_code": True}, "diffusers_modules"),
+    ):
+        elsewhere.forget()
+        *drawn, module, variance = elsewhere(code, ours=ours, options=options, steps=STEPS)
+        assert (module, variance) == (home, "learned_range")
+        for steps, theirs, mine in zip(STEPS, drawn, expected, strict=True):
+            assert np.abs(np.array(theirs) - mine).max() < 1e-5, (home, steps)

@@ -191,3 +191,54 @@ def test_a_push_keeps_the_card_that_is_there_and_drops_stale_shards(elsewhere, h
     elsewhere(f"open(folder + '/README.md', 'w').write('# Mine')\n{code}", ours=True, folder=saved)
     files = hub.model("me/two").files()
     assert files["README.md"].content == b"# Mine" and "unet/conditional_unet.py" in files
+
+
+def test_a_push_that_changes_nothing_makes_no_commit(elsewhere, hub, saved):
+    _, sha, _ = elsewhere(PUSH, ours=True, folder=saved, name="me/corgi", options={})
+    _, again, _ = elsewhere(PUSH, ours=True, folder=saved, name="me/corgi", options={})
+    assert again == sha == hub.model("me/corgi").branches["main"]
+
+
+def test_what_is_not_meant_for_others_is_not_pushed(elsewhere, hub, saved):
+    """Hidden files, and anything at all where `private` was asked for and the repository is public."""
+    code = """
+from pathlib import Path
+from pipelines import TextToImagePipeline
+pipe = TextToImagePipeline.from_pretrained(folder)
+for hidden in (".env", "unet/.env", ".git/config"):
+    Path(folder, hidden).parent.mkdir(exist_ok=True)
+    Path(folder, hidden).write_text("secret")
+Path(folder, "notes.txt").write_text("hello")
+pipe.save_pretrained(folder, push_to_hub=True, repo_id="me/corgi", **options)
+"""
+    elsewhere(code, ours=True, folder=saved, options={})
+    files, branches = hub.model("me/corgi").files(), dict(hub.model("me/corgi").branches)
+    assert {"notes.txt", "unet/config.json"} <= set(files)
+    assert not any(b"secret" in file.content for file in files.values())
+    for code_ in (code, PUSH):
+        with pytest.raises(Exception, match=r"ValueError: `private` must not be True for me/corgi.*public"):
+            elsewhere(code_, ours=True, folder=saved, name="me/corgi", options={"private": True})
+    assert hub.model("me/corgi").branches == branches and not hub.model("me/corgi").private
+
+
+def test_a_card_that_cannot_be_makes_no_repository(elsewhere, hub, saved):
+    with pytest.raises(Exception, match="ValueError: .*eval_results"):
+        options = {"model_card": {"eval_results": 3}}
+        elsewhere(PUSH, ours=True, folder=saved, name="me/corgi", options=options)
+    assert not hub.repositories
+
+
+def test_a_gated_model_says_how_to_get_at_it(elsewhere, hub, saved):
+    elsewhere(PUSH, ours=True, folder=saved, name="me/corgi", options={})
+    hub.model("me/corgi").gated = True
+    elsewhere.forget()
+    with pytest.raises(Exception, match=r"OSError: me/corgi on the Hub is gated: ask for access"):
+        elsewhere(LOAD, ours=True, token="hf_you", name="me/corgi", options={})
+
+
+def test_other_kinds_of_models_are_refused_before_their_weights_are_fetched(elsewhere, hub):
+    index = b'{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}'
+    hub.add("me/flux", {"model_index.json": index, "transformer/model.safetensors": b"large"})
+    with pytest.raises(Exception, match=r"OSError: me/flux is a FluxPipeline, with transformer, for which"):
+        elsewhere(LOAD, ours=True, name="me/flux", options={})
+    assert not any("/storage/" in line for line in hub.requests)

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,15 @@ def test_code_that_a_config_names_does_not_run(folder):
         TextToImagePipeline.from_pretrained(folder)
 
 
+def test_attention_code_that_a_config_names_is_not_fetched(folder):
+    """transformers fetches kernels from the repositories that a config names, and runs them."""
+    edit(folder / "text_encoder/config.json", attn_implementation="sdpa")
+    TextToImagePipeline.from_pretrained(folder)
+    edit(folder / "text_encoder/config.json", text_config={"_attn_implementation": {"": "me/attention"}})
+    with pytest.raises(OSError, match=r"config.json asks for attention code, .*me/attention.*take"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 @pytest.mark.parametrize("shard", ["../../outside.safetensors", "ABSOLUTE", "missing.safetensors"])
 def test_an_index_of_shards_names_only_its_own_folders_files(pipeline, folder, tmp_path, component, shard):
@@ -160,6 +170,27 @@ def test_files_that_are_cut_or_missing_are_named(folder):
         TextToImagePipeline.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize("content", ["cut", "pointer", "pickle", "empty"])
+def test_weights_that_are_not_whole_are_named_before_any_are_read(pipeline, folder, component, content):
+    (file,) = (folder / component).glob("*.safetensors")
+    if content == "pickle":
+        torch.save(getattr(pipeline, component).state_dict(), file)
+    else:
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 99\n"
+        file.write_bytes({"cut": file.read_bytes()[:-1], "pointer": pointer, "empty": b""}[content])
+    with pytest.raises(OSError, match=rf"{component}/{file.name} is no safetensors file.*fetch it again"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+def test_an_index_of_shards_that_maps_nothing_is_named(folder):
+    index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    for content in ("{}", '{"weight_map": ["conv_in.weight"]}'):
+        index.write_text(content)
+        with pytest.raises(OSError, match=r"index\.json must map names to shards in `weight_map`"):
+            TextToImagePipeline.from_pretrained(folder)
+
+
 def test_a_component_is_no_path(folder, tmp_path):
     shutil.copytree(folder / "unet", tmp_path / "elsewhere")
     edit(folder / "model_index.json", **{"../elsewhere": ["diffusers", "UNet2DConditionModel"]})
@@ -175,3 +206,29 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         TextToImagePipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="neither a folder nor a name"):
         TextToImagePipeline.from_pretrained("no/such/folder")
+
+
+def test_pipelines_with_parts_that_ours_has_not_are_refused(stable_diffusion_folder, tmp_path):
+    """Of another kind, that is: what Stable Diffusion's own folders have besides, diffusers ignores too."""
+    folder = shutil.copytree(stable_diffusion_folder, tmp_path / "model")
+    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
+    edit(folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
+    TextToImagePipeline.from_pretrained(folder)
+    edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    with pytest.raises(OSError, match=r"is a StableDiffusionXLPipeline, with text_encoder_2, .*DiffusionPip"):
+        TextToImagePipeline.from_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({k: index[k] for k in index if k != "_class_name"}))
+    with pytest.raises(OSError, match="names no pipeline"):
+        TextToImagePipeline.from_pretrained(folder)
+
+
+def test_a_device_map_places_every_component(folder, monkeypatch):
+    """`device_map="cuda"`, which diffusers takes, with the one device besides the CPU that is everywhere."""
+    places = diffusers.pipelines.pipeline_utils.SUPPORTED_DEVICE_MAP
+    monkeypatch.setattr(diffusers.pipelines.pipeline_utils, "SUPPORTED_DEVICE_MAP", [*places, "meta"])
+    loaded = TextToImagePipeline.from_pretrained(folder, device_map="meta")
+    models = (loaded.unet, loaded.text_encoder)
+    assert {parameter.device.type for model in models for parameter in model.parameters()} == {"meta"}
+    with pytest.raises(ValueError, match=r"`device_map` must be a device.*enable_model_cpu_offload"):
+        TextToImagePipeline.from_pretrained(folder, device_map="balanced")
