@@ -35,7 +35,7 @@ generate: $(INSTALLED)  ## draw PROMPT="..."; also OUT=folder, SEED, NUM, STEPS,
 	  $${GUIDANCE:+--guidance "$$GUIDANCE"} $${MODEL:+--model "$$MODEL"} -- "$$PROMPT"
 
 app: $(INSTALLED)  ## the web page, at the address it prints; MODEL, GRADIO_SERVER_NAME, GRADIO_SERVER_PORT
-	$${MODEL:+env CORGI_MODEL="$$MODEL"} $(RUN) app.py
+	@$${MODEL:+env CORGI_MODEL="$$MODEL"} $(RUN) app.py
 
 train: $(INSTALLED) | $(EMOJI)  ## train text to image on the emoji set; ARGS="--max_train_steps 100 ..."
 	$(VENV)/bin/accelerate launch -m training.text_to_image --config training/configs/emoji.yaml $(ARGS)

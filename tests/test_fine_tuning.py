@@ -263,6 +263,24 @@ def test_adapters_load_where_diffusers_loads_them(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_fine_tuning_of_a_folder_goes_on(model, pictures, tmp_path):
+    """Four steps, and three then one more: the same weights; and a card that bears the run's name."""
+    settings = [
+        "--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--cache_dir",
+        tmp_path / "cache", "--train_batch_size", 2,
+    ]  # fmt: skip
+    train(*settings, "--output_dir", tmp_path / "whole", "--max_train_steps", 4)
+    train(*settings, "--output_dir", tmp_path / "halves", "--max_train_steps", 3)
+    train(
+        *settings, "--output_dir", tmp_path / "halves", "--max_train_steps", 4, "--resume_from_checkpoint",
+        "latest",
+    )  # fmt: skip
+    whole, halves = (tensors(tmp_path / run / "pipeline" / "unet") for run in ("whole", "halves"))
+    assert_same(halves, whole)
+    card = (tmp_path / "halves" / "pipeline" / "README.md").read_text()
+    assert "# halves" in card and "partial" not in card and "result" not in card
+
+
 def test_adapters_stopped_and_resumed_are_the_same(model, pictures, tmp_path):
     """Bit for bit; a checkpoint holds no frozen weights."""
     lora_run(model, pictures, tmp_path / "whole", 4)

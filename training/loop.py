@@ -182,9 +182,10 @@ class ModelFolder:
             check_shapes(tensor_shapes(folder / part), models[0].state_dict(), part)
             if not isinstance(models[0], ConfigMixin):
                 continue
-            saved, ours = json.loads(path.read_text()), json.loads(json.dumps(dict(models[0].config)))
+            public = {key: value for key, value in models[0].config.items() if not key.startswith("_")}
+            saved, ours = json.loads(path.read_text()), json.loads(json.dumps(public))
             for key in sorted(saved.keys() & ours.keys()):
-                if not key.startswith("_") and saved[key] != ours[key]:
+                if saved[key] != ours[key]:
                     raise ValueError(f"it holds another model: {key} is {saved[key]}, not {ours[key]}")
 
     def load(self, models: list[Any], folder: Path) -> None:

@@ -351,9 +351,11 @@ def save_result(
                 path_or_fileobj=output / FILE, path_in_repo=FILE, repo_id=repo, token=config.hub_token
             )
         return output / FILE
-    pipe.save_pretrained(str(partial))
+    named = partial / output.resolve().name  # the model card is headed by the folder's name
+    pipe.save_pretrained(str(named))
     shutil.rmtree(output / "pipeline", ignore_errors=True)
-    partial.rename(output / "pipeline")
+    named.rename(output / "pipeline")
+    partial.rmdir()
     if repo:
         pipe.push_to_hub(repo, token=config.hub_token)
     return output / "pipeline"

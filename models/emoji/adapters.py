@@ -1,0 +1,105 @@
+"""LoRA, textual inversion, FreeU: what diffusers' mixins add to a pipeline.
+
+The mixins do the work. What differs here: weights come from safetensors only, and what our U-Net has no part
+for is refused by name.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.utils import scale_lora_layers
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+NO_IP_ADAPTER = (
+    "is not supported: IP-Adapter needs attention layers for images, which ConditionalUNet has not. Use "
+    "diffusers' StableDiffusionPipeline with its UNet2DConditionModel."
+)
+
+
+class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+    """LoRAs (`load_lora_weights`, `set_adapters`, `fuse_lora`, `unload_lora_weights`, ...) for U-Net and text
+    encoder, in the formats of diffusers, peft and kohya; textual inversion; FreeU."""
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """As diffusers', from safetensors only. ValueError for a pickle."""
+        kwargs = safetensors_only(pretrained_model_name_or_path_or_dict, kwargs)
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | list[str] | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As diffusers', from safetensors only. ValueError for a pickle."""
+        kwargs = safetensors_only(pretrained_model_name_or_path, kwargs)
+        super().load_textual_inversion(
+            pretrained_model_name_or_path, token, tokenizer, text_encoder, **kwargs
+        )
+
+    def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """NotImplementedError."""
+        raise NotImplementedError(f"`load_ip_adapter` {NO_IP_ADAPTER}")
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """As diffusers'. Of our U-Net they cannot be fused: NotImplementedError unless unet=False."""
+        if unet and not hasattr(self.unet, "fuse_qkv_projections"):
+            raise NotImplementedError(
+                f"`unet` must be False: {type(self.unet).__name__} has no fused projections. "
+                "`fuse_qkv_projections(unet=False)` fuses those of the vae."
+            )
+        super().fuse_qkv_projections(unet, vae)
+
+
+def refuse_ip_adapter(**arguments: Any) -> None:
+    """ValueError for the first of `arguments` that is given."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"`{name}` {NO_IP_ADAPTER}")
+
+
+def safetensors_only(source: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """A loader's `options` with use_safetensors=True. ValueError where they or `source` ask for a pickle.
+
+    `source` is a file, a folder, a name on the Hub, ready tensors, or a list of these.
+    """
+    if options.get("use_safetensors") is False:
+        raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
+    sources = source if isinstance(source, list) else [source]
+    for name in (options.get("weight_name"), *sources):
+        if isinstance(name, (str, os.PathLike)):
+            folder = Path(name) / (options.get("subfolder") or "")
+            files = [path.name for path in folder.iterdir()] if folder.is_dir() else [str(name)]
+            pickles = [file for file in files if Path(file).suffix.lower() in PICKLES]
+            if pickles and not any(file.endswith(".safetensors") for file in files):
+                raise ValueError(
+                    f"{pickles[0]!r} is a pickle, which can run code when it is read: only .safetensors is. "
+                    "If you trust it, convert it once: `safetensors.torch.save_file(torch.load(file, "
+                    "weights_only=True), 'converted.safetensors')`."
+                )
+    return options | {"use_safetensors": True}
+
+
+@contextmanager
+def text_lora_scaled(text_encoder: torch.nn.Module | None, scale: float | None) -> Iterator[None]:
+    """Inside the block the text encoder's LoRA layers are multiplied by `scale`, which may be 0."""
+    if text_encoder is None or scale is None or scale == 1:
+        yield
+        return
+    layers: list[Any] = [m for m in text_encoder.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    before = [dict(layer.scaling) for layer in layers]
+    scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)

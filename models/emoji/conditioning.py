@@ -1,0 +1,211 @@
+"""From words to what the U-Net is conditioned on. Training and sampling both call `encode_text`, so that the
+null prompt and every other prompt mean the same to a model when it learns and when it draws."""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+NULL_PROMPT = ""  # goes through the tokenizer and the encoder like any prompt; it is not zeros
+
+
+def context_length(tokenizer: Any, text_encoder: Any) -> int:
+    """How many tokens a prompt may have, both ends included: the tokenizer's limit or the tower's."""
+    return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+
+
+def encode_text(
+    tokenizer: Any,
+    text_encoder: Any,
+    prompts: list[str],
+    clip_skip: int | None = None,
+    max_length: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts -> (states (B, L, D), pooled (B, P), mask (B, L)) of a transformers CLIP text tower.
+
+    states: the tower's last states after its final layer norm, all padded to L = `max_length` or the context.
+        With `clip_skip` = n, those n layers before the last, through the same norm.
+    pooled: the last layer's state at the first end of text, through the projection if the tower has one
+        (`text_embeds`, else `pooler_output`). It is found by the mask and not by `config.eos_token_id`,
+        because transformers silently pools the start of text when that id is not the tokenizer's.
+    mask: True from the start to the first end of text. CLIP's padding is more ends of text, which Stable
+        Diffusion's U-Net attends to like the rest; so does ours, and the pipelines leave the mask unused.
+
+    A prompt longer than the context is cut, with a warning that shows what was cut. Gradients flow.
+    Raises ValueError when `clip_skip` is not in 0..number of layers.
+    """
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip is not None and not 0 <= clip_skip <= layers:
+        raise ValueError(f"clip_skip must be in 0..{layers} for a tower of {layers} layers, got {clip_skip}")
+    max_length = context_length(tokenizer, text_encoder) if max_length is None else max_length
+    device = text_encoder.device if device is None else device
+    _warn_of_cuts(tokenizer, prompts, max_length)
+    options = {"padding": "max_length", "max_length": max_length, "truncation": True, "return_tensors": "pt"}
+    tokens = tokenizer(prompts, **options)
+    mask = tokens.attention_mask.to(device).bool()  # (B, L)
+
+    tower_mask = mask.long() if getattr(text_encoder.config, "use_attention_mask", False) else None
+    output = text_encoder(
+        tokens.input_ids.to(device), attention_mask=tower_mask, output_hidden_states=bool(clip_skip)
+    )
+    states = output.last_hidden_state  # (B, L, D)
+
+    end = mask.sum(dim=1) - 1
+    pooled = states[torch.arange(len(states), device=states.device), end]  # (B, D)
+    if hasattr(text_encoder, "text_projection"):
+        pooled = text_encoder.text_projection(pooled)  # (B, P)
+
+    if clip_skip:
+        # transformers 5: CLIPTextModel is the tower; before, and with a projection, the tower is .text_model
+        tower = getattr(text_encoder, "text_model", text_encoder)
+        states = tower.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+    return states, pooled, mask
+
+
+class TextInputs(NamedTuple):
+    """A call's text arguments, by diffusers' names: prompts, or ready embeddings, a row for each prompt."""
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: torch.Tensor | None = None  # (B, L, D)
+    negative_prompt_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None  # (B, P)
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+
+
+class TextEmbeddings(NamedTuple):
+    """What `encode_prompt` makes of them, a row for each picture; the negatives are None without guidance."""
+
+    prompt: torch.Tensor  # (pictures, L, D)
+    negative: torch.Tensor | None
+    pooled: torch.Tensor | None  # (pictures, P); None when states were given ready and it was not
+    negative_pooled: torch.Tensor | None
+
+
+def encode_prompt(
+    tokenizer: Any,
+    text_encoder: Any,
+    inputs: TextInputs,
+    num_images_per_prompt: int = 1,
+    do_classifier_free_guidance: bool = True,
+    clip_skip: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TextEmbeddings:
+    """Prompts or ready embeddings that passed `check_prompt` -> a row for each picture.
+
+    What is given ready is used as it is. A missing negative is the null prompt. `clip_skip` holds for both
+    sides (diffusers' Stable Diffusion skips layers of the prompt only, and so subtracts unlike states).
+    """
+    states, pooled = inputs.prompt_embeds, inputs.pooled_prompt_embeds
+    if states is None:
+        prompts = [inputs.prompt] if isinstance(inputs.prompt, str) else inputs.prompt
+        assert prompts is not None, "check_prompt asks for a prompt or its embeddings"
+        states, encoded, _ = encode_text(tokenizer, text_encoder, prompts, clip_skip, device=device)
+        pooled = encoded if pooled is None else pooled
+
+    negative, negative_pooled = inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds
+    if not do_classifier_free_guidance:
+        negative = negative_pooled = None
+    elif negative is None:
+        words = NULL_PROMPT if inputs.negative_prompt is None else inputs.negative_prompt
+        words = [words] * len(states) if isinstance(words, str) else words
+        length = states.shape[1]  # two sides of one batch
+        negative, encoded, _ = encode_text(tokenizer, text_encoder, words, clip_skip, length, device)
+        negative_pooled = encoded if negative_pooled is None else negative_pooled
+
+    def for_each_picture(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device=device, dtype=dtype).repeat_interleave(num_images_per_prompt, dim=0)
+
+    return TextEmbeddings(
+        for_each_picture(states),
+        *(x if x is None else for_each_picture(x) for x in (negative, pooled, negative_pooled)),
+    )
+
+
+def check_prompt(inputs: TextInputs, guided: bool, requires_pooled_text: bool, context: int | None) -> int:
+    """The number of prompts, after raising ValueError for anything `encode_prompt` cannot serve.
+
+    `context` is the text tower's context length, None where the pipeline has no tower.
+    """
+    prompt, negative_prompt, embeds, negative_embeds, pooled, negative_pooled = inputs
+    if (prompt is None) == (embeds is None):
+        raise ValueError("Pass either `prompt` or `prompt_embeds`, and not both.")
+    if negative_prompt is not None and negative_embeds is not None:
+        raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(inputs, name)
+        is_list = isinstance(text, list) and len(text) > 0 and all(isinstance(line, str) for line in text)
+        if not (text is None or isinstance(text, str) or is_list):
+            raise ValueError(f"`{name}` must be a str or a list of at least one str, got {text!r}.")
+    for name in inputs._fields[2:]:
+        tensor, rank = getattr(inputs, name), 2 if "pooled" in name else 3
+        good = isinstance(tensor, torch.Tensor) and tensor.ndim == rank and len(tensor) > 0
+        if not (tensor is None or good):
+            shape = getattr(tensor, "shape", type(tensor).__name__)
+            raise ValueError(f"`{name}` must be a tensor of {rank} dimensions, a row a prompt, got {shape}.")
+
+    rows: Any = prompt if embeds is None else embeds
+    batch_size = 1 if isinstance(rows, str) else len(rows)
+    if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+        raise ValueError(f"Got {batch_size} prompts but {len(negative_prompt)} negative prompts.")
+    for name in inputs._fields[3:]:
+        tensor = getattr(inputs, name)
+        if tensor is not None and len(tensor) != batch_size:
+            raise ValueError(f"Got {batch_size} prompts but {len(tensor)} rows of `{name}`.")
+    if embeds is not None and negative_embeds is not None and embeds.shape != negative_embeds.shape:
+        shapes = f"{tuple(embeds.shape)} and {tuple(negative_embeds.shape)}"
+        raise ValueError(f"`prompt_embeds` and `negative_prompt_embeds` must have one shape, got {shapes}.")
+
+    encodes_negative = guided and negative_embeds is None
+    if context is None and (prompt is not None or encodes_negative):
+        raise ValueError(
+            "Without a text encoder pass `prompt_embeds`, and, guided, `negative_prompt_embeds`."
+        )
+    if embeds is not None and encodes_negative and embeds.shape[1] > (context or 0):
+        raise ValueError(
+            f"`prompt_embeds` has {embeds.shape[1]} tokens and the null prompt can have {context} at most: "
+            "pass `negative_prompt_embeds` too."
+        )
+    if prompt is not None and guided and negative_embeds is not None and negative_embeds.shape[1] != context:
+        length = negative_embeds.shape[1]
+        raise ValueError(f"`negative_prompt_embeds` must have {context} tokens, got {length}.")
+    for name, ready, missing in (
+        ("prompt_embeds", embeds is not None, pooled is None),
+        ("negative_prompt_embeds", guided and negative_embeds is not None, negative_pooled is None),
+    ):
+        if requires_pooled_text and ready and missing:
+            partner = name.replace("prompt", "pooled_prompt")
+            raise ValueError(f"This model reads pooled text: with `{name}` pass `{partner}` too.")
+    return batch_size
+
+
+def estimate_x0(
+    step: Any, model_output: torch.Tensor, x_t: torch.Tensor, sigma: float, prediction_type: str
+) -> torch.Tensor:
+    """The x0 that a self-conditioned U-Net sees at the next step (Chen et al. 2022, "Analog bits").
+
+    The scheduler's own estimate, clipped as it clips, where `scheduler.step` returned one; else from the
+    model's output, with abar = 1 / (1 + sigma^2): eps: (x_t - sqrt(1-abar) eps) / sqrt(abar);
+    v: sqrt(abar) x_t - sqrt(1-abar) v; sample: itself. All (B, C, H, W), x_t of unit variance.
+    """
+    for name in ("pred_original_sample", "denoised"):  # the second is LCMScheduler's
+        if getattr(step, name, None) is not None:
+            return getattr(step, name)
+    abar = 1 / (1 + sigma**2)
+    if prediction_type == "epsilon":
+        return (x_t - (1 - abar) ** 0.5 * model_output) / max(abar, 2.0**-48) ** 0.5
+    if prediction_type == "v_prediction":
+        return abar**0.5 * x_t - (1 - abar) ** 0.5 * model_output
+    return model_output
+
+
+def _warn_of_cuts(tokenizer: Any, prompts: list[str], max_length: int) -> None:
+    for prompt in prompts:
+        ids = tokenizer(prompt, verbose=False).input_ids
+        if len(ids) > max_length:
+            cut = tokenizer.decode(ids[max_length - 1 : -1])  # the last place goes to the end of text
+            logger.warning("The prompt is longer than %d tokens; this part was cut: %r", max_length, cut)

@@ -1,0 +1,485 @@
+"""Model folders out: whole, so that one loads by name on a machine that never saw this package.
+
+A folder holds weights in safetensors, configs, a model card and, unless diffusers' own classes can read it
+all, the code of ours: the pipeline's file as `pipeline.py` with the helpers it imports beside it, and each
+component's file in that component's folder. `model_index.json` names them the way diffusers looks for them.
+
+Files are written into a folder of their own first and then renamed into place, so nothing that was there is
+ever half overwritten, not even the file that the weights being saved are mapped from.
+"""
+
+import inspect
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils import logging
+from safetensors.torch import load_file, save_file
+
+logger = logging.get_logger(__name__)
+
+INDEX, CARD, CODE = "model_index.json", "README.md", "pipeline.py"
+LIBRARIES = ("diffusers", "transformers")
+# our class -> the class of diffusers that reads the same folder while no feature of ours is on
+DIFFUSERS_CLASSES = {
+    "TextToImagePipeline": "StableDiffusionPipeline",
+    "ConditionalUNet": "UNet2DConditionModel",
+    "DDPMScheduler": "DDPMScheduler",
+}
+MACHINE_KEYS = ("_name_or_path", "name_or_path", "special_tokens_map_file")  # paths of the saving machine
+# class -> what transformers before version 5 puts before the names of its weights, and where
+OLDER_PREFIX = {
+    "CLIPTextModel": ("text_model.", r"^(?!text_model\.)"),
+    "StableDiffusionSafetyChecker": ("vision_model.", r"^(?=vision_model\.(?!vision_model\.))"),
+}
+
+
+class SaveMixin:
+    """`save_pretrained`, `save_config` and `push_to_hub` of a pipeline."""
+
+    components: dict[str, Any]
+    make_card: Callable[..., str]  # of `ModelCardMixin`
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        diffusers_format: bool | None = None,
+        model_card: dict[str, Any] | str | os.PathLike | None = None,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """As diffusers', always in safetensors, with everything that the folder needs to load elsewhere.
+
+        Args:
+            variant: goes into the names of the weights' files, which lie beside those of other variants. The
+                weights keep the precision they have: for "fp16" call `to(torch.float16)` first.
+            diffusers_format: True writes diffusers' class names, so that StableDiffusionPipeline and
+                DiffusionPipeline load the folder without any code of ours; ValueError names the features that
+                stand in the way. False writes our class names and code, None the first where it is possible.
+            model_card: front matter (license, base_model, datasets, widget, eval_results and whatever else
+                huggingface_hub's ModelCardData takes), or a Markdown file to take as the whole card. A card
+                that is there already keeps its text, and all front matter that this does not name.
+            push_to_hub: upload the folder too, to `repo_id` or else the folder's name; see `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        in_diffusers_format = check_saving(
+            self, folder, safe_serialization, variant, diffusers_format, model_card
+        )
+        name = folder.resolve().name.removesuffix(".partial")  # which recipes drop when all is written
+        card = read_text(folder / CARD)
+        if push_to_hub:
+            name = create_repository(repo_id or name, private, token)
+            card = fetch_card(name, token) if card is None else card
+        self._write(folder, in_diffusers_format, variant, max_shard_size, name, card, model_card)
+        if push_to_hub:
+            upload(self, folder, name, variant, token, commit_message, create_pr)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        max_shard_size: int | str | None = None,
+        diffusers_format: bool | None = None,
+        model_card: dict[str, Any] | str | os.PathLike | None = None,
+    ) -> Any:
+        """As diffusers', for what `save_pretrained` would write. Returns huggingface_hub's CommitInfo.
+
+        All of it is one commit: an upload that breaks off leaves the repository as it was. A card that is
+        there already is kept as `save_pretrained` keeps one. Raises OSError when the Hub says no or nothing.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            plain = check_saving(self, folder, safe_serialization, variant, diffusers_format, model_card)
+            repo_id = create_repository(repo_id, private, token)
+            card = None if subfolder else fetch_card(repo_id, token)
+            self._write(folder, plain, variant, max_shard_size, repo_id, card, model_card)
+            return upload(self, folder, repo_id, variant, token, commit_message, create_pr, subfolder)
+
+    def save_config(self, save_directory: str | os.PathLike) -> None:
+        """Writes model_index.json and the code of the classes that it names; `push_to_hub` uploads."""
+        super().save_config(str(save_directory))  # type: ignore[misc]
+        write_code(self, Path(save_directory))
+
+    def _write(
+        self,
+        folder: Path,
+        in_diffusers_format: bool,
+        variant: str | None,
+        max_shard_size: int | str | None,
+        name: str,
+        card: str | None,
+        model_card: dict[str, Any] | str | os.PathLike | None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            staging = Path(temporary)
+            options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            super().save_pretrained(str(staging), variant=variant, **options)  # type: ignore[misc]
+            if in_diffusers_format:
+                name_diffusers_classes(self, staging)
+            for component in self.components:
+                finish_component(staging / component)
+            clean_config(staging / INDEX)
+            text = self.make_card(name, not in_diffusers_format, card, model_card)
+            if text != read_text(folder / CARD):  # else not a byte of it changes
+                (staging / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
+            move_into(staging, folder, variant)
+
+
+# ---- what is checked before any work ----
+
+
+def check_saving(
+    pipeline: Any,
+    folder: Path,
+    safe_serialization: bool,
+    variant: str | None,
+    diffusers_format: bool | None,
+    card: Any,
+) -> bool:
+    """Whether the folder gets diffusers' class names. Raises ValueError for what cannot be saved."""
+    if not safe_serialization:
+        logger.warning("safe_serialization=False is ignored: weights are saved as safetensors only.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`save_directory` must be a folder, and {folder} is a file")
+    file = isinstance(card, (str, os.PathLike)) and Path(card).is_file()
+    if not (card is None or isinstance(card, dict) or file):
+        raise ValueError(f"`model_card` must be a dict of front matter or a Markdown file, got {card!r}")
+    pipeline.make_card(folder.name, has_code=True, given=card)  # raises for what cannot be a card
+    for name, component in modules_of(pipeline).items():
+        if any(".lora_A." in key for key in component.state_dict()):
+            raise ValueError(
+                f"{name} has LoRA adapters loaded. Call fuse_lora() and then unload_lora_weights() to save "
+                "it with them merged in, unload_lora_weights() to save it without"
+            )
+        precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(variant or "")
+        if precision is not None and component.dtype != precision:
+            logger.warning(
+                "variant=%r only names the files: %s is in %s, and stays so.", variant, name, component.dtype
+            )
+    found = [] if diffusers_format is False else obstacles(pipeline)
+    if diffusers_format and found:
+        raise ValueError(f"`diffusers_format=True` is not possible with {'; '.join(found)}")
+    return diffusers_format is not False and not found
+
+
+def modules_of(pipeline: Any) -> dict[str, Any]:
+    """component -> its torch module, without the wrapper of torch.compile."""
+    components = {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
+    return {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+
+
+def obstacles(pipeline: Any) -> list[str]:
+    """What keeps diffusers' own classes from reading this pipeline's folder and drawing the same pictures."""
+    found: list[str] = []
+    if type(pipeline).__name__ not in DIFFUSERS_CLASSES:
+        return [f"{type(pipeline).__name__}, a pipeline that diffusers has not"]
+    if pipeline.unet is None or pipeline.scheduler is None:
+        return ["no unet or no scheduler"]
+    for name, part in (pipeline.components | modules_of(pipeline)).items():
+        ours = type(part)
+        if part is None or ours.__module__.split(".")[0] in LIBRARIES:
+            continue
+        if ours.__name__ not in DIFFUSERS_CLASSES:
+            found.append(f"{name} of class {ours.__name__}, which diffusers has not")
+            continue
+        features = own_keys(ours)
+        found += [
+            f"{name}.{key}={part.config[key]!r}" for key in features if part.config[key] != features[key]
+        ]
+    vae, unet, scheduler = pipeline.vae, pipeline.unet.config, pipeline.scheduler.config
+    if vae is None:
+        found.append("vae=None (it draws pixels)")
+    elif type(vae).__name__ not in ("AutoencoderKL", "AutoencoderTiny") or vae.config.get("shift_factor"):
+        found.append(f"a vae of class {type(vae).__name__}, shift_factor={vae.config.get('shift_factor')}")
+    if unet.out_channels != unet.in_channels:
+        found.append(
+            f"unet.out_channels={unet.out_channels} for {unet.in_channels} channels (a learned variance)"
+        )
+    tokenizer, tower = pipeline.tokenizer, pipeline.text_encoder
+    if None not in (tokenizer, tower) and tokenizer.model_max_length > tower.config.max_position_embeddings:
+        found.append(f"tokenizer.model_max_length={tokenizer.model_max_length}, more than the tower takes")
+    # StableDiffusionPipeline turns clip_sample off and sets steps_offset = 1 when it loads a scheduler
+    if scheduler.get("clip_sample"):
+        found.append("scheduler.clip_sample=True")
+    if scheduler.get("timestep_spacing", "leading") == "leading" and scheduler.get("steps_offset", 1) != 1:
+        found.append(f"scheduler.steps_offset={scheduler['steps_offset']}")
+    # where diffusers' class of that name errs, see ours
+    ours = type(pipeline.scheduler)
+    if ours.__name__ == "DDPMScheduler" and ours.__module__.split(".")[0] not in LIBRARIES:
+        if scheduler.variance_type not in (None, "fixed_small", "fixed_small_log"):
+            found.append(f"scheduler.variance_type={scheduler.variance_type!r}")
+        if scheduler.rescale_betas_zero_snr and scheduler.prediction_type == "epsilon":
+            found.append("scheduler.rescale_betas_zero_snr=True with epsilon")
+    return found
+
+
+def own_keys(cls: type) -> dict[str, Any]:
+    """Config keys of our class that diffusers' has not -> their defaults, which turn the feature off."""
+    theirs = inspect.signature(getattr(diffusers, DIFFUSERS_CLASSES[cls.__name__]).__init__).parameters
+    ours = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    return {key: parameter.default for key, parameter in ours.items() if key not in theirs}
+
+
+# ---- code and class names ----
+
+
+def write_code(pipeline: Any, folder: Path) -> None:
+    """Copy the code of all classes that the libraries have not, and name it in the model index."""
+    index = read_json(folder / INDEX)
+    files: dict[str, Path] = {}  # place in the folder -> source
+    for name, part in (pipeline.components | modules_of(pipeline)).items():
+        source = source_file(type(part))
+        if source is not None and not relative_imports(source):
+            index[name] = [source.stem, type(part).__name__]
+            files[f"{name}/{source.name}"] = source
+        elif type(part).__module__.split(".")[0] not in (*LIBRARIES, "builtins"):
+            logger.warning(
+                "The code of %s is not in a file of its own; load it with that class imported.", name
+            )
+    if (source := source_file(type(pipeline))) is not None:
+        index["_class_name"] = [Path(CODE).stem, type(pipeline).__name__]
+        files[CODE] = source
+        for helper in relative_imports(source):
+            files[f"{helper}.py"] = source.with_name(f"{helper}.py")
+    modules = [place.rsplit("/")[-1] for place in files]
+    if twice := {module for module in modules if modules.count(module) > 1}:
+        raise ValueError(
+            f"Two files of code are named {' and '.join(twice)}; diffusers loads all into one package"
+        )
+    for place, source in files.items():
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    write_json(folder / INDEX, index)
+
+
+def source_file(cls: type) -> Path | None:
+    """The file that defines a class, None for the libraries' classes and those of a script or notebook."""
+    if cls.__module__.split(".")[0] in (*LIBRARIES, "builtins", "__main__"):
+        return None
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return Path(file) if file is not None and file.endswith(".py") and Path(file).is_file() else None
+
+
+def relative_imports(source: Path) -> list[str]:
+    """The modules beside it that a file imports, found as diffusers finds what it has to copy along."""
+    found = re.findall(r"^\s*from\s+\.(\S+)\s+import", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return sorted(set(found))
+
+
+def name_diffusers_classes(pipeline: Any, folder: Path) -> None:
+    """Turn a freshly written folder of ours into diffusers': its class names, no code and no key of ours."""
+    for code in (*folder.glob("*.py"), *folder.glob("*/*.py")):
+        code.unlink()
+    index = read_json(folder / INDEX)
+    index["_class_name"] = DIFFUSERS_CLASSES[type(pipeline).__name__]
+    for key, default in own_keys(type(pipeline)).items():
+        if index.get(key) in (default, [None, None]):
+            del index[key]  # diffusers warns of keys that it does not know
+    for name, part in (pipeline.components | modules_of(pipeline)).items():
+        ours = type(part)
+        if ours.__name__ in DIFFUSERS_CLASSES:
+            index[name] = ["diffusers", DIFFUSERS_CLASSES[ours.__name__]]
+            for path in folder.glob(f"{name}/*config.json"):
+                config = {key: value for key, value in read_json(path).items() if key not in own_keys(ours)}
+                config["_class_name"] = DIFFUSERS_CLASSES[ours.__name__]
+                if "steps_offset" in config:  # see `obstacles`; another value makes diffusers warn
+                    config["steps_offset"] = 1
+                write_json(path, config)
+    if type(pipeline.text_encoder).__name__ == "CLIPTextModelWithProjection":
+        index["text_encoder"] = ["transformers", "CLIPTextModel"]  # only features of ours read the projection
+    write_json(folder / INDEX, index)
+
+
+# ---- the components' files ----
+
+
+def finish_component(folder: Path) -> None:
+    """Put right what the libraries wrote: see `clean_config`; and add what transformers before 5 reads.
+
+    That is names of weights with the prefixes of `OLDER_PREFIX`, which 5 takes as well, and vocab.json and
+    merges.txt of a tokenizer.
+    """
+    for path in folder.glob("*config.json"):
+        clean_config(path)
+    config = folder / "config.json"
+    architectures = read_json(config).get("architectures") or [] if config.is_file() else []
+    for prefix, place in (OLDER_PREFIX[name] for name in architectures if name in OLDER_PREFIX):
+        for path in folder.glob("*.safetensors"):
+            renamed = {re.sub(place, prefix, key): tensor for key, tensor in load_file(path).items()}
+            save_file(renamed, path, metadata={"format": "pt"})
+        for path in folder.glob("*.safetensors.index*.json"):
+            index = read_json(path)
+            index["weight_map"] = {
+                re.sub(place, prefix, key): file for key, file in index["weight_map"].items()
+            }
+            write_json(path, index)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_json(folder / "tokenizer.json")
+        model, vocabulary = tokenizer["model"], tokenizer["model"].get("vocab")
+        if model.get("type") == "BPE" and not (folder / "vocab.json").exists():
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+            (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+            added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+            if added := {content: number for content, number in added.items() if content not in vocabulary}:
+                (folder / "added_tokens.json").write_text(
+                    json.dumps(added, ensure_ascii=False), encoding="utf-8"
+                )
+
+
+def clean_config(path: Path) -> None:
+    """Take this machine's paths out of a config, and let transformers load float32 whatever is on disk.
+
+    Otherwise a tower saved in fp16 would load as fp16 beside a U-Net that diffusers loads as float32, and the
+    first call would fail.
+    """
+    config = {key: value for key, value in read_json(path).items() if key not in MACHINE_KEYS}
+    write_json(path, config | ({"dtype": "float32"} if "transformers_version" in config else {}))
+
+
+def move_into(staging: Path, folder: Path, variant: str | None) -> None:
+    """Rename each file into place, the model index last; then drop weights of an earlier save that are not
+    among the new ones, because a left-over index of shards would win over a new single file."""
+    files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: str(file) == INDEX):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / file, folder / file)
+    for component in {file.parts[0] for file in files if len(file.parts) > 1}:
+        for pattern in weight_patterns(component, variant):
+            for path in folder.glob(pattern):
+                if path.relative_to(folder) not in files:
+                    path.unlink()
+
+
+def weight_patterns(component: str, variant: str | None) -> list[str]:
+    """Glob patterns of all files that weights of a component may be in."""
+    kind = "" if variant is None else f".{variant}"
+    names = (
+        "{stem}{kind}.safetensors",
+        "{stem}{kind}-?????-of-?????.safetensors",
+        "{stem}.safetensors.index{kind}.json",
+    )
+    stems = ("model", "diffusion_pytorch_model")
+    return [f"{component}/{name.format(stem=stem, kind=kind)}" for stem in stems for name in names]
+
+
+def read_text(path: Path) -> str | None:
+    """A text file's content, bytes that are no UTF-8 kept as they are; None when there is no such file."""
+    return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ---- the Hub ----
+
+
+def create_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
+    """The full name of the repository, made if it is not there; its owner defaults to the token's.
+
+    Raises ValueError where `private` is asked for and the repository is there already, and public.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        public = private and not api.repo_info(name).private
+    if public:
+        raise ValueError(
+            f"`private` must not be True for {name}, which is there already and public; nothing was pushed. "
+            f"HfApi().update_repo_settings({name!r}, private=True) makes it private"
+        )
+    return name
+
+
+def fetch_card(repo_id: str, token: str | bool | None) -> str | None:
+    """The README.md that a repository has, None when it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with hub_errors(repo_id), tempfile.TemporaryDirectory() as temporary:
+        try:
+            return read_text(Path(hf_hub_download(repo_id, CARD, token=token, local_dir=temporary)))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub did not answer
+                raise
+            return None
+
+
+def upload(
+    pipeline: Any,
+    folder: Path,
+    repo_id: str,
+    variant: str | None,
+    token: str | bool | None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> Any:
+    """One commit of the folder, without the weights that an earlier push left and this one has not."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    start = f"{subfolder}/" if subfolder else ""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    added = {start + place: path for place, path in sorted(files.items()) if "/." not in "/" + place}
+    patterns = [start + p for name in pipeline.components for p in weight_patterns(name, variant)]
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        there = set(api.list_repo_files(repo_id)) - set(added)
+        stale = [file for file in there if any(fnmatch(file, pattern) for pattern in patterns)]
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(*file) for file in added.items()]
+            + [CommitOperationDelete(file) for file in stale],
+            commit_message=commit_message or f"Upload {type(pipeline).__name__}",
+            create_pr=create_pr,
+        )
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub or the network answers into an OSError that says what to do."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except HFValidationError:  # a ValueError that says what a name may be
+        raise
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"{type(error).__name__}: {error}"
+        if status in (401, 403):
+            reason = f"it asks for a token that may write there ({status}): `hf auth login`, or pass `token`"
+        raise OSError(
+            f"Could not push to {repo_id} on the Hub: {reason}. A push is one commit: all of it is there, or "
+            "nothing"
+        ) from error

@@ -1,0 +1,496 @@
+"""Text to image: `TextToImagePipeline`, in pixels or in a VAE's latents."""
+
+import inspect
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+
+from .adapters import AdapterMixin, refuse_ip_adapter, safetensors_only, text_lora_scaled
+from .checks import (
+    OUTPUT_TYPES,
+    check,
+    check_callback,
+    check_channels,
+    check_clip_skip,
+    check_counts,
+    check_cross_attention_kwargs,
+    check_generator,
+    check_guidance,
+    check_shares,
+    check_size,
+)
+from .conditioning import TextEmbeddings, TextInputs, check_prompt, context_length, encode_prompt, estimate_x0
+from .conversion import read_single_file, rebuild
+from .guidance import guidance_scale_embedding, guide, in_guidance_interval, noise_levels, takes_variance
+from .hub import SaveMixin
+from .images import decode_latents, to_numpy, to_pil, to_unit
+from .loading import LoadMixin, align_weights, own_class
+from .model_card import ModelCardMixin
+
+
+class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, DiffusionPipeline):
+    r"""Draws pictures for prompts: x_T ~ N(0, I), then one U-Net pass (two when guided) for each timestep.
+
+    Args:
+        tokenizer: CLIP's, with a vocabulary of any size.
+        text_encoder: transformers' CLIPTextModel, or CLIPTextModelWithProjection for projected pooled text.
+        unet: ConditionalUNet, or diffusers' UNet2DConditionModel.
+        scheduler: any of diffusers' that step in discrete time or sigma, or our DDPMScheduler.
+        vae: decodes latents; None means that the U-Net draws pixels in [-1, 1] itself.
+        safety_checker, feature_extractor: as Stable Diffusion folders have them; used when present.
+        image_encoder, requires_safety_checker: unused, kept so that such a folder saves back whole.
+        default_guidance_scale, default_num_inference_steps: what a call that does not say gets; they are
+            saved in model_index.json, so that each model folder brings its own.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["vae", "safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
+        unet: ModelMixin | UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | AutoencoderKL | None = None,
+        safety_checker: PreTrainedModel | None = None,
+        feature_extractor: Any = None,
+        image_encoder: PreTrainedModel | None = None,
+        requires_safety_checker: bool = False,
+        default_guidance_scale: float = 7.5,
+        default_num_inference_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("A `safety_checker` needs its `feature_extractor`; pass both or neither.")
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            unet=unet,
+            scheduler=scheduler,
+            vae=vae,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.register_to_config(
+            requires_safety_checker=requires_safety_checker,
+            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=default_num_inference_steps,
+        )
+
+    # ---- from what diffusers loads ----
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "TextToImagePipeline":
+        """As diffusers', with our U-Net and scheduler in place of theirs; weights are shared, not copied.
+
+        The other way, a pipeline of diffusers wants to be handed our U-Net by name:
+        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`.
+        """
+        parameters = inspect.signature(cls.__init__).parameters
+        for name in parameters.keys() & pipeline.components.keys():
+            component = kwargs.get(name, pipeline.components[name])
+            own = own_class(type(component).__name__)
+            # passed by name, for else diffusers leaves out what is not exactly of an annotated class
+            kwargs[name] = component if own is None else rebuild(component, own)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "TextToImagePipeline":
+        """Reads a Stable Diffusion 1.x or 2.x .safetensors file in its original layout; diffusers' arguments.
+
+        `config`, a model folder or its name on the Hub, has what the file has not: widths, tokenizer and
+        scheduler; without it diffusers guesses a name and downloads it. The weights become float32 unless
+        `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError for what is not to be had.
+        """
+        source = str(pretrained_model_link_or_path)
+        safetensors_only(source, {})
+        ours = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("default_")}
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or torch.float32
+        theirs = read_single_file(StableDiffusionPipeline, source, torch_dtype=dtype, **kwargs)
+        pipeline = cls.from_pipe(theirs, torch_dtype=dtype, **ours)
+        align_weights(pipeline)
+        return pipeline
+
+    # ---- what callbacks and callers may read during a call ----
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent, along one side; 1 without a vae."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+
+    @property
+    def requires_pooled_text(self) -> bool:
+        """Whether the U-Net reads pooled text, so that ready `prompt_embeds` must come with theirs."""
+        keys = ("pooled_text_time_embedding", "text_concat_channels")
+        return self.unet is not None and any(self.unet.config.get(key) for key in keys)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> int | None:
+        return self._clip_skip
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        return self._cross_attention_kwargs
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """guidance_scale > 1, unless the U-Net takes the scale as an input (time_cond_proj_dim)."""
+        return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # ---- the stages of __call__ ----
+
+    def check_inputs(
+        self,
+        text: TextInputs,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> int:
+        """The number of prompts. Raises ValueError for whatever `__call__` cannot do."""
+        check_size(height, width, self.vae_scale_factor * self.unet.config.get("patch_size", 1))
+        check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_shares(eta=eta, guidance_rescale=guidance_rescale)
+        check_guidance(guidance_scale, guidance_interval)
+        check("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {OUTPUT_TYPES}")
+        if self.text_encoder is not None:
+            check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+        check_cross_attention_kwargs(cross_attention_kwargs, hasattr(self.unet, "attn_processors"))
+        asked = callback_on_step_end_tensor_inputs or []
+        check_callback(callback_on_step_end, asked, self._callback_tensor_inputs)
+
+        context = None if self.text_encoder is None else context_length(self.tokenizer, self.text_encoder)
+        guided = guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
+        pictures = check_prompt(text, guided, self.requires_pooled_text, context) * num_images_per_prompt
+        check_generator(generator, pictures)
+        channels = self.unet.config.in_channels
+        check_channels(channels, self.unet.config.out_channels)
+        shape, given = self._latents_shape(pictures, channels, height, width), getattr(latents, "shape", None)
+        check("latents", given, latents is None or given == shape, f"a tensor of {shape}")
+        return pictures // num_images_per_prompt
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(prompt states, negative states), each (B * num_images_per_prompt, L, D); diffusers' arguments.
+
+        For a model with `requires_pooled_text`, `encode_text_inputs` gives the pooled text as well.
+        """
+        inputs = TextInputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        text = self.encode_text_inputs(
+            inputs, num_images_per_prompt, do_classifier_free_guidance, clip_skip, device, lora_scale
+        )
+        prompt_embeds, negative_prompt_embeds = text.prompt, text.negative
+        return prompt_embeds, negative_prompt_embeds
+
+    def encode_text_inputs(
+        self,
+        inputs: TextInputs,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        clip_skip: int | None = None,
+        device: torch.device | str | None = None,
+        lora_scale: float | None = None,
+    ) -> TextEmbeddings:
+        """`conditioning.encode_prompt` with this pipeline's tower, textual inversions and precision."""
+        for name in ("prompt", "negative_prompt"):
+            if getattr(inputs, name) is not None and self.tokenizer is not None:
+                converted = self.maybe_convert_prompt(getattr(inputs, name), self.tokenizer)
+                inputs = inputs._replace(**{name: converted})
+        with text_lora_scaled(self.text_encoder, lora_scale):
+            return encode_prompt(
+                self.tokenizer,
+                self.text_encoder,
+                inputs,
+                num_images_per_prompt,
+                do_classifier_free_guidance,
+                clip_skip,
+                device=self._execution_device if device is None else device,
+                dtype=(self.text_encoder if self.unet is None else self.unet).dtype,
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x_T = init_noise_sigma * z, z the given `latents` or drawn, once for each generator of a list."""
+        shape = self._latents_shape(batch_size, num_channels_latents, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
+        """`generator` and `eta` for `scheduler.step`, each only where its signature takes it."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        offered = {"generator": generator, "eta": eta}
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def run_safety_checker(
+        self, image: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, list[bool] | None]:
+        """(B, 3, H, W) in [-1, 1] -> the same with flagged pictures black, and which are flagged."""
+        if self.safety_checker is None:
+            return image, None
+        features = self.feature_extractor(to_pil(image), return_tensors="pt").to(self._execution_device)
+        unit, flagged = self.safety_checker(images=to_unit(image), clip_input=features.pixel_values.to(dtype))
+        return unit * 2 - 1, flagged
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: None = None,
+        ip_adapter_image_embeds: None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+        r"""Draws `num_images_per_prompt` pictures for each prompt.
+
+        Args:
+            prompt: one or several; what does not fit the context is cut with a warning.
+            height, width: in pixels; default to what the U-Net was trained on.
+            num_inference_steps: None means the model folder's own, `config.default_num_inference_steps`.
+            timesteps, sigmas: descending schedules in place of the scheduler's own, where it takes them.
+            guidance_scale: s of uncond + s (cond - uncond). None means the folder's `default_guidance_scale`;
+                1 or less is off and runs one U-Net pass a step.
+            negative_prompt: takes the place of the null prompt; one for all prompts, or one for each.
+            eta: DDIM's, in 0..1; other schedulers ignore it.
+            generator: one, drawn from in diffusers' order, or a list with one for each picture, which makes a
+                picture depend on its own seed alone and not on the batch it is in.
+            latents: z of N(0, I), (pictures, C, H, W) at the U-Net's resolution, in place of drawn noise.
+            prompt_embeds, negative_prompt_embeds: ready token states (B, L, D) in place of the prompts.
+            ip_adapter_image, ip_adapter_image_embeds: not supported.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent", undecoded.
+            return_dict: False returns (images, nsfw_content_detected).
+            cross_attention_kwargs: {"scale": s}, the strength of loaded LoRAs in text encoder and U-Net.
+            guidance_rescale: phi in 0..1 of Lin et al. (2023).
+            clip_skip: text encoder layers to leave out, for the prompt and the negative prompt alike.
+            callback_on_step_end: f(pipe, i, t, tensors) -> dict of those to replace. While guidance is on,
+                `prompt_embeds` is [negative, prompt] in one tensor, as in Stable Diffusion's loop.
+            callback_on_step_end_tensor_inputs: names out of `_callback_tensor_inputs`; default ["latents"].
+            guidance_interval: (lo, hi) in noise level sigma = sqrt((1 - abar) / abar); guidance is on where
+                lo < sigma <= hi, and elsewhere the unconditional pass is left out (Kynkaanniemi et al. 2024).
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, P), needed beside ready token states by
+                models with `requires_pooled_text`.
+
+        Returns images and nsfw_content_detected (None without a safety checker).
+        Raises ValueError for arguments that make no sense, before any work.
+        """
+        # 1. Settle the defaults and check the rest
+        refuse_ip_adapter(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
+        sample_size = self.unet.config.sample_size
+        sample_height, sample_width = (sample_size,) * 2 if isinstance(sample_size, int) else sample_size
+        height = sample_height * self.vae_scale_factor if height is None else height
+        width = sample_width * self.vae_scale_factor if width is None else width
+        steps = (
+            self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        )
+        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
+        output_type = "pil" if output_type is None else output_type
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        elif callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
+        inputs = TextInputs(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        batch_size = self.check_inputs(
+            inputs,
+            height,
+            width,
+            steps,
+            scale,
+            num_images_per_prompt,
+            eta,
+            generator,
+            latents,
+            output_type,
+            cross_attention_kwargs,
+            guidance_rescale,
+            clip_skip,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            guidance_interval,
+        )
+        self._guidance_scale, self._guidance_rescale, self._clip_skip = scale, guidance_rescale, clip_skip
+        self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
+        device, pictures = self._execution_device, batch_size * num_images_per_prompt
+        self_conditioning = self.unet.config.get("self_conditioning", False)
+
+        # 2. Lay out the timesteps: first, because a schedule that the scheduler refuses is a bad argument too
+        visited, steps = retrieve_timesteps(self.scheduler, steps, device, timesteps, sigmas)
+        self._num_timesteps = len(visited)
+        needs_levels = guidance_interval is not None or self_conditioning
+        levels = noise_levels(self.scheduler, visited) if needs_levels else [math.nan] * len(visited)
+
+        # 3. Encode the prompts. Negatives come first, so that the last rows are always the prompts' own
+        lora_scale = (cross_attention_kwargs or {}).get("scale")
+        text = self.encode_text_inputs(
+            inputs, num_images_per_prompt, self.do_classifier_free_guidance, clip_skip, device, lora_scale
+        )
+        prompt_embeds, negative_prompt_embeds, pooled = text.prompt, text.negative, text.pooled
+        if text.negative is not None:
+            prompt_embeds = torch.cat([text.negative, text.prompt])  # (2B, L, D)
+            if self.requires_pooled_text and text.pooled is not None and text.negative_pooled is not None:
+                pooled = torch.cat([text.negative_pooled, text.pooled])  # (2B, P)
+
+        # 4. Draw the noise to start from
+        channels = self.unet.config.in_channels
+        latents = self.prepare_latents(
+            pictures, channels, height, width, prompt_embeds.dtype, device, generator, latents
+        )
+        x0_self = torch.zeros_like(latents) if self_conditioning else None
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+
+        # 5. Denoise
+        warmup_steps = len(visited) - steps * self.scheduler.order
+        with self.progress_bar(total=steps) as progress_bar:
+            for i, t in enumerate(visited):
+                if self.interrupt:
+                    continue
+                guided = self.do_classifier_free_guidance and in_guidance_interval(
+                    levels[i], guidance_interval
+                )
+                copies = 2 if guided else 1  # of the pictures in one U-Net pass
+                model_output = self.unet(
+                    self.scheduler.scale_model_input(torch.cat([latents] * copies), t),
+                    t,
+                    encoder_hidden_states=prompt_embeds[-copies * pictures :],
+                    return_dict=False,
+                    **self._unet_kwargs(copies * pictures, pooled, x0_self),
+                )[0]
+                if guided:
+                    model_output = guide(model_output, channels, self.guidance_scale, self.guidance_rescale)
+                if not takes_variance(self.scheduler):
+                    model_output = model_output[:, :channels]
+                step = self.scheduler.step(model_output, t, latents, **extra_step_kwargs)
+                if x0_self is not None:
+                    kind = self.scheduler.config.prediction_type
+                    x0_self = estimate_x0(step, model_output[:, :channels], latents, levels[i], kind)
+                latents = step.prev_sample
+
+                if callback_on_step_end is not None:
+                    values: Any = (latents, prompt_embeds, negative_prompt_embeds)
+                    tensors = dict(zip(self._callback_tensor_inputs, values, strict=True))
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, i, t, asked) or {}
+                    latents, prompt_embeds, negative_prompt_embeds = list(tensors.values())[:3]
+                if i == len(visited) - 1 or ((i + 1) > warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
+        # 6. Decode
+        images: Any = latents
+        flagged = None
+        if output_type != "latent":
+            image = decode_latents(self.vae, latents, generator)
+            image, flagged = self.run_safety_checker(image, prompt_embeds.dtype)
+            images = {"pil": to_pil, "np": to_numpy, "pt": to_unit}[output_type](image)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, flagged
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
+
+    def _latents_shape(self, pictures: int, channels: int, height: int, width: int) -> torch.Size:
+        return torch.Size(
+            (pictures, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        )
+
+    def _unet_kwargs(
+        self, rows: int, pooled: torch.Tensor | None, x0_self: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """What the U-Net is told besides x_t, t and the token states: only what its config asks for."""
+        added: dict[str, torch.Tensor] = {}
+        if self.requires_pooled_text and pooled is not None:
+            added["pooled_text"] = pooled[-rows:]  # (rows, P)
+        if x0_self is not None:
+            added["x0_self"] = torch.cat([x0_self] * (rows // len(x0_self)))
+        kwargs: dict[str, Any] = {"cross_attention_kwargs": self.cross_attention_kwargs}
+        if (dim := self.unet.config.get("time_cond_proj_dim")) is not None:
+            embedding = guidance_scale_embedding(self.guidance_scale, dim)  # (1, dim)
+            kwargs["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype).expand(rows, -1)
+        return kwargs | {"added_cond_kwargs": added or None}

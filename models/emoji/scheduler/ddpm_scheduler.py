@@ -1,0 +1,491 @@
+"""The diffusion chain: beta schedules, noising, its posterior, and the ancestral sampler built on them.
+
+    q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I),  alpha_t = 1 - beta_t,  abar_t = alpha_0 .. alpha_t
+
+Timesteps count t = 0 .. T-1 from clean to noisy; abar_{-1} = 1 stands for the clean picture. A chain may skip
+some: "prev" is the next cleaner timestep it visits, alpha_t = abar_t/abar_prev and beta_t = 1 - alpha_t.
+
+Where a function takes `abar_t` or `abar_prev` it may be a float, a 0-d tensor, one value per sample (B,), or
+anything that broadcasts against x, which may have any rank. Arithmetic is in float32 (float64 if x is),
+results have the dtype of x. Shapes that do not fit, and integer pictures, raise ValueError.
+
+Papers: Ho 2020 (arXiv 2006.11239), Nichol 2021 (2102.09672), Salimans 2022 (2202.00512), Imagen (2205.11487),
+Lin 2023 (2305.08891).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, cast
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+logger = logging.get_logger(__name__)
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+LEARNED_VARIANCES = ("learned", "learned_range")  # the model has 2C output channels
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+SMALLEST_VARIANCE = 1e-20  # logarithms start here
+SMALLEST_ABAR = 2.0**-48  # what predict_x0 divides by at zero terminal SNR
+
+
+def require(condition: object, name: str, value: object, allowed: str) -> None:
+    """ValueError that names an argument, its value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def expand(coefficient: Tensor | float, x: Tensor) -> Tensor:
+    """A coefficient of shape (), (B,) or broadcastable -> the rank and device of x, float32 or better."""
+    require(x.is_floating_point(), "dtype", x.dtype, "floating point (pictures are in [-1, 1])")
+    c = torch.as_tensor(coefficient, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    c = c.reshape(tuple(c.shape) + (1,) * (x.ndim - c.ndim))  # (B,) -> (B, 1, 1, 1)
+    fits = c.ndim == x.ndim and all(n == m or 1 in (n, m) for n, m in zip(c.shape, x.shape, strict=True))
+    require(fits, "coefficient shape", tuple(c.shape), f"broadcastable against {tuple(x.shape)}")
+    return c
+
+
+# ------------------------------------------------------------ beta schedules: float32 tensors of shape (T,)
+
+
+def linear_betas(T: int, beta_start: float, beta_end: float) -> Tensor:
+    """beta_t evenly spaced from beta_start to beta_end. Ho 2020, section 4."""
+    return torch.linspace(beta_start, beta_end, T, dtype=torch.float32)
+
+
+def scaled_linear_betas(T: int, beta_start: float, beta_end: float) -> Tensor:
+    """beta_t = s_t^2, s_t evenly spaced between the roots of the ends ("quadratic"). arXiv 2112.10752."""
+    return linear_betas(T, beta_start**0.5, beta_end**0.5) ** 2
+
+
+def sigmoid_betas(T: int, beta_start: float, beta_end: float) -> Tensor:
+    """beta_t = beta_start + (beta_end - beta_start) sigmoid(u_t), u_t evenly in [-6, 6]. arXiv 2203.02923."""
+    return torch.sigmoid(linear_betas(T, -6, 6)) * (beta_end - beta_start) + beta_start
+
+
+def cosine_abar(u: float) -> float:
+    """abar(u) = cos^2((u + 0.008)/1.008 pi/2), u = t/T in [0, 1], up to a constant. Nichol 2021, eq. 17."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def laplace_abar(u: float) -> float:
+    """abar(u) = sqrt(snr/(1 + snr)), log snr = -sign(1/2 - u)/2 log(1 - 2|1/2 - u| + 1e-6), u in [0, 1].
+
+    The Laplace schedule of Hang 2024 (arXiv 2407.03297) with mu = 0, b = 1/2, in the form diffusers gives it.
+    """
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+def betas_from_abar(abar: Callable[[float], float], T: int, max_beta: float = 0.999) -> Tensor:
+    """beta_t = min(1 - abar((t+1)/T)/abar(t/T), max_beta). Nichol 2021, section 3.2."""
+    betas = [min(1 - abar((t + 1) / T) / abar(t / T), max_beta) for t in range(T)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(abar) so that it keeps its first value and ends at 0. Lin 2023, algorithm 1."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    abar = root**2
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
+
+
+def make_betas(beta_schedule: str, T: int, beta_start: float, beta_end: float) -> Tensor:
+    """The schedule of that name; beta_start and beta_end do not touch the two given by their abar."""
+    require(beta_schedule in BETA_SCHEDULES, "beta_schedule", beta_schedule, f"one of {BETA_SCHEDULES}")
+    if beta_schedule == "squaredcos_cap_v2":
+        return betas_from_abar(cosine_abar, T)
+    if beta_schedule == "laplace":
+        return betas_from_abar(laplace_abar, T)
+    betas = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "sigmoid": sigmoid_betas}
+    return betas[beta_schedule](T, beta_start, beta_end)
+
+
+# ------------------------------------------------------------ forward process
+
+
+def q_sample(x0: Tensor, eps: Tensor, abar_t: Tensor | float) -> Tensor:
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps; x0 (B, ...) in [-1, 1], eps ~ N(0, I). Ho 2020, eq. 4."""
+    abar_t = expand(abar_t, x0)
+    return (abar_t.sqrt() * x0 + (1 - abar_t).sqrt() * eps).to(torch.result_type(x0, eps))
+
+
+def velocity(x0: Tensor, eps: Tensor, abar_t: Tensor | float) -> Tensor:
+    """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0, (B, ...), the target "v_prediction". Salimans 2022, D."""
+    abar_t = expand(abar_t, x0)
+    return (abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x0).to(torch.result_type(x0, eps))
+
+
+def signal_to_noise_ratio(abar_t: Tensor) -> Tensor:
+    """SNR = abar_t/(1 - abar_t), elementwise: from 0 at zero terminal SNR to inf for a clean picture."""
+    return abar_t / (1 - abar_t)
+
+
+# ------------------------------------------------------------ reverse process
+
+
+def predict_x0(
+    model_output: Tensor, x_t: Tensor, abar_t: Tensor | float, prediction_type: str = "epsilon"
+) -> Tensor:
+    """The clean picture that a model's output stands for, same shape as x_t, not clipped.
+
+    epsilon: (x_t - sqrt(1 - abar_t) eps)/sqrt(abar_t)         Ho 2020, eq. 15
+    v_prediction: sqrt(abar_t) x_t - sqrt(1 - abar_t) v        Salimans 2022, App. D
+    sample: the output itself
+
+    Where abar_t = 0, eps says nothing of x0, and the division is by sqrt(2^-48) to stay finite.
+    """
+    known = prediction_type in PREDICTION_TYPES
+    require(known, "prediction_type", prediction_type, f"one of {PREDICTION_TYPES}")
+    if prediction_type == "sample":
+        return model_output
+    abar_t = expand(abar_t, x_t)
+    if prediction_type == "epsilon":
+        x0 = (x_t - (1 - abar_t).sqrt() * model_output) / abar_t.clamp(min=SMALLEST_ABAR).sqrt()
+    else:
+        x0 = abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output
+    return x0.to(torch.result_type(x_t, model_output))
+
+
+def posterior_mean(x0: Tensor, x_t: Tensor, abar_t: Tensor | float, abar_prev: Tensor | float) -> Tensor:
+    """Mean of q(x_prev | x_t, x0), shape of x_t; x0 itself where abar_prev = 1. Ho 2020, eq. 7.
+
+    mu~ = [sqrt(abar_prev) beta_t x0 + sqrt(alpha_t) (1 - abar_prev) x_t]/(1 - abar_t)
+    """
+    abar_t, abar_prev = expand(abar_t, x_t), expand(abar_prev, x_t)
+    alpha_t = abar_t / abar_prev
+    beta_t = 1 - alpha_t
+    x0_weight = abar_prev.sqrt() * beta_t / (1 - abar_t)
+    x_t_weight = alpha_t.sqrt() * (1 - abar_prev) / (1 - abar_t)
+    return (x0_weight * x0 + x_t_weight * x_t).to(torch.result_type(x0, x_t))
+
+
+def posterior_variance(abar_t: Tensor, abar_prev: Tensor) -> Tensor:
+    """Variance of q(x_prev | x_t, x0), elementwise; 0 where abar_prev = 1, so no log there. Ho 2020, eq. 7.
+
+    beta~_t = (1 - abar_prev)/(1 - abar_t) beta_t
+    """
+    return (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)
+
+
+def learned_range_log_variance(v: Tensor, log_beta: Tensor, log_posterior_variance: Tensor) -> Tensor:
+    """log var = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2; v about [-1, 1]. Nichol 2021, eq. 15."""
+    f = (v + 1) / 2
+    return f * log_beta + (1 - f) * log_posterior_variance
+
+
+def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
+    """x0 <- clamp(x0, -s, s)/s, s = min(max(1, the ratio-quantile of |x0| over one image), max_value).
+
+    Shape (B, ...), each sample by itself; result in [-1, 1]. Imagen, section 2.3; max_value is diffusers'.
+    """
+    x = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    s = torch.stack([torch.quantile(image.abs(), ratio) for image in x])  # (B,); quantile takes 2^24 values
+    s = expand(s.clamp(min=1, max=max_value), x)  # (B, 1, 1, 1)
+    return (torch.clamp(x, -s, s) / s).to(x0.dtype)
+
+
+def spaced_timesteps(spacing: str, T: int, n: int, offset: int = 0) -> np.ndarray:
+    """n timesteps out of T, noisiest first, int64. Lin 2023, table 2; offset is added to `leading` only.
+
+    linspace: round(linspace(0, T - 1, n)); leading: i floor(T/n) + offset; trailing: round(T - i T/n) - 1
+    """
+    require(spacing in TIMESTEP_SPACINGS, "timestep_spacing", spacing, f"one of {TIMESTEP_SPACINGS}")
+    if spacing == "linspace":
+        return np.linspace(0, T - 1, n).round()[::-1].astype(np.int64)
+    if spacing == "leading":
+        return (np.arange(n)[::-1] * (T // n) + offset).astype(np.int64)
+    # [:n] because rounding can make arange one entry too long
+    return np.arange(T, 0, -T / n).round()[:n].astype(np.int64) - 1
+
+
+class ReverseStep(NamedTuple):
+    """p(x_prev | x_t) = N(mean, variance I), float32 or better; the variances broadcast to the mean."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_x0: Tensor
+
+
+class DDPMScheduler(SchedulerMixin, ConfigMixin):
+    """Ancestral sampling (Ho 2020, algorithm 2), with the config, methods and numbers of diffusers' class.
+
+    Args:
+        num_train_timesteps: T, the length of the chain.
+        beta_start, beta_end: ends of the linear, scaled_linear and sigmoid schedules, in (0, 1).
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid" or "laplace".
+        trained_betas: the T betas themselves, in (0, 1]; replaces beta_schedule.
+        variance_type: sigma_t^2 is beta~_t ("fixed_small", "fixed_small_log"), beta_t ("fixed_large",
+            "fixed_large_log"), or told by the model's second C channels v: exp(v) ("learned"), or from
+            beta~_t at v = -1 to beta_t at v = 1 ("learned_range"). None is "fixed_small".
+        clip_sample, clip_sample_range: clamp the predicted x0 to +-range (unless thresholding).
+        prediction_type: what the model's output is: "epsilon", "sample" (x0) or "v_prediction".
+        thresholding, dynamic_thresholding_ratio, sample_max_value: see `dynamic_threshold`.
+        timestep_spacing, steps_offset: which timesteps `set_timesteps(n)` visits; see `spaced_timesteps`.
+            `leading` never visits the noisiest one; models of ours ask for "trailing".
+        rescale_betas_zero_snr: make abar_{T-1} = 0; for v_prediction or sample.
+
+    Unusable arguments raise ValueError. In float32 results are diffusers' up to rounding, save where it errs:
+        - The last step adds no noise, whatever its t. diffusers adds some if t > 0: its last picture is noisy
+          with fixed_large, learned or learned_range under `trailing`, custom timesteps or a steps_offset.
+        - fixed_large_log: diffusers takes the root of log beta_t, NaN. Here it is fixed_large.
+        - learned: diffusers takes the root of the log-variance. Here sigma_t = exp(v/2).
+        - learned_range on the last step: log beta~_1 stands for log 0 (Nichol 2021), in diffusers log 1e-20.
+        - Half precision: all is float32 until the final rounding, which saturates. In diffusers the first
+          cosine step, whose x0 is 20,000 times its input, overflows float16, and small t lose their noise.
+        - Zero terminal SNR with epsilon and no clipping: diffusers divides by 0; see `predict_x0`.
+        - `trailing` has n timesteps for every n. In diffusers rounding can append t = -1.
+    """
+
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+    config: Any  # a frozen dict, its keys readable as attributes
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str | None = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        for name, value, allowed in (
+            ("beta_schedule", beta_schedule, BETA_SCHEDULES),
+            ("variance_type", variance_type, (*FIXED_VARIANCES, *LEARNED_VARIANCES, None)),
+            ("prediction_type", prediction_type, PREDICTION_TYPES),
+            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
+        ):
+            require(value in allowed, name, value, f"one of {allowed}")
+        require(num_train_timesteps >= 1, "num_train_timesteps", num_train_timesteps, "at least 1")
+        require(steps_offset >= 0, "steps_offset", steps_offset, "at least 0")
+        require(0 < beta_start < 1, "beta_start", beta_start, "in (0, 1)")
+        require(0 < beta_end < 1, "beta_end", beta_end, "in (0, 1)")
+        require(clip_sample_range > 0, "clip_sample_range", clip_sample_range, "above 0")
+        require(sample_max_value > 0, "sample_max_value", sample_max_value, "above 0")
+        p = dynamic_thresholding_ratio
+        require(0 <= p <= 1, "dynamic_thresholding_ratio", p, "in [0, 1]")
+
+        if trained_betas is not None:
+            betas = torch.tensor(trained_betas, dtype=torch.float32)
+            require(betas.ndim == 1 and len(betas), "trained_betas", trained_betas, "a list of numbers")
+        else:
+            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        if rescale_betas_zero_snr:
+            betas = rescale_to_zero_terminal_snr(betas)
+        source = "trained_betas" if trained_betas is not None else f"betas of {beta_schedule}"
+        usable = ((1 - betas < 1) & (betas <= 1)).all()  # 1 - 3e-8 is 1 in float32
+        require(usable, source, f"{betas.min():g} .. {betas.max():g}", "in [6e-8, 1]")
+
+        self.betas = betas
+        self.alphas = 1.0 - betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # abar, (T,)
+        self.one = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0
+        self.variance_type = variance_type
+        if self.alphas_cumprod[-1] == 0 and prediction_type == "epsilon":
+            logger.warning("epsilon tells no x0 at zero terminal SNR: use prediction_type='v_prediction'")
+
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`q_sample` at timesteps of shape () or (B,), in 0 .. T-1 (unchecked: it would stall a GPU)."""
+        return q_sample(original_samples, noise, self._forward_abar(original_samples, noise, timesteps))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`velocity` for a clean sample and its noise, at timesteps as for `add_noise`."""
+        return velocity(sample, noise, self._forward_abar(sample, noise, timesteps))
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The sample itself; other schedulers scale here."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Choose the timesteps to visit: how many, spaced as configured, or which, descending in 0 .. T-1."""
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("pass one of num_inference_steps and timesteps, not both and not neither")
+        T = self.config.num_train_timesteps
+        if timesteps is not None:
+            chosen = np.asarray(timesteps)
+            descending = chosen.ndim == 1 and chosen.dtype.kind in "iu" and (np.diff(chosen) < 0).all()
+            require(descending, "timesteps", timesteps, "integers in descending order")
+        else:
+            n = cast(int, num_inference_steps)
+            whole = isinstance(n, (int, np.integer)) and 1 <= n <= T
+            require(whole, "num_inference_steps", n, f"an integer in 1 .. {T} (num_train_timesteps)")
+            chosen = spaced_timesteps(self.config.timestep_spacing, T, n, self.config.steps_offset)
+        last = min(T, len(self.alphas_cumprod)) - 1
+        inside = chosen[-1] >= 0 and chosen[0] <= last
+        require(inside, "timesteps", f"{chosen[0]} .. {chosen[-1]}", f"in 0 .. {last}, steps_offset included")
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(chosen)
+        self.timesteps = torch.from_numpy(chosen.astype(np.int64)).to(device)
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """The timestep visited after this one, -1 after the last; ValueError if the chain does not visit it.
+
+        () -> (), (B,) -> (B,), on the device of `self.timesteps`; just t - 1 until `set_timesteps` is called.
+        """
+        if not self.custom_timesteps and not self.num_inference_steps:
+            return timestep - 1
+        t = torch.as_tensor(timestep, device=self.timesteps.device)
+        hits = t.reshape(-1, 1) == self.timesteps  # (B, n)
+        require(hits.any(dim=1).all(), "timestep", timestep, "one that scheduler.timesteps holds")
+        following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), -1)])
+        return following[hits.int().argmax(dim=1)].reshape(t.shape)
+
+    def p_mean_variance(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> ReverseStep:
+        """p(x_prev | x_t) from a model's output: predict_x0, clip or threshold, posterior_mean, variance.
+
+        sample (B, C, ...); model_output (B, C, ...), or (B, 2C, ...) for a learned variance, else ValueError;
+        timestep () or (B,). Differentiable. On the last step, where beta~ = 0 and `step` uses no variance,
+        beta~ of the step before stands in (beta~_1 of a full chain), or beta_t if there is but one step.
+        """
+        prediction, v = self._split(model_output, sample)
+        abar_t, abar_prev = self._abar(timestep, sample), self._abar(self.previous_timestep(timestep), sample)
+        abar_t, abar_prev = expand(abar_t, sample), expand(abar_prev, sample)  # (B, 1, 1, 1)
+        x_t = sample.to(abar_t.dtype)
+        x0 = predict_x0(prediction.to(abar_t.dtype), x_t, abar_t, self.config.prediction_type)
+        if self.config.thresholding:
+            x0 = dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        elif self.config.clip_sample:
+            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        mean = posterior_mean(x0, x_t, abar_t, abar_prev)
+        variance, log_variance = self._variance(self.config.variance_type, abar_t, abar_prev, v)
+        return ReverseStep(mean, variance, log_variance, x0)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """x_prev = mean + sigma_t z, z ~ N(0, I), and z = 0 on the last step. Ho 2020, algorithm 2.
+
+        Tensors as for `p_mean_variance`, one timestep for all. With a list of generators, one per image (else
+        ValueError), the noise of image i comes from generator i alone, whatever batch it is in.
+        """
+        if isinstance(generator, (list, tuple)):
+            generator = list(generator)
+            count = len(generator)
+            require(count == len(sample), "number of generators", count, f"{len(sample)}, one per image")
+        t: Any = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
+        single = isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)
+        require(single, "timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
+
+        prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, t, sample)
+        if t > 0:
+            # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
+            # unused, so that a generator that serves several runs goes through the same states.
+            z = randn_tensor(sample.shape, generator, model_output.device, model_output.dtype)
+            if t != self.timesteps[-1]:
+                # The two ways are diffusers', so that rounding does not add up over 1000 steps.
+                root = self.config.variance_type in ("fixed_small", "fixed_large", None)
+                sigma = variance.sqrt() if root else torch.exp(0.5 * log_variance)
+                prev_sample = prev_sample + sigma * z
+
+        dtype = torch.result_type(model_output, sample)
+        prev_sample, x0 = _saturate(prev_sample, dtype), _saturate(x0, dtype)
+        if not return_dict:
+            return prev_sample, x0
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    # ------------------------------------------------------------ parts of the above
+
+    def _abar(self, timesteps: int | Tensor, like: Tensor) -> Tensor:
+        """abar at integer timesteps of any shape, 1 where t < 0; device of `like`, float32 or better."""
+        t = torch.as_tensor(timesteps, device=like.device)
+        require(not t.is_floating_point(), "timesteps", t.dtype, "integers")
+        self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moves once
+        abar = self.alphas_cumprod[t.clamp(min=0)].to(torch.promote_types(like.dtype, torch.float32))
+        return torch.where(t < 0, torch.ones_like(abar), abar)
+
+    def _forward_abar(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """abar of shape (B,) or (1,), once shapes are known to fit; B noises may share one picture."""
+        batch = max(len(x0), len(eps))
+        fits = x0.shape[1:] == eps.shape[1:] and {len(x0), len(eps)} <= {1, batch}
+        require(fits, "noise shape", tuple(eps.shape), f"that of the samples, {tuple(x0.shape)}")
+        abar = self._abar(timesteps, x0).flatten()
+        require(len(abar) in (1, batch) or batch == 1, "number of timesteps", len(abar), f"1 or {batch}")
+        return abar
+
+    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output -> (prediction, v) with learned variance, (prediction, None) without."""
+        kind, given, wanted = self.config.variance_type, list(model_output.shape), list(sample.shape)
+        if kind in LEARNED_VARIANCES and sample.ndim > 1:
+            wanted[1] *= 2
+        require(given == wanted, "model_output shape", given, f"{wanted} with variance_type={kind!r}")
+        if kind not in LEARNED_VARIANCES:
+            return model_output, None
+        prediction, v = model_output.chunk(2, dim=1)  # (B, 2C, ...) -> 2 x (B, C, ...)
+        return prediction, v
+
+    def _variance(
+        self, kind: str | None, abar_t: Tensor, abar_prev: Tensor, v: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """sigma_t^2 and its log, shaped as v when learned, else as abar_t; see `p_mean_variance`."""
+        beta = (1 - abar_t / abar_prev).clamp(min=SMALLEST_VARIANCE)
+        if kind in ("fixed_large", "fixed_large_log"):
+            return beta, beta.log()
+        final = [self._abar(t, abar_t) for t in self.timesteps[-2:]]  # one step: no beta~ but 0
+        stand_in = posterior_variance(*final) if len(final) == 2 else 1 - abar_t
+        small = torch.where(abar_prev < 1, posterior_variance(abar_t, abar_prev), stand_in)
+        small = small.clamp(min=SMALLEST_VARIANCE)
+        if kind not in LEARNED_VARIANCES:
+            return small, small.log()
+        if v is None:
+            raise ValueError(f"predicted_variance=None: must be given with variance_type={kind!r}")
+        v = v.to(abar_t.dtype)
+        log_variance = v if kind == "learned" else learned_range_log_variance(v, beta.log(), small.log())
+        return log_variance.exp(), log_variance
+
+    def _get_variance(
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """For callers of diffusers' method of this name, in its units: sigma^2 for fixed_small, fixed_large;
+        sigma for fixed_small_log; log sigma^2 for the rest. Elsewhere use `p_mean_variance`."""
+        kind = variance_type or self.config.variance_type or "fixed_small"
+        abar_t, abar_prev = self._abar(t, self.one), self._abar(self.previous_timestep(t), self.one)
+        if kind in ("fixed_small", "fixed_small_log"):
+            variance = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
+            return variance.sqrt() if kind == "fixed_small_log" else variance
+        variance, log_variance = self._variance(kind, abar_t, abar_prev, predicted_variance)
+        return variance if kind == "fixed_large" else log_variance
+
+
+def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To dtype, with what lies beyond its range at its ends: float16 holds +-65504."""
+    limit = torch.finfo(dtype).max
+    return x if x.dtype == dtype else x.clamp(-limit, limit).to(dtype)
