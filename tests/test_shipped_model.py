@@ -42,6 +42,17 @@ def test_each_model_has_a_card_with_its_licences_and_no_path(folder):
             assert not (isinstance(value, str) and value.startswith(("/", "runs/"))), path
 
 
+def test_the_code_beside_the_weights_is_today_s(make_pipeline, tmp_path):
+    """As a saved pipeline brings it: python -m training.export --pipeline models/emoji --to models/emoji"""
+    make_pipeline().save_pretrained(tmp_path / "model")
+    saved, shipped = (
+        {p.relative_to(folder): p.read_text(encoding="utf-8") for p in folder.rglob("*.py")}
+        for folder in (tmp_path / "model", MODELS / "emoji")
+    )
+    assert shipped.keys() == saved.keys()
+    assert [path for path in saved if shipped[path] != saved[path]] == []
+
+
 def leaves(value):
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:

@@ -3,6 +3,7 @@
     python -m training.export --config training/configs/emoji.yaml \\
         --checkpoint runs/emoji/checkpoint-9000 --to models/emoji
     python -m training.export --clip runs/judge/clip --to models/judge
+    python -m training.export --pipeline models/emoji --to models/emoji   # with today's code
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from pipelines import ConditionalUNet
+from pipelines import ConditionalUNet, TextToImagePipeline
 from training.config import parse_config, require
 from training.text_to_image import TextToImageConfig, build_pipeline
 
@@ -29,6 +30,7 @@ class ExportConfig:
         default=None, metadata={"help": "A checkpoint-STEP folder of training.text_to_image."}
     )
     clip: str | None = field(default=None, metadata={"help": "Or a CLIP that training.clip saved."})
+    pipeline: str | None = field(default=None, metadata={"help": "Or a pipeline, to be written anew."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of a call that does not say."})
     card: str | None = field(
@@ -48,6 +50,11 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
     pipe.to(torch.float16)
     pipe.save_pretrained(str(folder))
     drop_ema_keys(folder / "unet" / "config.json")
+
+
+def export_again(source: str, folder: Path) -> None:
+    """The pipeline as it is, in fp16, with the code of our classes as it is now."""
+    TextToImagePipeline.from_pretrained(source).to(torch.float16).save_pretrained(str(folder))
 
 
 def drop_ema_keys(path: Path) -> None:
@@ -87,14 +94,14 @@ def main() -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        given = [config.checkpoint, config.clip, config.pipeline]
         require(
-            (config.checkpoint is None) != (config.clip is None),
-            "checkpoint",
-            config.checkpoint,
-            "given, or clip instead",
+            given.count(None) == 2, "checkpoint", config.checkpoint, "given, or else clip, or else pipeline"
         )
         if config.clip:
             export_clip(config.clip, partial)
+        elif config.pipeline:
+            export_again(config.pipeline, partial)
         else:
             require(bool(run), "config", None, "the YAML file of the run that wrote the checkpoint")
             require(Path(config.checkpoint or "").is_dir(), "checkpoint", config.checkpoint, "a folder")
@@ -103,8 +110,9 @@ def main() -> None:
         raise SystemExit(f"training.export: {error}") from error
     if config.card:
         shutil.copy(config.card, partial / "README.md")
-    elif (target / "README.md").is_file():
-        shutil.copy(target / "README.md", partial / "README.md")
+    for kept in (target / name for name in ("README.md", "samples.png")):  # a card and its picture
+        if kept.is_file() and not (config.card and kept.name == "README.md"):
+            shutil.copy(kept, partial / kept.name)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     size = sum(f.stat().st_size for f in target.rglob("*.safetensors")) / 2**20

@@ -392,7 +392,7 @@ def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.
             options = {"torch_dtype": chosen or torch.float32, "use_safetensors": True}
             if variant is not None and any((folder / name).glob(f"*.{variant}*")):
                 options["variant"] = variant
-        loaded[name] = cls.from_pretrained(folder, subfolder=name, **options)  # type: ignore[attr-defined]
+        loaded[name] = cls.from_pretrained(str(folder), subfolder=name, **options)  # type: ignore[attr-defined]
         if isinstance(loaded[name], torch.nn.Module) and given.get("device_map") is not None:
             loaded[name].to(given["device_map"])
         logger.info("Loaded %s as %s from `%s` subfolder of %s.", name, cls.__name__, name, folder)
