@@ -318,7 +318,10 @@ def launch(demo: gr.Blocks, **options) -> tuple:
 
 
 def main() -> None:
-    pipe = TextToImagePipeline.from_pretrained(MODEL)
+    try:
+        pipe = TextToImagePipeline.from_pretrained(MODEL)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"app.py: {MODEL!r} cannot be loaded: {error}") from None
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)  # the page has its own
     launch(build_demo(pipe))

@@ -45,6 +45,12 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
+def test_a_model_that_is_not_there_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(app, "MODEL", str(tmp_path / "nosuch"))
+    with pytest.raises(SystemExit, match="app.py: .*nosuch' cannot be loaded: .*neither a folder nor a name"):
+        app.main()
+
+
 def test_a_prompt_alone_draws_what_the_pipeline_draws_by_itself(client, pipe):
     (file,), seed = generate(client, "a corgi in a party hat")
     picture = expected(pipe, "a corgi in a party hat", seed)

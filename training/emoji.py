@@ -67,10 +67,10 @@ FXEMOJI_NAMES = {
     "asiaaustraliaglobe": "1F30F", "europeafricaglobe": "1F30D", "bunny": "1F430", "bunnyside": "1F407",
     "cellphone": "1F4F1", "chartdownwardstrend": "1F4C9", "chartupwardstrendyen": "1F4B9", "catside": "1F408",
     "construct": "1F6A7", "devilhorns": "1F608", "dogside": "1F415", "dragonhead": "1F432",
-    "fallingleaf": "1F342",
-    "fishcakeswirl": "1F365", "fistedhand": "270A", "floppydisk2": "1F4BE", "foxcrying": "1F63F",
-    "frontfacingchick": "1F425", "frownmouth": "2639", "grinsweat": "1F605", "grintears": "1F602",
-    "hampster": "1F439", "heartgreen": "1F49A", "heartyellow": "1F49B", "heavyexclaimationmarksymbol": "2757",
+    "fallingleaf": "1F342", "fishcakeswirl": "1F365", "fistedhand": "270A", "floppydisk2": "1F4BE",
+    "foxcrying": "1F63F", "frontfacingchick": "1F425", "frownmouth": "2639", "grinsweat": "1F605",
+    "grintears": "1F602", "hampster": "1F439", "heartgreen": "1F49A", "heartyellow": "1F49B",
+    "heavyexclaimationmarksymbol": "2757",
     "heavylatincross": "271D", "loudlycrying": "1F62D", "manltepiececlock": "1F570", "monkeyhear": "1F649",
     "mouseside": "1F401", "nogesture": "1F645", "okgesture": "1F646", "pigside": "1F416", "pigsnout": "1F43D",
     "rightmagnifyingglass": "1F50E", "rightspeaker": "1F508", "smiletongue": "1F61B", "tennisball": "1F3BE",
@@ -86,17 +86,11 @@ SHAPES = ("heart", "circle", "square", "book", "apple", "diamond")
 class EmojiConfig:
     """Settings of the builder."""
 
-    output_dir: str = field(
-        default="data/emoji", metadata={"help": "Folder to write; replaced when it exists."}
-    )
+    output_dir: str = field(default="data/emoji", metadata={"help": "Folder to write, or to replace."})
     resolution: int = field(default=64, metadata={"help": "Side of the rendered pictures, in pixels."})
-    include_openmoji: bool = field(
-        default=False, metadata={"help": "Add OpenMoji (CC-BY-SA-4.0, share-alike)."}
-    )
+    include_openmoji: bool = field(default=False, metadata={"help": "Add OpenMoji, share-alike."})
     npm_dir: str = field(default="data/npm", metadata={"help": "Where npm keeps the packages."})
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of concepts never seen in training."}
-    )
+    validation_fraction: float = field(default=0.05, metadata={"help": "Share of concepts kept unseen."})
 
 
 @dataclass

@@ -3,7 +3,6 @@
     python -m training.export --config training/configs/emoji.yaml \\
         --checkpoint runs/emoji/checkpoint-9000 --to models/emoji
     python -m training.export --clip runs/judge/clip --to models/judge
-    python -m training.export --pipeline models/emoji --to models/emoji   # with today's code
 """
 
 import json
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from pipelines import ConditionalUNet, TextToImagePipeline
+from pipelines import ConditionalUNet
 from training.config import parse_config, require
 from training.text_to_image import TextToImageConfig, build_pipeline
 
@@ -30,7 +29,6 @@ class ExportConfig:
         default=None, metadata={"help": "A checkpoint-STEP folder of training.text_to_image."}
     )
     clip: str | None = field(default=None, metadata={"help": "Or a CLIP that training.clip saved."})
-    pipeline: str | None = field(default=None, metadata={"help": "Or a pipeline, to be written anew."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of a call that does not say."})
     card: str | None = field(
@@ -50,11 +48,17 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
     pipe.to(torch.float16)
     pipe.save_pretrained(str(folder))
     drop_ema_keys(folder / "unet" / "config.json")
+    drop_code(folder)
 
 
-def export_again(source: str, folder: Path) -> None:
-    """The pipeline as it is, in fp16, with the code of our classes as it is now."""
-    TextToImagePipeline.from_pretrained(source).to(torch.float16).save_pretrained(str(folder))
+def drop_code(folder: Path) -> None:
+    """Leave out the copies of `pipelines/` that saving adds: in this repository they would only grow old.
+    `save_pretrained` and `push_to_hub` of the shipped model write today's."""
+    for path in folder.rglob("*.py"):
+        path.unlink()
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["_class_name"] = "TextToImagePipeline"  # without the file of it
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def drop_ema_keys(path: Path) -> None:
@@ -94,14 +98,14 @@ def main() -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        given = [config.checkpoint, config.clip, config.pipeline]
         require(
-            given.count(None) == 2, "checkpoint", config.checkpoint, "given, or else clip, or else pipeline"
+            (config.checkpoint is None) != (config.clip is None),
+            "checkpoint",
+            config.checkpoint,
+            "given, or clip instead",
         )
         if config.clip:
             export_clip(config.clip, partial)
-        elif config.pipeline:
-            export_again(config.pipeline, partial)
         else:
             require(bool(run), "config", None, "the YAML file of the run that wrote the checkpoint")
             require(Path(config.checkpoint or "").is_dir(), "checkpoint", config.checkpoint, "a folder")

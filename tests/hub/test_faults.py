@@ -102,7 +102,7 @@ def test_an_upload_that_fails_once_is_tried_again(elsewhere, hub, pushed, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "path", ["../../escaped.json", "unet/../../../escaped.json", "/tmp/escaped.json", "unet/..\\escaped.json"]
+    "path", ["../../escaped.json", "unet/../../../escaped.json", "/escaped.json", "unet/..\\escaped.json"]
 )
 def test_file_names_that_lead_out_of_the_cache_write_nothing(elsewhere, hub, pushed, path):
     content = {name: file.content for name, file in hub.model("me/corgi").files().items()}
