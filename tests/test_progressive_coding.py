@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,15 @@ def picture(seed: int = 0, side: int = SIDE) -> Image.Image:
     pixels = np.broadcast_to(ramp[:, None, None], (side, side, 3)).copy()
     pixels[2:5, 3:7] = random.integers(0, 256, 3)
     return Image.fromarray(np.rint(pixels).astype(np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the command line has it by default; a second one slows so small a model down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
