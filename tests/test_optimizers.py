@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from torch import nn
 
-from training.optimizers import Muon, make_optimizer, orthogonalize
+from training.optimizers import Muon, add_decay, make_optimizer, orthogonalize
 
 SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 
@@ -100,3 +101,18 @@ def test_a_saved_state_goes_on(tmp_path):
         step(nets[1], optimizers[1], gradient)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_last_steps_fall_to_nothing():
+    """Two steps of warm-up, then constant, the last four of ten down a straight line; both groups alike."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 0.5)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=2, num_training_steps=10)
+    add_decay(schedule, total=10, decay=4)
+    rates = []
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    expected = torch.tensor([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    torch.testing.assert_close(torch.tensor(rates), torch.stack([expected, 0.5 * expected], dim=1))

@@ -1,6 +1,8 @@
 """The text-to-image recipe: its loss against diffusers, its settings, and whole runs through accelerate."""
 
+import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +23,13 @@ from safetensors.torch import load_file
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
 from pipelines.conditioning import encode_text
 from training import text_to_image
+from training.building import as_mapping, with_self_conditioning
 from training.caches import cache_text
 from training.data import PictureCache, StepBatchSampler, seed_for
+from training.denoising import plain_attention
 from training.text_to_image import (
     DenoisingLoss,
     TextToImageConfig,
-    as_mapping,
     draw_noise,
     target_of,
     validation_loss,
@@ -189,7 +192,7 @@ def test_shares_of_captions_and_of_mirrored_pictures(make_loss, monkeypatch):
     pictures = random_pictures()
     loss, _ = make_loss("epsilon", pictures, canonical_caption=0.6, caption_dropout=0.1, random_flip=True)
     seen = []
-    monkeypatch.setattr(loss, "loss", lambda x0, captions, eps, t: seen.append((x0, captions)))
+    monkeypatch.setattr(loss, "loss", lambda x0, captions, *_, **__: seen.append((x0, captions)))
     for step in range(200):
         loss(list(range(12)), step)
     captions = np.array([captions for _, captions in seen])  # (200, 12)
@@ -236,6 +239,74 @@ def test_validation_loss_in_closed_form(kind, make_loss, make_unet):
     assert loss.config.snr_gamma == 5.0 and loss.data is before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_self_conditioning_shows_the_first_guess_of_x0(kind, make_loss, make_unet):
+    """Chen 2022, algorithm 1, by hand: x0 as diffusers' scheduler reads it from a first pass on zeros, in the
+    half of the steps that a coin picks; zeros in the others."""
+    unet = make_unet(self_conditioning=True)
+    pictures = random_pictures()
+    x0 = pictures.images([2, 5, 5, 9])
+    settings = {"snr_gamma": None, "caption_dropout": 0.0, "canonical_caption": 1.0}
+    loss, pipe = make_loss(kind, pictures, unet, **settings)
+    theirs = DiffusersDDPM(
+        beta_schedule="squaredcos_cap_v2", prediction_type=kind
+    )  # it clips x0, as ours does
+    guessed = 0
+    for step in range(40):
+        with torch.no_grad():
+            details = loss([2, 5, 5, 9], step)[1]
+        eps, t = draw_noise(0, step, (4, 3, 16, 16), 1000, 0, 1)
+        with torch.no_grad():
+            x_t = theirs.add_noise(x0, eps, t)
+            states, _, _ = encode_text(pipe.tokenizer, pipe.text_encoder, [f"cat {i}" for i in (2, 5, 5, 9)])
+            first = unet(x_t, t, states).sample
+            rows = zip(first, t, x_t, strict=True)
+            guess = torch.stack(
+                [theirs.step(o[None], int(k), x[None]).pred_original_sample[0] for o, k, x in rows]
+            )
+            second = unet(x_t, t, states, added_cond_kwargs={"x0_self": guess}).sample
+        target = {"epsilon": eps, "sample": x0, "v_prediction": theirs.get_velocity(x0, eps, t)}[kind]
+        expected = [(output - target).square().mean(dim=(1, 2, 3)) for output in (first, second)]
+        assert ((expected[0] - expected[1]).abs() > 1e-4).any()
+        guided = (details["per_sample"] - expected[1]).abs().max() < (
+            details["per_sample"] - expected[0]
+        ).abs().max()
+        torch.testing.assert_close(details["per_sample"], expected[int(guided)], rtol=2e-3, atol=1e-5)
+        guessed += int(guided)
+    assert abs(guessed - 20) <= 4 * 40**0.5 / 2  # four standard deviations
+
+
+def test_a_network_made_self_conditioned_predicts_what_it_did(make_unet):
+    plain = make_unet(patch_size=2, text_concat_channels=3, pooled_text_dim=24)
+    wider = with_self_conditioning(plain).eval()
+    assert wider.config.self_conditioning and not plain.config.self_conditioning
+    g = torch.Generator().manual_seed(0)
+    x, guess = torch.randn(2, 2, 3, 16, 16, generator=g)
+    added = {"pooled_text": torch.randn(2, 24, generator=g)}
+    states, t = torch.randn(2, 7, 32, generator=g), torch.tensor([3, 900])
+    with torch.no_grad():
+        before = plain(x, t, states, added_cond_kwargs=added).sample
+        after = wider(x, t, states, added_cond_kwargs=added | {"x0_self": guess}).sample
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+        wider.conv_in.weight[:, 12:24] += 0.1  # 3 channels in patches of 2 x 2 from x_t, then 12 of the guess
+        moved = wider(x, t, states, added_cond_kwargs=added | {"x0_self": guess}).sample
+        unseen = wider(x, t, states, added_cond_kwargs=added).sample
+    assert (moved - before).abs().mean() > 1e-3
+    torch.testing.assert_close(unseen, before, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_attention_is_the_same_attention(make_unet):
+    """Loss and gradients of the two ways that torch has on a CPU."""
+    results = []
+    x, states = torch.randn(2, 3, 16, 16), torch.randn(2, 7, 32)
+    for context in (contextlib.nullcontext(), plain_attention(torch.device("cpu"))):
+        unet = make_unet()
+        with context:
+            unet(x, torch.tensor([5, 500]), states).sample.square().mean().backward()
+        results.append({name: p.grad for name, p in unet.named_parameters()})
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-7)
+
+
 # ------------------------------------------------------------ settings
 
 
@@ -279,6 +350,7 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("snr_floor", {"snr_floor": 6.0}),
         ("snr_floor", {"snr_gamma": None, "snr_floor": 1.0}),
         ("lr_warmup_steps", {"lr_warmup_steps": -1}),
+        ("lr_decay_steps", {"lr_decay_steps": -1}),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_named(name, changes):
@@ -521,6 +593,30 @@ def test_a_broken_validation_picture_stops_the_run(clip_folder, tmp_path):
     )
     with pytest.raises(ValueError, match="picture 1 of the data set cannot be read"):
         train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_run_ends_where_a_plain_one_does(clip_folder, tmp_path):
+    """Four steps: the weights differ by less than a hundredth of how far they moved (AdamW's first steps
+    have the sign of the gradient, so rounding can turn single weights round)."""
+    ends = {}
+    for steps, compiled in ((1, False), (4, False), (4, True)):
+        folder = tmp_path / f"{steps}-{compiled}"
+        settings = {
+            "max_train_steps": steps,
+            "use_ema": False,
+            "lr_decay_steps": 2,
+            "validation_prompts": ["a dog"],
+        }
+        config = write_config(folder, clip_folder, unet=unet_config(64, patch_size=4), **settings)
+        train(config, "--compile", compiled)
+        ends[steps, compiled] = torch.cat(
+            [w.flatten() for w in weights(folder / "run/pipeline/unet").values()]
+        )
+    moved = (ends[4, False] - ends[1, False]).abs().mean()
+    assert moved > 1e-5
+    assert (ends[4, True] - ends[4, False]).abs().mean() < 0.01 * moved
 
 
 COLOURS = {"red": (230, 30, 40), "blue": (20, 60, 220)}

@@ -1,13 +1,15 @@
 """The loss that trains a denoising U-Net on captioned pictures, and its value on fixed noise."""
 
+import contextlib
 from typing import Any
 
 import torch
 from accelerate.utils import gather
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines import DDPMScheduler, TextToImagePipeline
-from pipelines.components.ddpm_scheduler import signal_to_noise_ratio
+from pipelines.components.ddpm_scheduler import predict_x0, signal_to_noise_ratio
 from pipelines.conditioning import NULL_PROMPT
 from training.caches import encode_latents
 from training.config import require
@@ -97,6 +99,7 @@ class DenoisingLoss:
         self.rank, self.world = rank, world
         self.data, self.text, self.vae = data, text, pipe.vae
         self.pooled = pipe.requires_pooled_text
+        self.self_conditioning = pipe.unet.config.get("self_conditioning", False)
         self.snr = signal_to_noise_ratio(self.scheduler.alphas_cumprod)
         self.criterion, self.timesteps = diffusion_loss(config, pipe), timesteps
 
@@ -120,27 +123,44 @@ class DenoisingLoss:
         timesteps = self.scheduler.config.num_train_timesteps
         shape, offset = tuple(x0.shape), config.noise_offset
         eps, t = draw_noise(config.seed, step, shape, timesteps, self.rank, self.world, offset)
+        # Half of the steps see an estimate of x0, all of a global batch alike: the others cost one pass less
+        coin = torch.rand((), generator=generator)
+        estimated = self.self_conditioning and bool(coin < 0.5)
         if self.timesteps is None:
-            return self.loss(x0, captions, eps, t)
+            return self.loss(x0, captions, eps, t, estimated=estimated)
         generator = torch.Generator().manual_seed(seed_for(config.seed, "timesteps", step))
         drawn = self.timesteps.draw(count * self.world, generator)
         t, share = (part[self.rank * count :][:count] for part in drawn)
-        _, details = result = self.loss(x0, captions, eps, t, share)
+        _, details = result = self.loss(x0, captions, eps, t, share, estimated)
         self.timesteps.update(*(gather(details[name].to(result[0].device)) for name in ("t", "per_sample")))
         return result
 
     def loss(
-        self, x0: Tensor, captions: list[str], eps: Tensor, t: Tensor, share: Tensor | None = None
+        self,
+        x0: Tensor,
+        captions: list[str],
+        eps: Tensor,
+        t: Tensor,
+        share: Tensor | None = None,
+        estimated: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Mean over the batch of the loss that config names, by default weight(t) (target - prediction)^2, of
-        unet(q_sample(x0, t, eps), t, text); each counts `share` times, (B,) or once. Among the details t and
-        each sample's loss, before `share`."""
+        unet(q_sample(x0, t, eps), t, text); each counts `share` times, (B,) or once. With `estimated` a
+        self-conditioned U-Net sees its own first estimate of x0, else zeros (Chen 2022, algorithm 1). Among
+        the details t and each sample's loss, before `share`."""
         device = next(self.unet.parameters()).device
         states, pooled = (x.to(device) for x in self.text(captions))
         x0, eps, t = x0.to(device), eps.to(device), t.to(device)
-        added = {"pooled_text": pooled} if self.pooled else None
+        added = {"pooled_text": pooled} if self.pooled else {}
         x_t = self.scheduler.add_noise(x0, eps, t)
-        output = self.unet(x_t, t, states, added_cond_kwargs=added).sample
+        with plain_attention(device):
+            if self.self_conditioning:
+                added["x0_self"] = torch.zeros_like(x0)
+                if estimated:
+                    with torch.no_grad():
+                        output = self.unet(x_t, t, states, added_cond_kwargs=added).sample.float()
+                    added["x0_self"] = self.estimate(output, x_t, t)
+            output = self.unet(x_t, t, states, added_cond_kwargs=added).sample
         weight = None
         if self.config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb weighs its terms itself
             kind = self.scheduler.config.prediction_type
@@ -149,6 +169,19 @@ class DenoisingLoss:
         per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
         details = {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
         return (per_sample if share is None else share.to(device) * per_sample).mean(), details
+
+    def estimate(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 as the scheduler reads it from the U-Net's output, (B, C, H, W); clipped if it clips."""
+        config = self.scheduler.config
+        abar = self.scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
+        x0 = predict_x0(output[:, : x_t.shape[1]], x_t, abar, config.prediction_type)
+        return x0.clamp(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
+
+
+def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On a CPU, attention as matrix products and a softmax: the backward pass of torch's fused kernel takes
+    twice as long there at the few positions of small pictures."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 BUCKETS = 10

@@ -1,6 +1,7 @@
 """The optimizers: AdamW, and Muon for the matrices with AdamW for the rest."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -105,3 +106,13 @@ def make_optimizer(
         {"params": matrices, "lr": matrix_learning_rate, "momentum": MOMENTUM},
     ]
     return Muon(groups, lr=learning_rate, **settings)
+
+
+def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: int) -> None:
+    """Let the last `decay` of `total` steps fall to 0 linearly, on top of what the schedule does."""
+
+    def falling(rate: Callable[[int], float], step: int) -> float:
+        return rate(step) * min(1.0, max(0.0, (total - step) / decay))
+
+    if decay:
+        schedule.lr_lambdas = [functools.partial(falling, rate) for rate in schedule.lr_lambdas]

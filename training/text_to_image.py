@@ -10,8 +10,8 @@ diffusers' train_text_to_image.py and train_text_to_image_lora.py.
 """
 
 import contextlib
-import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, set_seed
-from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_file
 from tqdm import tqdm
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines import ConditionalUNet, TextToImagePipeline
 from pipelines.images import image_grid
+from training.building import build_pipeline
 from training.caches import LiveText, cache_latents, cache_text
 from training.config import parse_config, require
 from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
@@ -38,7 +37,7 @@ from training.denoising import DenoisingLoss, diffusion_loss, draw_noise, target
 from training.loop import Checkpoints, fit, make_accelerator
 from training.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
 from training.losses import LOSSES, LossAwareTimesteps
-from training.optimizers import OPTIMIZERS, make_optimizer
+from training.optimizers import OPTIMIZERS, add_decay, make_optimizer
 from training.streaming import PictureStream
 
 __all__ = [
@@ -67,6 +66,7 @@ class TextToImageConfig:
     text_encoder: str | None = setting("A CLIP's folder with its tokenizer, or a pipeline's; frozen.")
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.")
     prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.")
+    self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
     rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
     lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.")
     train_text_encoder: bool = setting("Adapters on the text encoder too.", False)
@@ -100,6 +100,7 @@ class TextToImageConfig:
     scale_lr: bool = setting("Multiply it by the pictures of one optimizer step.", False)
     lr_scheduler: str = setting("A schedule of diffusers.optimization.", "constant_with_warmup")
     lr_warmup_steps: int = setting("Steps of linear warm-up.", 300)
+    lr_decay_steps: int = setting("The last so many steps fall to 0 linearly, whatever lr_scheduler.", 0)
     adam_beta1: float = setting("AdamW.", 0.9)
     adam_beta2: float = setting("AdamW.", 0.99)
     adam_weight_decay: float = setting("AdamW.", 0.01)
@@ -109,6 +110,7 @@ class TextToImageConfig:
     snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
     noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
+    compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
     mixed_precision: str | None = setting("no, fp16 or bf16; default accelerate's.")
     num_processes: int | None = setting("Refuse to run in any other number of processes.")
     # EMA, checkpoints, logs
@@ -153,7 +155,7 @@ class TextToImageConfig:
         require(floor == 0 or 0 < floor <= (gamma or 0), "snr_floor", floor, "in [0, snr_gamma]")
         for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("lr_warmup_steps", "noise_offset", "adam_weight_decay"):
+        for name in ("lr_warmup_steps", "lr_decay_steps", "noise_offset", "adam_weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         counts = [
             "train_batch_size",
@@ -184,41 +186,6 @@ class TextToImageConfig:
         epochs = self.num_train_epochs
         counted = epochs is None or self.max_train_steps is not None
         require(counted or not self.streaming, "num_train_epochs", epochs, "max_train_steps when streaming")
-
-
-def as_mapping(value: Any, name: str) -> dict[str, Any]:
-    """A config given as a mapping (YAML), a JSON string or a JSON file."""
-    if value is None or isinstance(value, dict):
-        return dict(value or {})
-    is_json = value.lstrip().startswith("{")  # and so no path, for which it may be too long
-    text = value if is_json or not Path(value).is_file() else Path(value).read_text(encoding="utf-8")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be JSON or a JSON file, got {value!r}: {error}") from error
-
-
-def build_pipeline(config: TextToImageConfig) -> TextToImagePipeline:
-    """The pipeline to train: a saved one, or new weights around a frozen text encoder (and VAE)."""
-    if config.pretrained_model_name_or_path:
-        pipe = TextToImagePipeline.from_pretrained(config.pretrained_model_name_or_path)
-        if config.prediction_type:
-            pipe.scheduler.register_to_config(prediction_type=config.prediction_type)
-        return pipe
-    settings = as_mapping(config.noise_scheduler, "noise_scheduler")
-    if config.prediction_type:
-        settings["prediction_type"] = config.prediction_type
-    tower = Path(config.text_encoder or "")
-    of_pipeline = (tower / "model_index.json").is_file()
-    return TextToImagePipeline(
-        tokenizer=CLIPTokenizer.from_pretrained(tower / "tokenizer" if of_pipeline else tower),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(
-            tower / "text_encoder" if of_pipeline else tower, dtype=torch.float32
-        ),
-        unet=ConditionalUNet(**as_mapping(config.unet, "unet")),
-        scheduler=DDPMScheduler(**settings),
-        vae=AutoencoderKL.from_pretrained(config.vae) if config.vae else None,
-    )
 
 
 def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
@@ -289,6 +256,7 @@ def averaged(models: list[Any], ema: EMAModel | None) -> Iterator[None]:
     """For as long as this lasts, the trained models evaluate, the U-Net with its averaged weights."""
     for model in models:
         model.eval()
+    torch.compiler.set_stance("force_eager")  # other sizes of batch are not worth compiling for
     if ema is not None:
         ema.store(models[0].parameters())
         ema.copy_to(models[0].parameters())
@@ -297,6 +265,7 @@ def averaged(models: list[Any], ema: EMAModel | None) -> Iterator[None]:
     finally:
         if ema is not None:
             ema.restore(models[0].parameters())
+        torch.compiler.set_stance("default")
         for model in models:
             model.train()
 
@@ -372,6 +341,9 @@ def main() -> None:
     rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not (sharded and config.use_ema), "use_ema", True, "false with FSDP, which shards the weights")
+    on_cpu, compiler = accelerator.device.type == "cpu", os.environ.get("CXX", "g++")
+    compiles = not on_cpu or shutil.which(compiler) is not None or shutil.which("clang++") is not None
+    require(not config.compile or compiles, "compile", True, "false without a C++ compiler, g++ or clang++")
     kind = config.optimizer
     require(not sharded or kind == "adamw", "optimizer", kind, "adamw with FSDP: Muon needs whole matrices")
     repo = None
@@ -390,6 +362,8 @@ def main() -> None:
             add_lora(model, layers, config.rank, config.lora_alpha)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
+    if config.compile:
+        pipe.unet.compile()
 
     # 3. Optimizer, schedule, EMA, checkpoints.
     pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * world
@@ -407,6 +381,7 @@ def main() -> None:
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
     )
+    add_decay(schedule, total, config.lr_decay_steps)
     ema = make_ema(config, pipe.unet) if config.use_ema and config.rank is None and is_main else None
     *wrapped, optimizer, schedule = accelerator.prepare(*models, optimizer, schedule)
     fixed_loss = DenoisingLoss(
