@@ -32,6 +32,11 @@ class Cost:
     header: int = 0  # bytes of the header, captions among them
     total: int = 0  # bytes of the file
 
+    @property
+    def bound(self) -> float:
+        """Bits that relative entropy coding may take: KL sum, BLOCK_OVERHEAD a block, the block counts."""
+        return self.kl + BLOCK_OVERHEAD * self.blocks + self.side
+
     def __str__(self) -> str:
         coded = self.total - self.header
         lines = [
@@ -40,10 +45,9 @@ class Cost:
             f"{800 * coded / self.kl - 100:+.1f} %, the file {800 * self.total / self.kl - 100:+.1f} %",
         ]
         if self.blocks:
-            bound = self.kl + BLOCK_OVERHEAD * self.blocks + self.side
             lines.append(
                 f"bound of the relative entropy coder: KL sum + {BLOCK_OVERHEAD:.2f} bits for each of "
-                f"{self.blocks} blocks + {self.side} bits of block counts = {bound / 8:.0f} bytes"
+                f"{self.blocks} blocks + {self.side} bits of block counts = {self.bound / 8:.0f} bytes"
             )
         if self.initial:
             lines.append(f"initial bits: {self.initial / 8:.0f} bytes, once for each file")

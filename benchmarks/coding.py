@@ -1,0 +1,206 @@
+"""What pictures cost as files: ours beside the KL that they should cost, and beside PNG and its kin.
+
+    python -m benchmarks.coding --model runs/likelihood-hybrid/pipeline --output_dir outputs/coding
+
+Held-out pictures of data/emoji, at the size that the model draws:
+    - one lossless archive of all, each byte beside the sum of the KL terms, and the first picture alone;
+    - the same under the null prompt: what the captions save;
+    - the first few as progressive files, cut off at several places and decoded: rate against distortion.
+PNG, WebP, JPEG and AVIF code one sheet of the same pictures, so that their headers count once; of ours, whose
+header names the model and all captions, the coded bytes count in the curve and the whole file in the table.
+"""
+
+import argparse
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, features
+from tqdm import tqdm
+
+from pipelines.conditioning import NULL_PROMPT
+from pipelines.images import image_grid
+from pipelines.progressive_coding import decode, encode, to_picture
+from training.bits_per_dim import (
+    BitsPerDimConfig,
+    held_out_pictures,
+    load_pixel_pipeline,
+    new_figure,
+    save_figure,
+)
+
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "PNG": {"format": "PNG", "optimize": True},
+    "WebP lossless": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
+}
+LOSSY: dict[str, dict[str, Any]] = {
+    "JPEG": {"format": "JPEG", "optimize": True},
+    "WebP": {"format": "WEBP", "method": 6},
+    "AVIF": {"format": "AVIF", "speed": 0},
+}
+QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
+CUTS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the coded bytes
+
+
+def available(codecs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those that this Pillow can write."""
+    built_in = ("PNG", "JPEG")
+    return {k: v for k, v in codecs.items() if v["format"] in built_in or features.check(v["format"].lower())}
+
+
+def compress(image: Image.Image, options: dict[str, Any]) -> tuple[int, Image.Image]:
+    """(bytes of the file, the picture that it holds)."""
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getbuffer().nbytes, Image.open(file).convert("RGB")
+
+
+def squared_error(a: Image.Image, b: Image.Image) -> float:
+    """Mean over pixels and channels, in levels of 0 .. 255."""
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return float(np.square(difference).mean())
+
+
+def sheet_of(pictures: list[Image.Image]) -> Image.Image:
+    """All in one picture without gaps, ten in a row; blank cells of the last row repeat the last picture."""
+    columns = min(10, len(pictures))
+    filled = pictures + pictures[-1:] * (-len(pictures) % columns)
+    side = pictures[0].width
+    sheet = Image.new("RGB", (columns * side, len(filled) // columns * side))
+    for i, picture in enumerate(filled):
+        sheet.paste(picture, (i % columns * side, i // columns * side))
+    return sheet
+
+
+def archive(pipe: Any, pictures: list[Image.Image], captions: list[str], steps: int) -> dict[str, Any]:
+    """One lossless file: its bytes, and those of the KL sum."""
+    began = time.perf_counter()
+    data, cost = encode(pipe, pictures, captions, kind="lossless", steps=steps)
+    taken = time.perf_counter() - began
+    back = decode(pipe, data).pictures
+    exact = all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(pictures, back, strict=True))
+    if not exact:
+        raise RuntimeError("the archive does not hold the pictures that it was made of")
+    return {
+        "pictures": len(pictures),
+        "bytes": cost.total,
+        "of them header": cost.header,
+        "of them initial bits": cost.initial // 8,
+        "KL sum, bytes": round(cost.kl / 8),
+        "coded above the KL sum, %": 100 * (8 * (cost.total - cost.header) / cost.kl - 1),
+        "file above the KL sum, %": 100 * (8 * cost.total / cost.kl - 1),
+        "seconds to encode": taken,
+    }
+
+
+def progressive(
+    pipe: Any, pictures: list[Image.Image], captions: list[str], steps: int
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """(what the files cost, the curve: mean coded bytes and mean squared error at each of CUTS)."""
+    totals = {"coded, bytes": 0.0, "KL sum, bytes": 0.0, "the coder's bound, bytes": 0.0}
+    points = np.zeros((len(CUTS), 2))
+    for picture, caption in tqdm(
+        list(zip(pictures, captions, strict=True)), desc="progressive", unit="picture"
+    ):
+        data, cost = encode(pipe, [picture], [caption], steps=steps)
+        coded = cost.total - cost.header
+        totals["coded, bytes"] += coded
+        totals["KL sum, bytes"] += cost.kl / 8
+        totals["the coder's bound, bytes"] += cost.bound / 8
+        for i, share in enumerate(CUTS):
+            size = round(share * coded)
+            seen = decode(pipe, data[: cost.header + size], prefix=share < 1).pictures[0]
+            points[i] += (size, squared_error(picture, seen))
+    points /= len(pictures)
+    figures = {"pictures": len(pictures)} | {name: round(value) for name, value in totals.items()}
+    return figures, {"bytes": points[:, 0].tolist(), "squared error": points[:, 1].tolist()}
+
+
+def others(pictures: list[Image.Image]) -> dict[str, dict[str, list[float]]]:
+    """The same curve for each lossy codec, over QUALITIES, on one sheet."""
+    sheet, curves = sheet_of(pictures), {}
+    for name, options in available(LOSSY).items():
+        results = [compress(sheet, options | {"quality": quality}) for quality in QUALITIES]
+        curves[name] = {
+            "bytes": [size / len(pictures) for size, _ in results],
+            "squared error": [squared_error(sheet, image) for _, image in results],
+        }
+    return curves
+
+
+def draw_curves(
+    curves: dict[str, dict[str, list[float]]], lossless: dict[str, float], dims: int, path: Path
+) -> None:
+    """Peak signal-to-noise ratio against bits per dimension; what is lossless stands as a line."""
+    figure, ax = new_figure(7, 4.2)
+    for name, curve in curves.items():
+        rate = [8 * size / dims for size in curve["bytes"]]
+        psnr = [10 * np.log10(255**2 / error) if error else np.nan for error in curve["squared error"]]
+        ax.plot(rate, psnr, marker=".", lw=2 if name == "ours" else 1, label=name)
+    for i, (name, size) in enumerate(lossless.items()):
+        ax.axvline(8 * size / dims, ls="--", lw=0.8, color=f"C{i + len(curves)}", label=f"{name}, exact")
+    ax.set(xlabel="bits/dim", ylabel="PSNR, dB", xscale="log")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.coding", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/emoji", help="pipeline without a VAE")
+    parser.add_argument("--dataset", default="data/emoji", help="validation pictures from here")
+    parser.add_argument("--cache_dir", default="data/cache", help="decoded pictures")
+    parser.add_argument("--num_pictures", type=int, default=100, help="in the archive")
+    parser.add_argument("--num_progressive", type=int, default=10, help="of them as progressive files")
+    parser.add_argument("--steps", type=int, default=100, help="timesteps of the chain")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/coding"))
+    settings = parser.parse_args(argv)
+    config = BitsPerDimConfig(
+        model=settings.model, dataset=settings.dataset, cache_dir=settings.cache_dir,
+        num_pictures=settings.num_pictures, num_inference_steps=settings.steps,
+    )  # fmt: skip
+    few = settings.num_progressive
+    try:
+        config.check()
+        if not 1 <= few <= settings.num_pictures:
+            raise ValueError(f"num_progressive must be in 1 .. num_pictures, got {few}")
+        pipe = load_pixel_pipeline(settings.model)
+        held_out = held_out_pictures(config, pipe)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(1)
+    pictures = [to_picture(x0[None]) for x0 in held_out.pictures.images(held_out.numbers)]
+    captions, dims = held_out.captions, 3 * pictures[0].width ** 2
+
+    figures: dict[str, Any] = {"archive": archive(pipe, pictures, captions, settings.steps)}
+    figures["first picture alone"] = archive(pipe, pictures[:1], captions[:1], settings.steps)
+    unknown = archive(pipe, pictures, [NULL_PROMPT] * len(pictures), settings.steps)
+    saved = 8 * (unknown["KL sum, bytes"] - figures["archive"]["KL sum, bytes"]) / len(pictures)
+    figures["the captions save, bits a picture"] = saved
+    sheet = sheet_of(pictures)
+    figures["as one sheet, bytes"] = {
+        name: compress(sheet, options)[0] for name, options in available(LOSSLESS).items()
+    }
+    figures["as single files, bytes"] = {
+        name: sum(compress(picture, options)[0] for picture in pictures)
+        for name, options in available(LOSSLESS).items()
+    }
+    figures["progressive"], curve = progressive(pipe, pictures[:few], captions[:few], settings.steps)
+    curves = {"ours": curve} | others(pictures)
+    exact = {name: size / len(pictures) for name, size in figures["as one sheet, bytes"].items()}
+    exact["our archive"] = figures["archive"]["bytes"] / len(pictures)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    draw_curves(curves, exact, dims, settings.output_dir / "rate-distortion.png")
+    image_grid(pictures[:few], columns=min(few, 10)).save(settings.output_dir / "pictures.png")
+    text = json.dumps(figures | {"curves": curves}, indent=1)
+    (settings.output_dir / "coding.json").write_text(text, encoding="utf-8")
+    print(json.dumps(figures, indent=1))
+    print(settings.output_dir / "rate-distortion.png")
+
+
+if __name__ == "__main__":
+    main()
