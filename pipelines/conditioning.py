@@ -2,12 +2,16 @@
 null prompt and every other prompt mean the same to a model when it learns and when it draws."""
 
 import logging
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+# (words:1.3): at least one letter before the colon, so that "(12:30)" is a time; brackets alone mean nothing
+WEIGHTED = re.compile(r"\((?P<words>[^():]*[^\W\d_][^():]*):(?P<weight>[-+]?\d+(\.\d+)?)\)")
 NULL_PROMPT = ""  # goes through the tokenizer and the encoder like any prompt; it is not zeros
 
 
@@ -23,6 +27,7 @@ def encode_text(
     clip_skip: int | None = None,
     max_length: int | None = None,
     device: torch.device | str | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prompts -> (states (B, L, D), pooled (B, P), mask (B, L)) of a transformers CLIP text tower.
 
@@ -34,7 +39,8 @@ def encode_text(
     mask: True from the start to the first end of text. CLIP's padding is more ends of text, which Stable
         Diffusion's U-Net attends to like the rest; so does ours, and the pipelines leave the mask unused.
 
-    A prompt longer than the context is cut, with a warning that shows what was cut. Gradients flow.
+    A prompt longer than the context is cut, with a warning that shows what was cut. Gradients flow. Tokens
+    where `hidden`, (B, L) bool, is True are seen by none.
     Raises ValueError when `clip_skip` is not in 0..number of layers.
     """
     layers = text_encoder.config.num_hidden_layers
@@ -42,12 +48,16 @@ def encode_text(
         raise ValueError(f"clip_skip must be in 0..{layers} for a tower of {layers} layers, got {clip_skip}")
     max_length = context_length(tokenizer, text_encoder) if max_length is None else max_length
     device = text_encoder.device if device is None else device
-    _warn_of_cuts(tokenizer, prompts, max_length)
+    if hidden is None:
+        _warn_of_cuts(tokenizer, prompts, max_length)
     options = {"padding": "max_length", "max_length": max_length, "truncation": True, "return_tensors": "pt"}
     tokens = tokenizer(prompts, **options)
     mask = tokens.attention_mask.to(device).bool()  # (B, L)
 
     tower_mask = mask.long() if getattr(text_encoder.config, "use_attention_mask", False) else None
+    if hidden is not None:
+        tower_mask = (mask if tower_mask is not None else torch.ones_like(mask)) & ~hidden.to(device)
+        tower_mask = tower_mask.long()
     output = text_encoder(
         tokens.input_ids.to(device), attention_mask=tower_mask, output_hidden_states=bool(clip_skip)
     )
@@ -63,6 +73,62 @@ def encode_text(
         tower = getattr(text_encoder, "text_model", text_encoder)
         states = tower.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
     return states, pooled, mask
+
+
+def split_weights(prompt: str) -> tuple[str, list[tuple[int, int, float]]]:
+    """The plain text, and start, end and weight of each weighted phrase in it; all else is text.
+
+    "a (red:1.3) heart" -> ("a red heart", [(2, 5, 1.3)]).
+    """
+    plain, spans, position = "", [], 0
+    for match in WEIGHTED.finditer(prompt):
+        plain += prompt[position : match.start()]
+        start = len(plain)
+        plain += match["words"]
+        spans.append((start, len(plain), float(match["weight"])))
+        position = match.end()
+    return plain + prompt[position:], spans
+
+
+def encode_weighted_text(
+    tokenizer: Any,
+    text_encoder: Any,
+    prompts: list[str],
+    clip_skip: int | None = None,
+    max_length: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_text` of prompts with weights in them, "a (red:1.3) heart": (states (B, L, D), pooled (B, P)).
+
+    z + sum_i (w_i - 1) (z - z_i), z_i the prompt whose phrase i no token sees: w = 1 is the plain prompt, 0
+    leaves the phrase out, above 1 goes as far beyond. The pooled text likewise. (compel, the library for
+    this, leaves pooled text as it is, knows "(red)1.3" only and takes the brackets out of names.)
+    """
+    parts = [split_weights(prompt) for prompt in prompts]
+    texts = [plain for plain, _ in parts]
+    states, pooled, _ = encode_text(tokenizer, text_encoder, texts, clip_skip, max_length, device)
+    weighted = [(row, *span) for row, (_, spans) in enumerate(parts) for span in spans]
+    if not weighted:
+        return states, pooled
+    length = states.shape[1]
+    hidden = torch.zeros(len(weighted), length, dtype=torch.bool)
+    for i, (row, start, end, _) in enumerate(weighted):
+        offsets = tokenizer(texts[row], return_offsets_mapping=True, verbose=False).offset_mapping[1:-1]
+        for place, (left, right) in enumerate(offsets[: length - 2], start=1):
+            hidden[i, place] = left < end and right > start
+    rows = torch.tensor([row for row, *_ in weighted], device=states.device)
+    options = (clip_skip, length, device, hidden)
+    without = encode_text(tokenizer, text_encoder, [texts[row] for row in rows.tolist()], *options)
+    excess = torch.tensor([weight - 1 for *_, weight in weighted]).to(states)
+    difference = states[rows] - without[0], pooled[rows] - without[1]
+    states = states.index_add(0, rows, excess[:, None, None] * difference[0])
+    return states, pooled.index_add(0, rows, excess[:, None] * difference[1])
+
+
+def plain_texts(prompt: str | list[str] | None) -> list[str]:
+    """A call's prompts without their weights; none where it has ready embeddings instead."""
+    lines = [prompt] if isinstance(prompt, str) else prompt or []
+    return [split_weights(line)[0] for line in lines]
 
 
 class TextInputs(NamedTuple):
@@ -97,14 +163,15 @@ def encode_prompt(
 ) -> TextEmbeddings:
     """Prompts or ready embeddings that passed `check_prompt` -> a row for each picture.
 
-    What is given ready is used as it is. A missing negative is the null prompt. `clip_skip` holds for both
+    What is given ready is used as it is. Prompts and negatives may hold weights, "a (red:1.3) heart"; see
+    `encode_weighted_text`. A missing negative is the null prompt. `clip_skip` holds for both
     sides (diffusers' Stable Diffusion skips layers of the prompt only, and so subtracts unlike states).
     """
     states, pooled = inputs.prompt_embeds, inputs.pooled_prompt_embeds
     if states is None:
         prompts = [inputs.prompt] if isinstance(inputs.prompt, str) else inputs.prompt
         assert prompts is not None, "check_prompt asks for a prompt or its embeddings"
-        states, encoded, _ = encode_text(tokenizer, text_encoder, prompts, clip_skip, device=device)
+        states, encoded = encode_weighted_text(tokenizer, text_encoder, prompts, clip_skip, device=device)
         pooled = encoded if pooled is None else pooled
 
     negative, negative_pooled = inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds
@@ -114,7 +181,7 @@ def encode_prompt(
         words = NULL_PROMPT if inputs.negative_prompt is None else inputs.negative_prompt
         words = [words] * len(states) if isinstance(words, str) else words
         length = states.shape[1]  # two sides of one batch
-        negative, encoded, _ = encode_text(tokenizer, text_encoder, words, clip_skip, length, device)
+        negative, encoded = encode_weighted_text(tokenizer, text_encoder, words, clip_skip, length, device)
         negative_pooled = encoded if negative_pooled is None else negative_pooled
 
     def for_each_picture(x: torch.Tensor) -> torch.Tensor:
@@ -124,6 +191,24 @@ def encode_prompt(
         for_each_picture(states),
         *(x if x is None else for_each_picture(x) for x in (negative, pooled, negative_pooled)),
     )
+
+
+def join_text(
+    text: TextEmbeddings, further: Sequence[TextEmbeddings] = ()
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What one guided U-Net pass reads: [negative, further prompts, prompt] states in one tensor (copies *
+    pictures, L, D), and pooled text likewise. The last rows are the prompts' own, and without guidance all.
+
+    further: prompts to combine with each of them, a row for all pictures or one for each.
+    """
+    if text.negative is None:
+        return text.prompt, text.pooled
+    states = [one.prompt.expand_as(text.prompt) for one in further]
+    prompt_embeds = torch.cat([text.negative, *states, text.prompt])
+    if text.pooled is None or text.negative_pooled is None:
+        return prompt_embeds, text.pooled
+    rows = [one.pooled.expand_as(text.pooled) for one in further if one.pooled is not None]
+    return prompt_embeds, torch.cat([text.negative_pooled, *rows, text.pooled])
 
 
 def check_prompt(inputs: TextInputs, guided: bool, requires_pooled_text: bool, context: int | None) -> int:

@@ -1,12 +1,56 @@
 """From diffusers' pipelines and files to our classes, on the same weights."""
 
+import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 LINKS = ("https://", "http://", "huggingface.co/", "hf.co/")
+
+
+class ConversionMixin:
+    """`from_pipe` and `from_single_file` of a pipeline. It brings `own_class` and `align_weights` of the leaf
+    `loading`, and `safetensors_only` of `adapters`."""
+
+    own_class: Callable[[str], Any]
+    align_weights: Callable[[Any], None]
+    safetensors_only: Callable[[Any, dict[str, Any]], dict[str, Any]]
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As diffusers', with our U-Net and scheduler in place of theirs; weights are shared, not copied.
+
+        The other way, a pipeline of diffusers wants to be handed our U-Net by name:
+        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`.
+        """
+        parameters = inspect.signature(cls.__init__).parameters
+        for name in parameters.keys() & pipeline.components.keys():
+            component = kwargs.get(name, pipeline.components[name])
+            own = cls.own_class(type(component).__name__)
+            # passed by name, for else diffusers leaves out what is not exactly of an annotated class
+            kwargs[name] = component if own is None else rebuild(component, own)
+        return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Reads a Stable Diffusion 1.x or 2.x .safetensors file in its original layout; diffusers' arguments.
+
+        `config`, a model folder or its name on the Hub, has what the file has not: widths, tokenizer and
+        scheduler; without it diffusers guesses a name and downloads it. The weights become float32 unless
+        `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError for what is not to be had.
+        """
+        source = str(pretrained_model_link_or_path)
+        cls.safetensors_only(source, {})
+        ours = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("default_")}
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or torch.float32
+        theirs = read_single_file(StableDiffusionPipeline, source, torch_dtype=dtype, **kwargs)
+        pipeline = cls.from_pipe(theirs, torch_dtype=dtype, **ours)
+        cls.align_weights(pipeline)
+        return pipeline
 
 
 def rebuild(component: Any, cls: Any) -> Any:

@@ -30,6 +30,9 @@ OWN_CLASSES = {
     "UNet2DConditionModel": ("conditional_unet", "ConditionalUNet"),
     "ConditionalUNet": ("conditional_unet", "ConditionalUNet"),
     "DDPMScheduler": ("ddpm_scheduler", "DDPMScheduler"),
+    "NoisyCLIP": ("noisy_clip", "NoisyCLIP"),
+    "NoisyClassifier": ("noisy_classifier", "NoisyClassifier"),
+    "GuidanceCLIP": ("guidance_clip", "GuidanceCLIP"),
 }
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 READ = (".json", ".txt", ".model", ".jinja")  # besides weights: configs and vocabularies

@@ -1,15 +1,15 @@
 """Text to image: `TextToImagePipeline`, in pixels or in a VAE's latents."""
 
+import functools
 import inspect
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
@@ -25,19 +25,31 @@ from .checks import (
     check_cross_attention_kwargs,
     check_generator,
     check_guidance,
+    check_guidance_models,
     check_shares,
     check_size,
 )
-from .conditioning import TextEmbeddings, TextInputs, check_prompt, context_length, encode_prompt, estimate_x0
-from .conversion import read_single_file, rebuild
-from .guidance import guidance_scale_embedding, guide, in_guidance_interval, noise_levels, takes_variance
+from .conditioning import (
+    TextEmbeddings,
+    TextInputs,
+    check_prompt,
+    context_length,
+    encode_prompt,
+    estimate_x0,
+    join_text,
+    plain_texts,
+)
+from .conversion import ConversionMixin
+from .guidance import GuidanceInputs, GuidanceMixin, in_guidance_interval, noise_levels
 from .hub import SaveMixin
 from .images import decode_latents, to_numpy, to_pil, to_unit
 from .loading import LoadMixin, align_weights, own_class
 from .model_card import ModelCardMixin
 
 
-class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, DiffusionPipeline):
+class TextToImagePipeline(
+    LoadMixin, ConversionMixin, SaveMixin, ModelCardMixin, AdapterMixin, GuidanceMixin, DiffusionPipeline
+):
     r"""Draws pictures for prompts: x_T ~ N(0, I), then one U-Net pass (two when guided) for each timestep.
 
     Args:
@@ -47,13 +59,19 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         scheduler: any of diffusers' that step in discrete time or sigma, or our DDPMScheduler.
         vae: decodes latents; None means that the U-Net draws pixels in [-1, 1] itself.
         safety_checker, feature_extractor: as Stable Diffusion folders have them; used when present.
+        noisy_clip, noisy_classifier: NoisyCLIP and NoisyClassifier, trained on this model's noised pictures.
+        clip_guidance_model: GuidanceCLIP, or what `GuidanceCLIP.load` makes one of: a folder, open_clip's
+            name. All three are for guidance beyond the U-Net's own, and saved along where they are there.
         image_encoder, requires_safety_checker: unused, kept so that such a folder saves back whole.
         default_guidance_scale, default_num_inference_steps: what a call that does not say gets; they are
             saved in model_index.json, so that each model folder brings its own.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
-    _optional_components = ["vae", "safety_checker", "feature_extractor", "image_encoder"]
+    _optional_components = [
+        "vae", "safety_checker", "feature_extractor", "image_encoder",
+        "noisy_clip", "noisy_classifier", "clip_guidance_model",
+    ]  # fmt: skip
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
@@ -67,6 +85,9 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         safety_checker: PreTrainedModel | None = None,
         feature_extractor: Any = None,
         image_encoder: PreTrainedModel | None = None,
+        noisy_clip: ModelMixin | None = None,
+        noisy_classifier: ModelMixin | None = None,
+        clip_guidance_model: ModelMixin | str | None = None,
         requires_safety_checker: bool = False,
         default_guidance_scale: float = 7.5,
         default_num_inference_steps: int = 50,
@@ -74,6 +95,12 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("A `safety_checker` needs its `feature_extractor`; pass both or neither.")
+        if isinstance(clip_guidance_model, str):
+            clip_class: Any = own_class("GuidanceCLIP")
+            check(
+                "clip_guidance_model", clip_guidance_model, clip_class, "a GuidanceCLIP where that is no file"
+            )
+            clip_guidance_model = clip_class.load(clip_guidance_model)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -83,6 +110,9 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
+            noisy_clip=noisy_clip,
+            noisy_classifier=noisy_classifier,
+            clip_guidance_model=clip_guidance_model,
         )
         self.register_to_config(
             requires_safety_checker=requires_safety_checker,
@@ -90,41 +120,10 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
             default_num_inference_steps=default_num_inference_steps,
         )
 
-    # ---- from what diffusers loads ----
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "TextToImagePipeline":
-        """As diffusers', with our U-Net and scheduler in place of theirs; weights are shared, not copied.
-
-        The other way, a pipeline of diffusers wants to be handed our U-Net by name:
-        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`.
-        """
-        parameters = inspect.signature(cls.__init__).parameters
-        for name in parameters.keys() & pipeline.components.keys():
-            component = kwargs.get(name, pipeline.components[name])
-            own = own_class(type(component).__name__)
-            # passed by name, for else diffusers leaves out what is not exactly of an annotated class
-            kwargs[name] = component if own is None else rebuild(component, own)
-        return super().from_pipe(pipeline, **kwargs)
-
-    @classmethod
-    def from_single_file(
-        cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "TextToImagePipeline":
-        """Reads a Stable Diffusion 1.x or 2.x .safetensors file in its original layout; diffusers' arguments.
-
-        `config`, a model folder or its name on the Hub, has what the file has not: widths, tokenizer and
-        scheduler; without it diffusers guesses a name and downloads it. The weights become float32 unless
-        `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError for what is not to be had.
-        """
-        source = str(pretrained_model_link_or_path)
-        safetensors_only(source, {})
-        ours = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("default_")}
-        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or torch.float32
-        theirs = read_single_file(StableDiffusionPipeline, source, torch_dtype=dtype, **kwargs)
-        pipeline = cls.from_pipe(theirs, torch_dtype=dtype, **ours)
-        align_weights(pipeline)
-        return pipeline
+    # what ConversionMixin takes from the other leaves
+    own_class = staticmethod(own_class)
+    align_weights = staticmethod(align_weights)
+    safetensors_only = staticmethod(safetensors_only)
 
     # ---- what callbacks and callers may read during a call ----
 
@@ -134,31 +133,8 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
 
     @property
-    def requires_pooled_text(self) -> bool:
-        """Whether the U-Net reads pooled text, so that ready `prompt_embeds` must come with theirs."""
-        keys = ("pooled_text_time_embedding", "text_concat_channels")
-        return self.unet is not None and any(self.unet.config.get(key) for key in keys)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
-
-    @property
     def clip_skip(self) -> int | None:
         return self._clip_skip
-
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        return self._cross_attention_kwargs
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """guidance_scale > 1, unless the U-Net takes the scale as an input (time_cond_proj_dim)."""
-        return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
 
     @property
     def num_timesteps(self) -> int:
@@ -322,11 +298,20 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         guidance_interval: tuple[float, float] | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        clip_guidance_scale: float = 0.0,
+        clip_guidance: str = "noised",
+        clip_guidance_cut_outs: int = 8,
+        clip_guidance_through_unet: bool = False,
+        classifier_guidance_scale: float = 0.0,
+        class_labels: int | str | list[int] | list[str] | None = None,
+        combined_prompts: dict[str, float] | None = None,
+        num_candidates: int = 1,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         r"""Draws `num_images_per_prompt` pictures for each prompt.
 
         Args:
-            prompt: one or several; what does not fit the context is cut with a warning.
+            prompt: one or several; what does not fit the context is cut with a warning. "(red:1.3)" weighs
+                words, in negative prompts too.
             height, width: in pixels; default to what the U-Net was trained on.
             num_inference_steps: None means the model folder's own, `config.default_num_inference_steps`.
             timesteps, sigmas: descending schedules in place of the scheduler's own, where it takes them.
@@ -334,8 +319,8 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
                 1 or less is off and runs one U-Net pass a step.
             negative_prompt: takes the place of the null prompt; one for all prompts, or one for each.
             eta: DDIM's, in 0..1; other schedulers ignore it.
-            generator: one, drawn from in diffusers' order, or a list with one for each picture, which makes a
-                picture depend on its own seed alone and not on the batch it is in.
+            generator: one, drawn from in diffusers' order, or a list with one for each picture (candidate),
+                which makes a picture depend on its own seed alone and not on the batch it is in.
             latents: z of N(0, I), (pictures, C, H, W) at the U-Net's resolution, in place of drawn noise.
             prompt_embeds, negative_prompt_embeds: ready token states (B, L, D) in place of the prompts.
             ip_adapter_image, ip_adapter_image_embeds: not supported.
@@ -347,10 +332,19 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
             callback_on_step_end: f(pipe, i, t, tensors) -> dict of those to replace. While guidance is on,
                 `prompt_embeds` is [negative, prompt] in one tensor, as in Stable Diffusion's loop.
             callback_on_step_end_tensor_inputs: names out of `_callback_tensor_inputs`; default ["latents"].
-            guidance_interval: (lo, hi) in noise level sigma = sqrt((1 - abar) / abar); guidance is on where
-                lo < sigma <= hi, and elsewhere the unconditional pass is left out (Kynkaanniemi et al. 2024).
+            guidance_interval: (lo, hi) in noise level sigma = sqrt((1 - abar) / abar); guidance, of any kind,
+                is on where lo < sigma <= hi, elsewhere its passes are left out (Kynkaanniemi et al. 2024).
             pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, P), needed beside ready token states by
                 models with `requires_pooled_text`.
+            clip_guidance_scale: s of CLIP guidance, 0 is off; beside classifier-free guidance, or alone.
+            clip_guidance: "noised", by `noisy_clip`, or "clean", by `clip_guidance_model` on the predicted
+                x0, seen whole and in `clip_guidance_cut_outs` - 1 random squares; its gradient runs through
+                the U-Net with `clip_guidance_through_unet`, which takes twice the time or more.
+            classifier_guidance_scale, class_labels: s of classifier guidance by `noisy_classifier`, 0 is off,
+                and the classes, by name or number, one for all prompts or one for each.
+            combined_prompts: further prompts and their weights w_i, drawn together with each prompt:
+                uncond + s [(cond - uncond) + sum_i w_i (cond_i - uncond)], w_i < 0 to stay away.
+            num_candidates: so many are drawn for each picture and CLIP keeps the best (best of n).
 
         Returns images and nsfw_content_detected (None without a safety checker).
         Raises ValueError for arguments that make no sense, before any work.
@@ -372,13 +366,15 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         elif callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["latents"]
         inputs = TextInputs(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-        )
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
+            pooled_prompt_embeds, negative_pooled_prompt_embeds,
+        )  # fmt: skip
+        steering = GuidanceInputs(
+            clip_guidance_scale, clip_guidance, clip_guidance_cut_outs, clip_guidance_through_unet,
+            classifier_guidance_scale, class_labels, combined_prompts, num_candidates,
+        )  # fmt: skip
+        check_counts(num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates)
+        wanted, num_images_per_prompt = num_images_per_prompt, num_images_per_prompt * num_candidates
         batch_size = self.check_inputs(
             inputs,
             height,
@@ -399,27 +395,36 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         )
         self._guidance_scale, self._guidance_rescale, self._clip_skip = scale, guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
+        words, guided = plain_texts(prompt), self.do_classifier_free_guidance
+        size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        check_guidance_models(steering, self.components, inputs, batch_size, guided, size)
+        self._weights = list((combined_prompts or {}).values())
         device, pictures = self._execution_device, batch_size * num_images_per_prompt
         self_conditioning = self.unet.config.get("self_conditioning", False)
 
         # 2. Lay out the timesteps: first, because a schedule that the scheduler refuses is a bad argument too
         visited, steps = retrieve_timesteps(self.scheduler, steps, device, timesteps, sigmas)
         self._num_timesteps = len(visited)
-        needs_levels = guidance_interval is not None or self_conditioning
+        climbs = clip_guidance_scale > 0 or classifier_guidance_scale > 0
+        needs_levels = guidance_interval is not None or self_conditioning or climbs
         levels = noise_levels(self.scheduler, visited) if needs_levels else [math.nan] * len(visited)
 
         # 3. Encode the prompts. Negatives come first, so that the last rows are always the prompts' own
         lora_scale = (cross_attention_kwargs or {}).get("scale")
-        text = self.encode_text_inputs(
-            inputs, num_images_per_prompt, self.do_classifier_free_guidance, clip_skip, device, lora_scale
-        )
-        prompt_embeds, negative_prompt_embeds, pooled = text.prompt, text.negative, text.pooled
-        if text.negative is not None:
-            prompt_embeds = torch.cat([text.negative, text.prompt])  # (2B, L, D)
-            if self.requires_pooled_text and text.pooled is not None and text.negative_pooled is not None:
-                pooled = torch.cat([text.negative_pooled, text.pooled])  # (2B, P)
+        options: Any = (clip_skip, device, lora_scale)
+        text = self.encode_text_inputs(inputs, num_images_per_prompt, guided, *options)
+        further = [
+            self.encode_text_inputs(TextInputs(one), 1, False, *options) for one in combined_prompts or ()
+        ]
+        prompt_embeds, pooled = join_text(text, further)
+        negative_prompt_embeds = text.negative
 
-        # 4. Draw the noise to start from
+        # 4. Prepare the gradients of classifier and CLIP guidance, where they are asked for
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        to_x0 = functools.partial(estimate_x0, None, prediction_type=kind)
+        steer = self.prepare_guidance(steering, words, text.pooled, pictures, to_x0, self._decode)
+
+        # 5. Draw the noise to start from
         channels = self.unet.config.in_channels
         latents = self.prepare_latents(
             pictures, channels, height, width, prompt_embeds.dtype, device, generator, latents
@@ -427,32 +432,27 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
         x0_self = torch.zeros_like(latents) if self_conditioning else None
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
 
-        # 5. Denoise
+        # 6. Denoise
         warmup_steps = len(visited) - steps * self.scheduler.order
         with self.progress_bar(total=steps) as progress_bar:
             for i, t in enumerate(visited):
                 if self.interrupt:
                     continue
-                guided = self.do_classifier_free_guidance and in_guidance_interval(
-                    levels[i], guidance_interval
+                active = in_guidance_interval(levels[i], guidance_interval)
+                predict = functools.partial(
+                    self.predict,
+                    t=t,
+                    guided=active and self.do_classifier_free_guidance,
+                    prompt_embeds=prompt_embeds,
+                    pooled=pooled,
+                    x0_self=x0_self,
                 )
-                copies = 2 if guided else 1  # of the pictures in one U-Net pass
-                model_output = self.unet(
-                    self.scheduler.scale_model_input(torch.cat([latents] * copies), t),
-                    t,
-                    encoder_hidden_states=prompt_embeds[-copies * pictures :],
-                    return_dict=False,
-                    **self._unet_kwargs(copies * pictures, pooled, x0_self),
-                )[0]
-                if guided:
-                    model_output = guide(model_output, channels, self.guidance_scale, self.guidance_rescale)
-                if not takes_variance(self.scheduler):
-                    model_output = model_output[:, :channels]
+                x_t = self.scheduler.scale_model_input(latents, t)
+                model_output, shift = steer(predict, x_t, t, levels[i], active)
                 step = self.scheduler.step(model_output, t, latents, **extra_step_kwargs)
                 if x0_self is not None:
-                    kind = self.scheduler.config.prediction_type
                     x0_self = estimate_x0(step, model_output[:, :channels], latents, levels[i], kind)
-                latents = step.prev_sample
+                latents = shift(step.prev_sample)
 
                 if callback_on_step_end is not None:
                     values: Any = (latents, prompt_embeds, negative_prompt_embeds)
@@ -463,7 +463,9 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
                 if i == len(visited) - 1 or ((i + 1) > warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
 
-        # 6. Decode
+        # 7. Decode, the best of the candidates
+        if num_candidates > 1:
+            latents = latents[self.rank_candidates(latents, words, text.pooled, wanted, self._decode)]
         images: Any = latents
         flagged = None
         if output_type != "latent":
@@ -475,22 +477,10 @@ class TextToImagePipeline(LoadMixin, SaveMixin, ModelCardMixin, AdapterMixin, Di
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return decode_latents(self.vae, latents.to(self.unet.dtype))
+
     def _latents_shape(self, pictures: int, channels: int, height: int, width: int) -> torch.Size:
         return torch.Size(
             (pictures, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         )
-
-    def _unet_kwargs(
-        self, rows: int, pooled: torch.Tensor | None, x0_self: torch.Tensor | None
-    ) -> dict[str, Any]:
-        """What the U-Net is told besides x_t, t and the token states: only what its config asks for."""
-        added: dict[str, torch.Tensor] = {}
-        if self.requires_pooled_text and pooled is not None:
-            added["pooled_text"] = pooled[-rows:]  # (rows, P)
-        if x0_self is not None:
-            added["x0_self"] = torch.cat([x0_self] * (rows // len(x0_self)))
-        kwargs: dict[str, Any] = {"cross_attention_kwargs": self.cross_attention_kwargs}
-        if (dim := self.unet.config.get("time_cond_proj_dim")) is not None:
-            embedding = guidance_scale_embedding(self.guidance_scale, dim)  # (1, dim)
-            kwargs["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype).expand(rows, -1)
-        return kwargs | {"added_cond_kwargs": added or None}

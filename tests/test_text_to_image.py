@@ -452,6 +452,14 @@ def test_arguments_come_in_stable_diffusions_order():
         "guidance_interval",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        "clip_guidance_scale",
+        "clip_guidance",
+        "clip_guidance_cut_outs",
+        "clip_guidance_through_unet",
+        "classifier_guidance_scale",
+        "class_labels",
+        "combined_prompts",
+        "num_candidates",
     ]
     assert TextToImagePipeline._callback_tensor_inputs == StableDiffusionPipeline._callback_tensor_inputs
     assert list(inspect.signature(TextToImagePipeline.encode_prompt).parameters) == list(

@@ -1,12 +1,16 @@
 """Train a small CLIP from scratch on captioned pictures.
 
     accelerate launch -m training.clip --config training/configs/clip.yaml
+    accelerate launch -m training.clip --noised --config training/configs/noisy_clip.yaml
 
 Two are shipped or kept: one whose text tower conditions the image model, trained on the training split
 only; and a judge, of another size and seed, that sees every split and only scores.
 
 The first also learns from a sentence encoder (`--distill words`, `training.distillation`), so that words that
 stand in no caption land by those that do: for `text_steps` on text alone, then beside the contrastive loss.
+
+With `--noised` an image tower alone is trained, on a model's noised pictures, against the model's own text
+tower, which stays as it is (GLIDE, Nichol 2022, section 2.3): the `noisy_clip` of CLIP guidance.
 """
 
 import math
@@ -105,6 +109,13 @@ class ClipTrainingConfig:
     )
     wordnet_dir: str = field(default=WORDNET_DIR, metadata={"help": "WordNet's own files."})
     npm_dir: str = field(default="data/npm", metadata={"help": "Where training.emoji keeps its packages."})
+    noised: bool = field(
+        default=False, metadata={"help": "Train a NoisyCLIP for the model below instead; see the top."}
+    )
+    pretrained_model_name_or_path: str = field(
+        default="models/emoji",
+        metadata={"help": "Noised: the pipeline whose text tower, schedule and space are taken."},
+    )
 
 
 def build_clip(config: ClipTrainingConfig) -> "Towers":
@@ -218,8 +229,55 @@ def load_splits(config: ClipTrainingConfig) -> PictureCache:
     return cache_pictures(data, config.resolution, config.cache_dir, "image", "caption")
 
 
+def train_noised(config: ClipTrainingConfig) -> None:
+    """`--noised`: of the sizes only patch_size (of x_t), vision_width, vision_layers and head_dim count."""
+    from pipelines.components.noisy_clip import NoisyCLIP
+    from training.noised import NoisedPictures, embed_prompts, text_width, train_tower
+    from training.samples import load_pipeline
+
+    require(config.distill == "none", "distill", config.distill, "none with noised")
+    width, head = config.vision_width, config.head_dim
+    require(width % head == 0, "vision_width", width, "a multiple of head_dim")
+    pipe = load_pipeline(config.pretrained_model_name_or_path)
+    side = pipe.unet.config.sample_size
+    fits = isinstance(side, int) and side % config.patch_size == 0
+    require(fits, "patch_size", config.patch_size, f"a divisor of {side}, the side of what the U-Net sees")
+    pictures = NoisedPictures(pipe, config.dataset, config.splits, config.cache_dir)
+    set_seed(config.seed)
+    model = NoisyCLIP(
+        sample_size=side,
+        in_channels=pictures.channels,
+        patch_size=config.patch_size,
+        width=width,
+        layers=config.vision_layers,
+        heads=width // head,
+        projection_dim=text_width(pipe),
+    )
+
+    def make_loss(accelerator: Any, trained: Any) -> Any:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        contrastive = ClipLoss(local_loss=world > 1, gather_with_grad=world > 1, rank=rank, world_size=world)
+
+        def compute_loss(indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
+            x_t, t = pictures.batch(indices, config.seed, step, rank, world, config.shift)
+            generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step, rank))
+            draws = torch.rand(len(indices), 2, generator=generator)
+            rows = pictures.data.choose_captions(indices, draws, config.canonical_caption).tolist()
+            texts = embed_prompts(pipe, [pictures.data.captions[i] for i in rows]).to(accelerator.device)
+            images = trained(x_t.to(accelerator.device), t.to(accelerator.device))
+            scale = accelerator.unwrap_model(trained).scale
+            return contrastive(images, texts, scale), {"scale": float(scale.detach())}
+
+        return compute_loss
+
+    train_tower(config, model, pictures, make_loss, "noisy_clip")
+
+
 def main() -> None:
     config = parse_config(ClipTrainingConfig)
+    if config.noised:
+        train_noised(config)
+        return
     require(
         config.resolution % config.patch_size == 0, "patch_size", config.patch_size, "a divisor of resolution"
     )

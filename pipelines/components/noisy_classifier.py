@@ -1,0 +1,100 @@
+"""A classifier of noised pictures, p(y | x_t, t): the U-Net's way down, and attention pooling over what it
+leaves (Dhariwal and Nichol 2021, section 4, https://arxiv.org/abs/2105.05233).
+
+The file is self-contained on purpose: it travels with the weights. In shape comments B is the batch, C
+channels, H x W positions, E the width of the time embedding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice; the second norm is scaled and shifted by the time embedding.
+
+    x: (B, in_channels, H, W), emb: (B, E) -> (B, out_channels, H / stride, W / stride).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+        self.time = nn.Linear(emb_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, stride, stride)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # 2 x (B, C, 1, 1)
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class NoisyClassifier(ModelMixin, ConfigMixin):
+    """Logits of p(y | x_t, t).
+
+    Args:
+        labels: the classes' names, in the order of the logits.
+        sample_size: side of the x_t it was trained on, in pixels or in latents; others run too.
+        in_channels: channels of x_t.
+        patch_size: side of the squares that are folded into channels on the way in.
+        block_out_channels: width of each level; all but the first halve the side.
+        norm_num_groups: groups of the norms; divides every width.
+        heads: of the attention that pools; divides the last width.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        labels: Sequence[str] = ("0", "1"),
+        sample_size: int = 64,
+        in_channels: int = 3,
+        patch_size: int = 4,
+        block_out_channels: Sequence[int] = (48, 80, 96),
+        norm_num_groups: int = 8,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        first, last = block_out_channels[0], block_out_channels[-1]
+        if any(width % norm_num_groups for width in block_out_channels) or last % heads:
+            rule = f"multiples of norm_num_groups={norm_num_groups}, the last of heads={heads}"
+            raise ValueError(f"block_out_channels must be {rule}, got {tuple(block_out_channels)}")
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, first, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(first, 4 * first), nn.SiLU(), nn.Linear(4 * first, 4 * first))
+        inputs = (first, *block_out_channels[:-1])
+        self.blocks = nn.ModuleList(
+            ResidualBlock(a, b, 4 * first, 1 if i == 0 else 2, norm_num_groups)
+            for i, (a, b) in enumerate(zip(inputs, block_out_channels, strict=True))
+        )
+        self.norm_out = nn.GroupNorm(norm_num_groups, last)
+        self.query = nn.Parameter(torch.randn(1, 1, last) * last**-0.5)
+        self.pool = nn.MultiheadAttention(last, heads, batch_first=True)
+        self.head = nn.Linear(last, len(labels))
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """x_t (B, in_channels, height, width), t one for all or (B,) -> logits, (B, classes) float32.
+
+        Raises ValueError for other channels, and for sides that patch_size does not divide.
+        """
+        channels, patch = self.config.in_channels, self.config.patch_size
+        if sample.shape[1] != channels or sample.shape[-1] % patch or sample.shape[-2] % patch:
+            rule = f"(B, {channels}, height, width), both multiples of {patch}"
+            raise ValueError(f"sample must be {rule}, got {tuple(sample.shape)}")
+        t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))  # (B,)
+        waves = get_timestep_embedding(
+            t, self.time[0].in_features, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        emb = self.time(waves.to(self.dtype))  # (B, E)
+        h = self.conv_in(F.pixel_unshuffle(sample.to(self.dtype), patch))  # (B, C, H, W)
+        for block in self.blocks:
+            h = block(h, emb)
+        h = F.silu(self.norm_out(h)).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        pooled = self.pool(self.query.expand(len(h), -1, -1), h, h, need_weights=False)[0][:, 0]  # (B, C)
+        return self.head(pooled).float()

@@ -1,0 +1,509 @@
+"""Classifier and CLIP guidance, combined and weighted prompts, and best of n, in the pipeline."""
+
+import copy
+import math
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from transformers import CLIPConfig, CLIPModel
+
+from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines.components.guidance_clip import GuidanceCLIP
+from pipelines.components.noisy_classifier import NoisyClassifier
+from pipelines.components.noisy_clip import NoisyCLIP
+from pipelines.conditioning import encode_text, encode_weighted_text, split_weights
+from pipelines.guidance import cut_outs
+
+PROMPT = "a corgi in a party hat"
+LABELS = ["animals", "food", "flags"]
+NOISED = {"clip_guidance_scale": 40.0}
+CLEAN = {"clip_guidance_scale": 40.0, "clip_guidance": "clean", "clip_guidance_cut_outs": 3}
+CLASS = {"classifier_guidance_scale": 60.0, "class_labels": "food"}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def guides(tokenizer) -> dict:
+    """The three models that guide, with random weights of some size."""
+    torch.manual_seed(4)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = shared | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(
+        text_config=text | {"bos_token_id": tokenizer.bos_token_id, "max_position_embeddings": 32},
+        vision_config=shared | {"image_size": 8, "patch_size": 4},
+        projection_dim=12,
+    )
+    clip = CLIPModel(config)
+    noisy = NoisyCLIP(sample_size=16, patch_size=4, width=16, layers=1, heads=2, projection_dim=24)
+    classifier = NoisyClassifier(LABELS, 16, 3, 2, (8, 16), 4, 2)
+    for model in (clip, noisy, classifier):
+        for name, parameter in model.named_parameters():
+            if "logit_scale" not in name:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    parts = {"noisy_clip": noisy.eval(), "noisy_classifier": classifier.eval()}
+    return parts | {"clip_guidance_model": GuidanceCLIP.of(clip, copy.deepcopy(tokenizer))}
+
+
+@pytest.fixture
+def guided(make_pipeline, guides) -> TextToImagePipeline:
+    return make_pipeline(**guides)
+
+
+def draw(pipe, **call) -> torch.Tensor:
+    call = {"prompt": PROMPT, "output_type": "latent", "generator": seeded(), "guidance_scale": 3.0} | call
+    return pipe(**call).images
+
+
+# ---- against loops by hand
+
+
+def by_hand(pipe, scheduler, score, scale=3.0, steps=5, ancestral=True, prompt=PROMPT):
+    """Guided sampling written out; `score` (x_t, t, eps of CFG as a function of x_t) -> summed s * score."""
+    with torch.no_grad():
+        cond, uncond = pipe.encode_prompt(prompt)
+    scheduler.set_timesteps(steps)
+    generator = seeded()
+    channels = pipe.unet.config.in_channels
+    latents = torch.randn(1, channels, 16, 16, generator=generator) * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.scale_model_input(latents, t).clone().requires_grad_()
+
+        def eps_of(x, t=t):
+            return scale * pipe.unet(x, t, cond).sample + (1 - scale) * pipe.unet(x, t, uncond).sample
+
+        abar = scheduler.alphas_cumprod[int(t)] if not hasattr(scheduler, "sigmas") else None
+        if abar is None:
+            abar = 1 / (1 + scheduler.sigmas[i] ** 2)
+        (gradient,) = torch.autograd.grad(score(x, t, eps_of, float(abar)), x)
+        with torch.no_grad():
+            eps = eps_of(x)
+            if not ancestral:
+                eps = eps - (1 - abar).sqrt() * gradient
+                latents = scheduler.step(eps, t, latents).prev_sample
+                continue
+            variance = scheduler._get_variance(t) if i < steps - 1 else 0.0
+            latents = scheduler.step(eps, t, latents, generator=generator).prev_sample + variance * gradient
+    return latents
+
+
+def clip_score_of(pipe, scale):
+    with torch.no_grad():
+        text = F.normalize(encode_text(pipe.tokenizer, pipe.text_encoder, [PROMPT])[1], dim=-1)
+    return lambda x, t: scale * (pipe.noisy_clip(x, t) * text).sum() * pipe.noisy_clip.logit_scale.exp()
+
+
+def class_score_of(pipe, scale):
+    return lambda x, t: scale * F.log_softmax(pipe.noisy_classifier(x, t), dim=-1)[0, 1]
+
+
+SCHEDULERS = {
+    "ours": (DDPMScheduler, diffusers.DDPMScheduler, True),
+    "DDIM": (DDIMScheduler, DDIMScheduler, False),
+    "Euler": (EulerDiscreteScheduler, EulerDiscreteScheduler, False),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noised_clip_and_classifier_guidance_together_equal_a_loop_by_hand(guided, name):
+    cls, reference, ancestral = SCHEDULERS[name]
+    settings = {
+        "timestep_spacing": "trailing"
+    }  # with the cosine's, Euler starts at 20,000 times unit variance
+    guided.scheduler = cls(**settings)
+    drawn = draw(guided, **NOISED, **CLASS)
+    clip, classify = clip_score_of(guided, 40.0), class_score_of(guided, 60.0)
+    hand = by_hand(
+        guided, reference(**settings), lambda x, t, *_: clip(x, t) + classify(x, t), ancestral=ancestral
+    )
+    assert (drawn - draw(guided)).abs().max() > 0.01
+    torch.testing.assert_close(drawn, hand, atol=2e-4, rtol=1e-3)
+
+
+def clean_score_of(pipe, scale, through, decode):
+    clip = pipe.clip_guidance_model
+    text = clip.embed_texts([PROMPT])
+
+    def score(x, t, eps_of, abar):
+        eps = eps_of(x) if through else eps_of(x).detach()
+        x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+        if not through:
+            x0 = x0.detach() + abar**0.5 * (x - x.detach())
+        pixels = decode(x0)
+        pixels = pixels + (pixels.clamp(-1, 1) - pixels).detach()
+        views = cut_outs(pixels, 3, 8, int(t))
+        own = [clip.model.get_image_features(pixel_values=v).pooler_output for v in views]
+        similar = sum((F.normalize(view, dim=-1) * text).sum() for view in own) / 3
+        return scale * clip.model.logit_scale.exp() * similar
+
+    return score
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_clean_clip_guidance_equals_a_loop_by_hand(guided, through):
+    settings = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+    drawn = draw(guided, **CLEAN, clip_guidance_through_unet=through)
+    score = clean_score_of(guided, 40.0, through, lambda x0: x0)
+    hand = by_hand(guided, diffusers.DDPMScheduler(**settings), score)
+    assert (drawn - draw(guided)).abs().max() > 1e-3
+    torch.testing.assert_close(drawn, hand, atol=5e-4, rtol=1e-3)
+
+
+def test_in_latents_the_clean_clip_sees_what_the_vae_decodes(make_pipeline, make_unet, guides):
+    torch.manual_seed(3)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5,
+    ).eval()  # fmt: skip
+    settings = {"clip_sample": False, "timestep_spacing": "trailing"}
+    parts = {"unet": make_unet(in_channels=4, out_channels=4), "scheduler": DDPMScheduler(**settings)}
+    pipe = make_pipeline(vae=vae, clip_guidance_model=guides["clip_guidance_model"], **parts)
+    drawn = draw(pipe, **(CLEAN | {"clip_guidance_scale": 1e4}))
+    score = clean_score_of(pipe, 1e4, False, lambda x0: vae.decode(x0 / 0.5).sample)
+    hand = by_hand(pipe, diffusers.DDPMScheduler(**settings), score)
+    assert (drawn - draw(pipe)).abs().max() > 0.1
+    torch.testing.assert_close(drawn, hand, atol=1e-2, rtol=1e-2)
+
+
+def test_cut_outs_are_squares_of_the_picture():
+    ramp = torch.arange(24.0).expand(2, 3, 16, 24).clone()  # value = column
+    views = cut_outs(ramp, 40, 8, seed=3)
+    assert views.shape == (40, 2, 3, 8, 8) and torch.equal(views, cut_outs(ramp, 40, 8, seed=3))
+    assert not torch.equal(views, cut_outs(ramp, 40, 8, seed=4))
+    torch.testing.assert_close(
+        views[0], F.interpolate(ramp, (8, 8), mode="bilinear", antialias=True)
+    )  # the whole
+    slopes = (views[1:, 0, 0, 0, 5] - views[1:, 0, 0, 0, 2]) / 3 * 8  # columns seen by a view
+    assert (
+        slopes.min() > 7 and slopes.max() < 17 and slopes.std() > 1
+    )  # between half the height and all of it
+    left = views[1:, 0, 0, 0, 0]
+    assert left.min() < 3 and left.max() > 8
+
+
+# ---- batches, precision, passes
+
+
+def test_a_guided_picture_depends_on_its_own_seed_alone(guided):
+    prompts, labels = [PROMPT, "a cat", "the moon"], ["food", 0, "flags"]
+    for form in (NOISED | {"classifier_guidance_scale": 60.0}, CLEAN | {"classifier_guidance_scale": 60.0}):
+        generators = [seeded(i) for i in range(3)]
+        together = draw(guided, prompt=prompts, class_labels=labels, generator=generators, **form)
+        for i, prompt in enumerate(prompts):
+            alone = draw(guided, prompt=prompt, class_labels=labels[i], generator=[seeded(i)], **form)
+            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", [NOISED, CLEAN | {"clip_guidance_through_unet": True}, CLASS], ids=str)
+def test_autocast_draws_about_the_same(guided, form):
+    exact, plain = draw(guided, **form), draw(guided)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = draw(guided, **form)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().mean() < 0.2 * (exact - plain).abs().mean() + 0.02
+
+
+@pytest.mark.parametrize(
+    ("call", "rows"),
+    [
+        ({"guidance_scale": 1.0} | NOISED, [1]),
+        (NOISED | CLASS, [2]),
+        (CLEAN, [2]),
+        ({"guidance_scale": 1.0} | CLEAN | {"clip_guidance_through_unet": True}, [1]),
+        ({"combined_prompts": {"a cat": 0.5, "blue": -1.0}}, [4]),
+        ({"num_candidates": 3}, [6]),
+        ({}, [2]),
+        ({"guidance_scale": 1.0}, [1]),
+    ],
+)
+def test_each_step_runs_one_unet_pass(guided, make_unet, call, rows):
+    guided.unet = make_unet()
+    seen: list[int] = []
+    guided.unet.register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    draw(guided, **call)
+    assert seen == rows * 5
+
+
+def test_the_interval_holds_for_gradients_too(guided):
+    calls = []
+    hook = guided.noisy_clip.register_forward_hook(lambda *_: calls.append(1))
+    outside = draw(guided, **NOISED, guidance_interval=(1e6, 1e7))
+    assert torch.equal(outside, draw(guided, guidance_scale=1.0)) and not calls
+    draw(guided, **NOISED, guidance_interval=(0.5, 5.0))
+    hook.remove()
+    assert 0 < len(calls) < 5
+
+
+def test_dynamic_thresholding_is_the_schedulers(make_pipeline):
+    """Imagen's, by diffusers' own class; sample_max_value is 1 by default, which is plain clipping."""
+    settings = {"prediction_type": "sample", "thresholding": True, "sample_max_value": 50.0}
+    images = []
+    for cls in (DDPMScheduler, diffusers.DDPMScheduler):
+        pipe = make_pipeline(scheduler=cls(**settings))
+        images.append(draw(pipe, guidance_scale=30.0, generator=seeded()))
+        settings = settings | {}
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-3)
+    clipped = draw(
+        make_pipeline(scheduler=DDPMScheduler(**(settings | {"sample_max_value": 1.0}))), guidance_scale=30.0
+    )
+    assert (images[0] - clipped).abs().max() > 0.05
+
+
+# ---- text
+
+
+def test_combined_prompts_are_a_weighted_sum(make_pipeline, make_unet):
+    pipe = make_pipeline(unet=make_unet(pooled_text_time_embedding=True, pooled_text_dim=24))
+    further = {"a cat": 0.6, "blue": -0.4}
+    drawn = draw(pipe, prompt=[PROMPT, "the moon"], combined_prompts=further, num_inference_steps=3)
+    with torch.no_grad():
+        texts = {
+            t: encode_text(pipe.tokenizer, pipe.text_encoder, [t]) for t in ("", PROMPT, "the moon", *further)
+        }
+
+        def predict(text, x, t):
+            states, pooled, _ = texts[text]
+            return pipe.unet(x, t, states, added_cond_kwargs={"pooled_text": pooled}).sample
+
+        scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+        scheduler.set_timesteps(3)
+        generator = seeded()
+        x = torch.randn(2, 3, 16, 16, generator=generator)
+        for t in scheduler.timesteps:
+            rows = []
+            for row, prompt in zip(x[:, None], (PROMPT, "the moon"), strict=True):
+                uncond = predict("", row, t)
+                weights = {prompt: 1.0} | further
+                rows.append(uncond + 3.0 * sum(w * (predict(k, row, t) - uncond) for k, w in weights.items()))
+            x = scheduler.step(torch.cat(rows), t, x, generator=generator).prev_sample
+    torch.testing.assert_close(drawn, x, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain", "spans"),
+    [
+        ("a (red:1.3) heart", "a red heart", [("red", 1.3)]),
+        ("(a big dog:0) and (cat:-0.5)", "a big dog and cat", [("a big dog", 0.0), ("cat", -0.5)]),
+        ("ab button (blood type)", "ab button (blood type)", []),
+        ("clock (12:30)", "clock (12:30)", []),
+        ("((red:2) heart:1.5)", "(red heart:1.5)", [("red", 2.0)]),
+        ("3:2 (a:b)", "3:2 (a:b)", []),
+    ],
+)
+def test_weights_are_read(prompt, plain, spans):
+    text, found = split_weights(prompt)
+    assert text == plain and [(text[a:b], w) for a, b, w in found] == spans
+
+
+@torch.no_grad()
+def test_weights_go_from_the_prompt_without_the_words_through_it_and_beyond(tokenizer, make_text_encoder):
+    tower = make_text_encoder()
+
+    def encode(prompts, **options):
+        return encode_weighted_text(tokenizer, tower, prompts, **options)
+
+    plain = encode_text(tokenizer, tower, ["a red heart"])[:2]
+    ids = tokenizer(["a red heart"], padding="max_length", return_tensors="pt").input_ids
+    start = len(tokenizer("a").input_ids) - 1
+    stop = len(tokenizer("a red").input_ids) - 1
+    mask = torch.ones_like(ids)
+    mask[:, start:stop] = 0
+    hidden = tower(ids, attention_mask=mask)
+    for weight in (0.0, 1.0, 1.7):
+        states, pooled = encode([f"a (red:{weight}) heart", "a red heart"])
+        expected = weight * plain[0] + (1 - weight) * hidden.last_hidden_state
+        torch.testing.assert_close(states, torch.cat([expected, plain[0]]), atol=1e-4, rtol=1e-4)
+        place = len(tokenizer("a red heart").input_ids) - 1  # of the end of text
+        own = weight * plain[1] + (1 - weight) * tower.text_projection(hidden.last_hidden_state[:, place])
+        torch.testing.assert_close(pooled, torch.cat([own, plain[1]]), atol=1e-4, rtol=1e-4)
+    assert (plain[0] - hidden.last_hidden_state)[0, stop:].abs().max() > 0.05  # later tokens saw it
+
+
+# ---- best of n
+
+
+@pytest.mark.parametrize("by", ["clip_guidance_model", "noisy_clip"])
+def test_best_of_n_keeps_what_clip_likes_best(make_pipeline, guides, by):
+    pipe = make_pipeline(**{by: guides[by]})
+    prompts = [PROMPT, "a cat"]
+    call = {"prompt": prompts, "num_images_per_prompt": 2}
+    generators = [seeded(i) for i in range(12)]
+    best = draw(pipe, **call, num_candidates=3, generator=generators)
+    generators = [seeded(i) for i in range(12)]
+    drawn = draw(pipe, **(call | {"num_images_per_prompt": 6}), generator=generators)
+    with torch.no_grad():
+        if by == "noisy_clip":
+            text = encode_text(pipe.tokenizer, pipe.text_encoder, prompts)[1]
+            images = pipe.noisy_clip(drawn, 0)
+        else:
+            clip = pipe.clip_guidance_model
+            text = clip.embed_texts(prompts)
+            images = clip.embed_images(
+                F.interpolate(drawn.clamp(-1, 1), (8, 8), mode="bilinear", antialias=True)
+            )
+    scores = F.cosine_similarity(images, text.repeat_interleave(6, dim=0))
+    order = scores.unflatten(0, (2, 6)).argsort(dim=1, descending=True)
+    expected = [6 * prompt + int(i) for prompt in range(2) for i in order[prompt, :2]]
+    torch.testing.assert_close(best, drawn[expected])
+
+
+# ---- the components
+
+
+def test_guides_travel_with_the_pipeline(guided, tmp_path):
+    call = {"num_inference_steps": 3, **CLASS}
+    expected = [draw(guided, **call, **form) for form in (NOISED, CLEAN)]
+    guided.save_pretrained(tmp_path)
+    for name, file in (("noisy_clip", "noisy_clip.py"), ("clip_guidance_model", "guidance_clip.py")):
+        assert (tmp_path / name / file).is_file()
+    ours = TextToImagePipeline.from_pretrained(tmp_path)
+    theirs = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(ours.noisy_clip) is NoisyCLIP and type(theirs.noisy_clip) is not NoisyCLIP
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+        for form, latents in zip((NOISED, CLEAN), expected, strict=True):
+            torch.testing.assert_close(draw(pipe, **call, **form), latents, atol=1e-5, rtol=1e-4)
+    ours.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    assert (
+        "noisy_classifier"
+        in TextToImagePipeline.from_pretrained(tmp_path / "half", variant="fp16").components
+    )
+
+
+def test_a_folder_without_guides_takes_them(pipeline, guides, tmp_path):
+    pipeline.save_pretrained(tmp_path / "plain")
+    clip = guides["clip_guidance_model"]
+    clip.model.save_pretrained(tmp_path / "clip")
+    clip.tokenizer.save_pretrained(tmp_path / "clip")
+    pipe = TextToImagePipeline.from_pretrained(
+        tmp_path / "plain", noisy_clip=guides["noisy_clip"], clip_guidance_model=str(tmp_path / "clip")
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.noisy_clip is guides["noisy_clip"] and pipe.noisy_classifier is None
+    reference = TextToImagePipeline(**(pipeline.components | guides))
+    reference.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(
+        draw(pipe, num_inference_steps=2, **CLEAN), draw(reference, num_inference_steps=2, **CLEAN)
+    )
+    assert str(tmp_path) not in str(pipe.clip_guidance_model.config)
+    with pytest.raises(ValueError, match="clip_guidance_model must be a folder"):
+        TextToImagePipeline.from_pretrained(tmp_path / "plain", clip_guidance_model="nowhere")
+
+
+def test_open_clip_models_guide_as_open_clip_computes(tmp_path):
+    import json
+
+    import open_clip
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    tower = {"width": 16, "layers": 1, "heads": 2}
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": vision,
+        "text_cfg": tower | {"context_length": 12, "vocab_size": 49408},
+    }
+    model = open_clip.model.CLIP(**config).eval()
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}})
+    )
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    clip = GuidanceCLIP.load(tmp_path)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    normalised = (images / 2 + 0.5 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    clip.save_pretrained(tmp_path / "saved")
+    for one in (clip, GuidanceCLIP.from_pretrained(tmp_path / "saved")):
+        with torch.no_grad():
+            expected = model.encode_image(normalised, normalize=True)
+            text = model.encode_text(
+                open_clip.tokenizer.SimpleTokenizer(context_length=12)(["a dog"]), normalize=True
+            )
+            torch.testing.assert_close(one.embed_images(images), expected)
+            torch.testing.assert_close(one.embed_texts(["a dog"]), text)
+        assert one.image_size == 16 and float(one.scale.detach()) == pytest.approx(1 / 0.07, rel=1e-4)
+
+
+@torch.no_grad()
+def test_noisy_towers_tell_noise_levels_apart_and_rows_do_not_mix(guides):
+    x = torch.randn(3, 3, 16, 16)
+    for name in ("noisy_clip", "noisy_classifier"):
+        model = guides[name]
+        t = torch.tensor([10, 500, 10])
+        rows = model(x, t)
+        for i in range(3):
+            torch.testing.assert_close(model(x[i : i + 1], int(t[i])), rows[i : i + 1], atol=1e-5, rtol=1e-4)
+        assert (model(x[:1], 10) - model(x[:1], 500)).abs().max() > 1e-3
+    assert torch.allclose(guides["noisy_clip"](x, 5).norm(dim=-1), torch.ones(3))
+
+
+REFUSED = [
+    ({"clip_guidance_scale": 3.0}, {}, "noisy_clip"),
+    ({"clip_guidance_scale": 3.0, "clip_guidance": "clean"}, {}, "clip_guidance_model"),
+    ({"classifier_guidance_scale": 3.0, "class_labels": 1}, {}, "noisy_classifier"),
+    ({"num_candidates": 2}, {}, "num_candidates"),
+    ({"num_candidates": 0}, {}, "num_candidates"),
+    ({"clip_guidance": "blurred"}, {}, "clip_guidance"),
+    ({"clip_guidance_scale": -1.0}, "all", "clip_guidance_scale"),
+    ({"clip_guidance_scale": math.inf}, "all", "clip_guidance_scale"),
+    ({"classifier_guidance_scale": 3.0}, "all", "class_labels"),
+    ({"classifier_guidance_scale": 3.0, "class_labels": "cars"}, "all", "animals"),
+    ({"classifier_guidance_scale": 3.0, "class_labels": 3}, "all", "class_labels"),
+    ({"classifier_guidance_scale": 3.0, "class_labels": [0, 1]}, "all", "class_labels"),
+    ({"class_labels": 1}, "all", "classifier_guidance_scale"),
+    ({"clip_guidance_cut_outs": 0}, "all", "clip_guidance_cut_outs"),
+    ({"clip_guidance_scale": 3.0, "height": 32}, "all", "16 x 16"),
+    ({"combined_prompts": {"a cat": 1.0}, "guidance_scale": 1.0}, {}, "guidance_scale above 1"),
+    ({"combined_prompts": {}}, {}, "combined_prompts"),
+    ({"combined_prompts": {"a cat": "much"}}, {}, "combined_prompts"),
+    ({"combined_prompts": ["a cat"]}, {}, "combined_prompts"),
+    ({"clip_guidance_scale": 3.0, "prompt": None, "prompt_embeds": torch.zeros(1, 32, 32)}, "all", "pooled"),
+]
+
+
+@pytest.mark.parametrize(("call", "parts", "named"), REFUSED, ids=lambda value: str(value)[:40])
+def test_guidance_that_cannot_be_is_refused_before_any_work(
+    make_pipeline, make_unet, guides, call, parts, named
+):
+    pipe = make_pipeline(unet=make_unet(), **(guides if parts == "all" else parts))
+    passes = []
+    pipe.unet.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.raises(ValueError, match=named) as refusal:
+        pipe(**({"prompt": PROMPT} | call))
+    assert not passes and len(str(refusal.value)) < 400
+
+
+# ---- the command line
+
+
+def test_the_command_line_guides_and_keeps_the_best(guided, tmp_path, capsys):
+    from PIL import Image
+
+    from pipelines.__main__ import main
+    from pipelines.images import to_tensor
+
+    guided.save_pretrained(tmp_path / "model")
+    arguments = ["a cat", "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--seed", "5"]
+    options = ["--clip-guidance", "40", "--classifier-guidance", "60", "--class", "food", "--best-of", "3"]
+    main([*arguments, *options, "--num-images", "2"])
+    call = {"prompt": "a cat", "output_type": "pt", **NOISED, **CLASS, "num_candidates": 3}
+    for seed in (5, 6):
+        image = Image.open(tmp_path / f"a-cat_seed{seed}.png")
+        expected = guided(generator=seeded(seed), **call).images
+        assert (to_tensor(image) / 2 + 0.5 - expected).abs().max() < 1 / 255
+        assert {"clip_guidance": "40.0", "class_label": "food", "best_of": "3"}.items() <= image.text.items()
+    for wrong, named in (
+        (["--class", "food"], "--class go together"),
+        (["--best-of", "0"], "--best-of must be 1 or more"),
+        (["--clip-guidance", "-1"], "--clip-guidance must be 0 or more"),
+        (["--classifier-guidance", "2", "--class", "cars"], "class_labels"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, *wrong])
+        assert named in capsys.readouterr().err

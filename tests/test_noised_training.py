@@ -1,0 +1,276 @@
+"""The recipes of the noised CLIP and the noisy classifier, how they are measured, and the frontier."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
+
+from pipelines import TextToImagePipeline
+from pipelines.components.noisy_classifier import NoisyClassifier
+from pipelines.components.noisy_clip import NoisyCLIP
+from training import classifier, clip, frontier, noised
+from training.frontier import FrontierConfig, diversity
+from training.judge import TEMPLATES
+from training.noised import NoisedAccuracyConfig, noised_accuracy
+
+COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
+GROUPS = {"red": "warm", "green": "cold", "blue": "cold", "white": "cold"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    """Squares of four colours, a little grainy, in three splits."""
+    rng = np.random.default_rng(0)
+    kinds = {"image": datasets.Image()} | {
+        k: datasets.Value("string") for k in ("caption", "name", "concept", "group")
+    }
+    parts = {}
+    for split in ("train", "validation", "heldout_compositions"):
+        rows = [
+            {
+                "image": np.clip(np.array(rgb) + rng.normal(0, 20, (16, 16, 3)), 0, 255).astype(np.uint8),
+                "caption": f"a {name}",
+                "name": name,
+                "concept": name,
+                "group": GROUPS[name],
+            }
+            for _ in range(12)
+            for name, rgb in COLOURS.items()
+        ]
+        parts[split] = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
+    path = tmp_path_factory.mktemp("colours")
+    datasets.DatasetDict(parts).save_to_disk(str(path))
+    return path
+
+
+@pytest.fixture
+def model(make_pipeline, tmp_path) -> Path:
+    make_pipeline().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def judge(tokenizer, tmp_path) -> Path:
+    torch.manual_seed(8)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 32,
+    }
+    config = CLIPConfig(
+        text_config=shared | ends,
+        vision_config=shared | {"image_size": 16, "patch_size": 8},
+        projection_dim=12,
+    )
+    made = CLIPModel(config)
+    for parameter in made.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    made.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+@pytest.fixture
+def run(folder, model, tmp_path, monkeypatch) -> Any:
+    """run(recipe, name, **settings) -> output_dir."""
+
+    def train(recipe: Any, name: str, **settings: Any) -> Path:
+        shared = {
+            "output_dir": tmp_path / name, "pretrained_model_name_or_path": model, "dataset": folder,
+            "cache_dir": tmp_path / "cache", "train_batch_size": 16, "max_train_steps": 60,
+            "lr_warmup_steps": 5, "learning_rate": 3e-3, "checkpointing_steps": 20, "shift": 2,
+        }  # fmt: skip
+        own: dict[str, Any] = {"patch_size": 2}
+        if recipe is clip:
+            own = {"noised": True, "patch_size": 8, "vision_width": 32, "vision_layers": 1, "head_dim": 16}
+        argv = [f"--{key}={value}" for key, value in (shared | own | settings).items()]
+        argv += [] if recipe is clip else ["--block_out_channels", "16", "16"]
+        monkeypatch.setattr(sys, "argv", ["recipe", *argv])
+        recipe.main()
+        return tmp_path / name
+
+    return train
+
+
+def test_both_learn_to_read_noised_pictures_and_no_noise(run, folder, model, judge, tmp_path):
+    config = NoisedAccuracyConfig(
+        model=str(model), judge=str(judge), dataset=str(folder), cache_dir=str(tmp_path / "cache"),
+        noisy_clip=str(run(clip, "a") / "noisy_clip"), num_pictures=40, batch_size=16,
+        noisy_classifier=str(run(classifier, "b") / "noisy_classifier"), output=str(tmp_path / "t.png"),
+        label_column="group",
+    )  # fmt: skip
+    config.check()
+    figures = noised_accuracy(config)
+    print(json.dumps(figures, indent=1))
+    found, right = figures["noised CLIP"]["R@1"], figures["classifier"]["accuracy"]
+    assert found[0] >= 0.75 and found[3] >= 0.75 and found[-1] < 0.6  # four colours: chance is 0.25
+    assert right[0] > 0.95 and right[-1] < 0.95  # most are cold: chance is 0.75
+    assert figures["noised CLIP"]["R@5"] == [1.0] * 10 and (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+    # the clean CLIP's, counted again by hand
+    pipe = TextToImagePipeline.from_pretrained(model)
+    reader, tokenizer = CLIPModel.from_pretrained(judge).eval(), pipe.tokenizer
+    pictures = noised.NoisedPictures(pipe, str(folder), "validation", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(48, generator=generator)[:40].tolist()
+    x0 = pictures.data.images(chosen)
+    eps = torch.randn(x0.shape, generator=generator)
+    names = sorted(COLOURS)
+
+    def features(output: Any) -> torch.Tensor:
+        return F.normalize(output if isinstance(output, torch.Tensor) else output.pooler_output, dim=-1)
+
+    with torch.no_grad():
+        texts = []
+        for name in names:
+            ids = tokenizer([t.format(name) for t in TEMPLATES], padding=True, return_tensors="pt").input_ids
+            texts.append(F.normalize(features(reader.get_text_features(input_ids=ids)).mean(0), dim=0))
+        for level, t in enumerate(figures["t"]):
+            abar = pictures.chain.alphas_cumprod[t]
+            images = features(
+                reader.get_image_features(pixel_values=abar.sqrt() * x0 + (1 - abar).sqrt() * eps)
+            )
+            best = (images @ torch.stack(texts).T).argmax(1).tolist()
+            share = np.mean(
+                [names[b] == pictures.columns["concept"][i] for b, i in zip(best, chosen, strict=True)]
+            )
+            assert figures["clean CLIP"]["R@1"][level] == pytest.approx(share)
+
+
+def test_they_are_components_of_the_pipeline_they_were_trained_for(run, model):
+    pipe = TextToImagePipeline.from_pretrained(
+        model,
+        noisy_clip=NoisyCLIP.from_pretrained(run(clip, "a", max_train_steps=2) / "noisy_clip"),
+        noisy_classifier=NoisyClassifier.from_pretrained(
+            run(classifier, "b", max_train_steps=2) / "noisy_classifier"
+        ),
+    )
+    call = {
+        "clip_guidance_scale": 2.0,
+        "classifier_guidance_scale": 2.0,
+        "num_inference_steps": 2,
+        "output_type": "pt",
+    }
+    assert list(pipe.noisy_classifier.config.labels) == ["cold", "warm"]
+    one, other = (
+        pipe("a red", class_labels=label, generator=torch.Generator().manual_seed(0), **call).images
+        for label in ("warm", "cold")
+    )
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("recipe", "part"), [(clip, "noisy_clip"), (classifier, "noisy_classifier")])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, recipe, part):
+    file = f"{part}/diffusion_pytorch_model.safetensors"
+    whole = load_file(run(recipe, "whole", max_train_steps=8, checkpointing_steps=3) / file)
+
+    class Stop(Exception): ...
+
+    class Stopping(noised.Checkpoints):
+        def save(self, step: int) -> Any:
+            super().save(step)
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(noised, "Checkpoints", Stopping)
+        with pytest.raises(Stop):
+            run(recipe, "parts", max_train_steps=8, checkpointing_steps=3)
+    parts = load_file(
+        run(recipe, "parts", max_train_steps=8, checkpointing_steps=3, resume_from_checkpoint="latest") / file
+    )
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "message"),
+    [
+        (clip, {"patch_size": 5}, "patch_size must be a divisor of 16, the side"),
+        (clip, {"distill": "words"}, "distill must be none with noised"),
+        (classifier, {"label_column": "colour"}, "label_column must be a column .*group.*got 'colour'"),
+        (classifier, {"train_batch_size": 0}, "train_batch_size must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be(run, recipe, setting, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe, "refused", **setting)
+
+
+# ---- the frontier
+
+
+def test_diversity_is_the_mean_over_pairs():
+    embeds = F.normalize(torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pairs = [1 - float(e[i] @ e[j]) for e in embeds for i in range(3) for j in range(3) if i != j]
+    assert diversity(embeds) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert diversity(embeds[:, :1].expand(-1, 4, -1)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_frontier_measures_what_each_form_draws(folder, model, judge, tmp_path, monkeypatch):
+    torch.manual_seed(1)
+    NoisyCLIP(16, 3, 8, 16, 1, 2, 24).save_pretrained(tmp_path / "noisy_clip")
+    labels = ["cold", "warm"]
+    NoisyClassifier(labels, 16, 3, 2, (8, 16), 4, 2).save_pretrained(tmp_path / "noisy_classifier")
+    config = FrontierConfig(
+        model=str(model), judge=str(judge), dataset=str(folder), cache_dir=str(tmp_path / "cache"),
+        noisy_clip=str(tmp_path / "noisy_clip"), noisy_classifier=str(tmp_path / "noisy_classifier"),
+        classifier_free=[1.0, 4.0], thresholded=[4.0], noised_clip=[0.0, 30.0], classifier=[0.0, 30.0],
+        num_captions=4, per_caption=2, num_inference_steps=3, batch_size=3, output=str(tmp_path / "f.png"),
+    )  # fmt: skip
+    config.check()
+    figures = frontier.frontier(config)
+    assert "clean_clip" not in figures and set(figures) >= {
+        "classifier_free",
+        "thresholded",
+        "noised_clip",
+        "classifier",
+    }
+    unguided = [figures[form]["CLIP score"][0] for form in ("classifier_free", "noised_clip", "classifier")]
+    assert (
+        unguided[0] == pytest.approx(unguided[1]) == pytest.approx(unguided[2])
+    )  # three ways to leave it out
+    for form in ("classifier_free", "noised_clip", "classifier"):
+        assert figures[form]["Frechet distance"][0] != figures[form]["Frechet distance"][1]
+
+    # one point again, by hand
+    pipe = TextToImagePipeline.from_pretrained(model)
+    pictures = frontier.real_pictures(config, 16)
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
+    captions = [pictures.columns["caption"][i] for i in order[:4] for _ in range(2)]
+    drawn = [
+        pipe(
+            c,
+            guidance_scale=4.0,
+            num_inference_steps=3,
+            generator=[torch.Generator().manual_seed(i)],
+            output_type="pt",
+        )
+        for i, c in enumerate(captions)
+    ]
+    images = torch.cat([one.images for one in drawn]) * 2 - 1
+    reader = frontier.Judge(str(judge))
+    score = (100 * (reader.embed_images(images) * reader.embed_texts(captions)).sum(-1).clamp(min=0)).mean()
+    assert figures["classifier_free"]["CLIP score"][1] == pytest.approx(float(score), abs=1e-3)
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+
+    # nothing is drawn twice
+    monkeypatch.setattr(TextToImagePipeline, "__call__", None)
+    assert frontier.frontier(config) == figures
+
+
+def test_a_judge_that_guides_is_refused(folder, model, judge, tmp_path):
+    shared = {"model": str(model), "judge": str(judge), "dataset": str(folder), "cache_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="judge must be another CLIP than the one that guides"):
+        frontier.frontier(FrontierConfig(**shared, clip_guidance_model=str(judge)))
+    with pytest.raises(ValueError, match="forms must be .* noisy_clip"):
+        frontier.frontier(FrontierConfig(**shared, forms=["noised_clip"]))
+    with pytest.raises(ValueError, match="forms must be some of"):
+        FrontierConfig(forms=["best"]).check()
