@@ -44,10 +44,10 @@ bench: $(INSTALLED)  ## timings against other implementations
 	$(RUN) -m benchmarks.speed $(ARGS)
 
 test: $(INSTALLED)  ## the tests that need nothing else; ARGS="-k scheduler"
-	$(RUN) -m pytest -m "not slow and not browser and not npm" $(ARGS)
+	$(RUN) -m pytest -m "not slow and not browser and not npm and not metrics" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the longer tests
-	$(RUN) -m pytest -m "slow and not browser and not npm" $(ARGS)
+	$(RUN) -m pytest -m "slow and not browser and not npm and not metrics" $(ARGS)
 
 test-browser: $(INSTALLED)  ## the web page in a real Chromium
 	$(RUN) -m pip install --quiet --requirement tests/requirements-browser.txt

@@ -21,7 +21,8 @@ from training import evaluate
 from training.bits_per_dim import BitsPerDimConfig, picture_noise, shuffle_captions
 from training.config import parse_config
 from training.data import seed_for
-from training.sampling_steps import SamplingStepsConfig, frechet_distance, label
+from training.metrics import frechet_distance
+from training.sampling_steps import SamplingStepsConfig, label
 
 T = 12
 SEED = 3

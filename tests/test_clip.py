@@ -29,7 +29,7 @@ from training.distillation import (
     principal_basis,
 )
 from training.emoji import unit_hash
-from training.evaluate import TEMPLATES
+from training.judge import TEMPLATES
 from training.words import WordNet, read_wordnet
 
 TEXTS = ["a", "a very long dog, noto style, with a red car", "dog", "", "cat and dog", "the the the"]

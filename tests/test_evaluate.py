@@ -10,67 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPModel
 
 from pipelines import TextToImagePipeline
+from pipelines.images import to_pil
 from training import evaluate
 from training.emoji import STYLES
-from training.evaluate import TEMPLATES, Concepts, EvaluationConfig, Judge, draw, recall, save_png, to_images
+from training.evaluate import recall
+from training.files import save_png
+from training.judge import TEMPLATES, Concepts, Judge
+from training.samples import draw
 
-EMOJI64 = Path(__file__).resolve().parent / "data" / "emoji64"
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory, tokenizer) -> Path:
-    """A tiny CLIP of 16 x 16 pixels with random weights, saved with its tokenizer."""
-    torch.manual_seed(4)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    end = tokenizer.eos_token_id
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=32, projection_dim=24, **sizes, **ids
-    )
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=24, **sizes)
-    model = CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
-    )
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dataset_folder(tmp_path_factory) -> Path:
-    """The committed pictures in the three splits of the emoji set."""
-    rows = [json.loads(line) for line in (EMOJI64 / "metadata.jsonl").read_text("utf-8").splitlines()]
-    splits: dict[str, list[dict]] = {"train": [], "validation": [], "heldout_compositions": []}
-    for row in rows:
-        split = {"pizza": "validation", "red apple": "heldout_compositions"}.get(row["name"], "train")
-        content = (EMOJI64 / row["file_name"]).read_bytes()
-        named = {"caption": row["text"], "name": row["name"], "concept": row["concept"]}
-        splits[split].append({"image": {"bytes": content, "path": None}, **named})
-    features = datasets.Features(
-        {"image": datasets.Image()} | {k: datasets.Value("string") for k in ("caption", "name", "concept")}
-    )
-    parts = {split: datasets.Dataset.from_list(part, features=features) for split, part in splits.items()}
-    folder = tmp_path_factory.mktemp("emoji")
-    datasets.DatasetDict(parts).save_to_disk(str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, _pixel_parts) -> Path:
-    from pipelines import DDPMScheduler
-
-    folder = tmp_path_factory.mktemp("model")
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
-    TextToImagePipeline(**_pixel_parts, scheduler=scheduler, default_guidance_scale=2.0).save_pretrained(
-        folder
-    )
-    return folder
+pytest_plugins = ["evaluation_folders"]
 
 
 # ------------------------------------------------------------ ranks
@@ -235,10 +186,7 @@ def test_retrieval(clip_folder, dataset_folder, model_folder, tmp_path, monkeypa
 def test_pictures_do_not_depend_on_the_batch(model_folder):
     pipe = TextToImagePipeline.from_pretrained(model_folder)
     captions = ["red heart", "a rocket", "pizza", "", "red heart"]
-    batches = [
-        draw(pipe, captions, EvaluationConfig(batch_size=size, num_inference_steps=3, seed=8))
-        for size in (1, 2, 5)
-    ]
+    batches = [draw(pipe, captions, batch_size=size, num_inference_steps=3, seed=8) for size in (1, 2, 5)]
     for images in batches[1:]:
         torch.testing.assert_close(images, batches[0], rtol=0, atol=1e-4)
     assert (batches[0][0] - batches[0][4]).abs().mean() > 0.1  # one caption, another seed
@@ -277,7 +225,7 @@ def test_the_sheet(model_folder, tmp_path, monkeypatch):
 def test_pictures_of_tensors(tmp_path):
     """-1 .. 1 to 0 .. 255, rounded, beyond that cut."""
     values = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 1, 6).expand(1, 3, 1, 6)
-    (image,) = to_images(values)
+    (image,) = to_pil(values)
     assert [pixel[0] for pixel in np.asarray(image)[0].tolist()] == [0, 0, 128, 191, 255, 255]
     save_png(image, str(tmp_path / "new" / "picture.dat"))
     again = Image.open(tmp_path / "new" / "picture.dat")

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from pipelines import TextToImagePipeline
-from training.evaluate import Judge
+from training.judge import Judge
 
 MODELS = Path(__file__).parent.parent / "models"
 # Of the concepts that tests/data/emoji64 shows

@@ -9,7 +9,7 @@ import torch
 
 from training import words
 from training.emoji import PACKAGE_VERSIONS, unit_hash
-from training.evaluate import Concepts
+from training.judge import Concepts
 from training.words import (
     UnseenWord,
     WordNet,

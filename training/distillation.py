@@ -84,8 +84,8 @@ class Teacher:
         return torch.from_numpy(self.cached(texts).astype(np.float32))
 
     def embed_names(self, names: list[str]) -> Tensor:
-        """(N, width): each name in every template of `training.evaluate`, averaged, as its judges do it."""
-        from training.evaluate import TEMPLATES
+        """(N, width): each name in every template of `training.judge`, averaged, as its judges do it."""
+        from training.judge import TEMPLATES
 
         embeds = self.embed_texts([t.format(name) for name in names for t in TEMPLATES])
         return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)

@@ -7,6 +7,9 @@
     python -m training.evaluate text-information --model models/emoji
     python -m training.evaluate sampling-steps --models runs/a/pipeline runs/b/pipeline:fixed_large
     python -m training.evaluate words --clip runs/clip/clip --teacher
+    python -m training.evaluate report --model models/emoji --output report
+    python -m training.evaluate card --model models/emoji --report report/report.json
+    python -m training.evaluate frontier --model models/emoji --clip_guidance_model runs/clip-words/clip
 
 The judge is a CLIP that took no part in conditioning or guidance, of another seed and size than the one
 whose text tower the model reads, and trained on every split.
@@ -14,27 +17,25 @@ whose text tower the model reads, and trained on every split.
 
 import json
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
-from transformers import CLIPModel, CLIPTokenizer
 
-from pipelines import TextToImagePipeline
-from pipelines.images import image_grid
+from pipelines.images import image_grid, to_pil
 from training.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
+from training.card import CardConfig, card
 from training.config import parse_config, require
 from training.data import PictureCache, cache_pictures, load_pictures
 from training.emoji import STYLES
+from training.files import save_png, write_file
+from training.frontier import FrontierConfig, frontier
+from training.judge import Judge, embed_concepts
+from training.metrics import recall_at
+from training.report import ReportConfig, report
+from training.samples import draw, load_pipeline
 from training.sampling_steps import SamplingStepsConfig, sampling_steps
-
-TEMPLATES = ("{}", "a {}", *(f"{{}}, {style} style" for style in list(STYLES.values())[:6]))
 
 
 @dataclass
@@ -66,77 +67,9 @@ class EvaluationConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
-class Judge:
-    """A CLIP that tells which of all concepts a picture shows."""
-
-    def __init__(self, folder: str):
-        if not (Path(folder) / "config.json").is_file():
-            raise ValueError(f"there is no CLIP in {folder!r}; train one with training.clip")
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        """(N, D), l2-normalised."""
-        rows = []
-        for start in range(0, len(texts), 512):
-            ids = self.tokenizer(
-                texts[start : start + 512], truncation=True, padding="longest", return_tensors="pt"
-            ).input_ids
-            rows.append(pooled(self.model.get_text_features(input_ids=ids)))
-        return F.normalize(torch.cat(rows), dim=-1)
-
-    @torch.no_grad()
-    def embed_images(self, images: Tensor) -> Tensor:
-        """(N, 3, R, R) in [-1, 1] -> (N, D), l2-normalised."""
-        rows = [pooled(self.model.get_image_features(pixel_values=part)) for part in images.split(128)]
-        return F.normalize(torch.cat(rows), dim=-1)
-
-    def embed_names(self, names: list[str]) -> Tensor:
-        """(N, D): each name in every template, averaged: CLIP's prompt ensembles (Radford 2021, 3.1.4)."""
-        embeds = self.embed_texts([t.format(name) for name in names for t in TEMPLATES])
-        return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
-
-
-def pooled(output: Any) -> Tensor:
-    """transformers 5 returns an output object where 4 returned the tensor."""
-    return output if isinstance(output, Tensor) else output.pooler_output
-
-
-@dataclass
-class Concepts:
-    """Every concept of the data set with all its names, embedded by a judge."""
-
-    ids: list[str]
-    owner: Tensor  # (names,) index of the concept of each name
-    embeds: Tensor  # (names, D)
-
-    def rank(self, image_embeds: Tensor, truth: list[str]) -> Tensor:
-        """(N,) place of the true concept among all, 0 the first; a concept scores as its best name does."""
-        scores = image_embeds @ self.embeds.T  # (N, names)
-        best = torch.full((len(scores), len(self.ids)), -2.0)
-        best = best.scatter_reduce(1, self.owner.expand(len(scores), -1), scores, "amax")
-        index = {concept: i for i, concept in enumerate(self.ids)}
-        own = best.gather(1, torch.tensor([[index[c]] for c in truth]))
-        return (~(best < own)).sum(1) - 1  # a tie, or NaN, counts against it
-
-
-def embed_concepts(judge: Judge, dataset: str) -> Concepts:
-    names: dict[str, set[str]] = defaultdict(set)
-    for split in ("train", "validation", "heldout_compositions"):
-        data = load_pictures(dataset, split)
-        for concept, name in zip(data["concept"], data["name"], strict=True):
-            names[concept].add(name)
-    ids = sorted(names)
-    owner = [i for i, concept in enumerate(ids) for _ in names[concept]]
-    return Concepts(
-        ids, torch.tensor(owner), judge.embed_names([n for concept in ids for n in sorted(names[concept])])
-    )
-
-
 def recall(ranks: Tensor) -> dict[str, float]:
     """Share of pictures whose concept is the first, or among the first five."""
-    return {"R@1": float((ranks < 1).float().mean()), "R@5": float((ranks < 5).float().mean())}
+    return {f"R@{k}": recall_at(ranks, k) for k in (1, 5)}
 
 
 def pictures_of(config: EvaluationConfig, split: str, resolution: int) -> PictureCache:
@@ -152,7 +85,7 @@ def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
     figures: dict[str, Any] = {"concepts": len(concepts.ids)}
     splits = [config.split] if config.split else ["train", "validation", "heldout_compositions"]
     for split in splits:
-        pictures = pictures_of(config, split, judge.model.config.vision_config.image_size)
+        pictures = pictures_of(config, split, judge.image_size)
         chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))[:1000]
         ranks = concepts.rank(
             judge.embed_images(pictures.images(chosen)), [pictures.columns["concept"][i] for i in chosen]
@@ -161,22 +94,11 @@ def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
     return figures
 
 
-def draw(pipe: TextToImagePipeline, captions: list[str], config: EvaluationConfig) -> Tensor:
-    """(N, 3, H, W) in [-1, 1]; picture i has the seed config.seed + i whatever the batch."""
-    pipe.set_progress_bar_config(disable=True)
-    parts = []
-    for start in tqdm(range(0, len(captions), config.batch_size), desc="drawing", unit="batch"):
-        part = captions[start : start + config.batch_size]
-        generators = [torch.Generator().manual_seed(config.seed + start + i) for i in range(len(part))]
-        drawn: Any = pipe(
-            part,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            generator=generators,
-            output_type="pt",
-        )
-        parts.append(drawn.images * 2 - 1)
-    return torch.cat(parts)
+def draw_captions(config: EvaluationConfig, captions: list[str]) -> Tensor:
+    """What the model of `config` draws for them, by its settings."""
+    pipe = load_pipeline(config.model)
+    names = ("seed", "num_inference_steps", "guidance_scale", "batch_size")
+    return draw(pipe, captions, **{name: getattr(config, name) for name in names})
 
 
 def retrieval(config: EvaluationConfig) -> dict[str, Any]:
@@ -184,16 +106,12 @@ def retrieval(config: EvaluationConfig) -> dict[str, Any]:
     pictures of the same captions beside them, and a shuffled control that knows nothing of the text."""
     judge = Judge(config.judge)
     concepts = embed_concepts(judge, config.dataset)
-    side = judge.model.config.vision_config.image_size
-    pictures = pictures_of(config, config.split or "train", side)
+    pictures = pictures_of(config, config.split or "train", judge.image_size)
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.randperm(len(pictures), generator=generator)[: config.num_pictures].tolist()
     captions, truth = ([pictures.columns[c][i] for i in chosen] for c in ("caption", "concept"))
-    pipe = TextToImagePipeline.from_pretrained(config.model)
-    drawn = draw(pipe, captions, config)
-    embeds = judge.embed_images(
-        F.interpolate(drawn, (side, side), mode="area") if drawn.shape[-1] != side else drawn
-    )
+    drawn = draw_captions(config, captions)
+    embeds = judge.embed_images(drawn)
     figures: dict[str, Any] = {
         "split": config.split or "train",
         "pictures": len(chosen),
@@ -204,7 +122,7 @@ def retrieval(config: EvaluationConfig) -> dict[str, Any]:
         "shuffled": recall(concepts.rank(embeds.roll(1, dims=0), truth)),
     }
     if config.output:
-        save_png(image_grid(to_images(drawn[:100]), columns=10), config.output)
+        save_png(image_grid(to_pil(drawn[:100]), columns=10), config.output)
     return figures
 
 
@@ -220,25 +138,10 @@ def sheet(config: EvaluationConfig) -> dict[str, Any]:
     captions = [
         f"{name}, {style} style" if style else f"a {name}" for name in SHEET_PROMPTS for style in styles
     ]
-    images = draw(TextToImagePipeline.from_pretrained(config.model), captions, config)
+    images = draw_captions(config, captions)
     path = config.output or "sheet.png"
-    save_png(image_grid(to_images(images), columns=10), path)
+    save_png(image_grid(to_pil(images), columns=10), path)
     return {"sheet": path, "pictures": len(captions)}
-
-
-def to_images(images: Tensor) -> list[Any]:
-    from PIL import Image
-
-    scaled = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(np.ascontiguousarray(i)) for i in scaled]
-
-
-def save_png(image: Any, path: str) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    image.save(partial, format="PNG")
-    partial.replace(target)
 
 
 def words(config: EvaluationConfig) -> dict[str, Any]:
@@ -256,11 +159,17 @@ COMMANDS: dict[str, Any] = {
     "bits-per-dim": bits_per_dim,
     "text-information": text_information,
     "sampling-steps": sampling_steps,
+    "report": report,
+    "card": card,
+    "frontier": frontier,
 }
 CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfig
     "bits-per-dim": BitsPerDimConfig,
     "text-information": BitsPerDimConfig,
     "sampling-steps": SamplingStepsConfig,
+    "report": ReportConfig,
+    "card": CardConfig,
+    "frontier": FrontierConfig,
 }
 
 
@@ -288,10 +197,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"training.evaluate {argv[0]}: {error}") from error
     show(figures)
-    if config.json:
-        target = Path(config.json)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    if getattr(config, "json", ""):  # report and card write their own files
+        write_file(config.json, json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

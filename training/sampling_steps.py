@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.likelihood import chain_of
@@ -30,6 +28,9 @@ from training.bits_per_dim import (
 )
 from training.config import require
 from training.data import cache_pictures, load_pictures
+from training.judge import Judge
+from training.metrics import frechet_distance
+from training.samples import draw, two_halves
 
 
 @dataclass
@@ -77,32 +78,6 @@ def split_name(model: str) -> tuple[str, str | None]:
     return (folder, variance) if colon else (model, None)
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D). Heusel 2017.
-
-    In float64. tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2).
-    """
-    a, b = a.double(), b.double()
-    covariance_a, covariance_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
-    distance = (
-        (a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
-    )
-    return float(distance.clamp(min=0))
-
-
-def embed(judge: Any, images: Tensor) -> Tensor:
-    """Pictures of any size in [-1, 1] -> the judge's features (N, D)."""
-    side = judge.model.config.vision_config.image_size
-    if images.shape[-1] > side:
-        images = F.interpolate(images, (side, side), mode="area")
-    elif images.shape[-1] < side:
-        images = F.interpolate(images, (side, side), mode="bicubic").clamp(-1, 1)
-    return judge.embed_images(images)
-
-
 @dataclass
 class RealPictures:
     """Two halves of the real pictures: A's features, B's captions, and B's own distance from A."""
@@ -112,16 +87,14 @@ class RealPictures:
     floor: float
 
 
-def real_pictures(config: SamplingStepsConfig, judge: Any, side: int) -> RealPictures:
+def real_pictures(config: SamplingStepsConfig, judge: Judge, side: int) -> RealPictures:
     """`num_drawn` pictures of the training split in each half, or half of it each if there are fewer."""
     pictures = cache_pictures(
         load_pictures(config.dataset, "train"), side, config.cache_dir, "image", "caption"
     )
-    count = min(config.num_drawn, len(pictures) // 2)
-    require(count >= 2, "dataset", config.dataset, "of at least 4 training pictures")
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    first, second = order[:count], order[count : 2 * count]
-    reference, other = (embed(judge, pictures.images(half)) for half in (first, second))
+    require(len(pictures) >= 4, "dataset", config.dataset, "of at least 4 training pictures")
+    first, second = two_halves(len(pictures), config.num_drawn, config.seed)
+    reference, other = (judge.embed_images(pictures.images(half)) for half in (first, second))
     captions = [pictures.captions[pictures.choices[i][0]] for i in second]
     return RealPictures(reference, captions, frechet_distance(other, reference))
 
@@ -129,8 +102,6 @@ def real_pictures(config: SamplingStepsConfig, judge: Any, side: int) -> RealPic
 def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
     """For each model and number of steps: bits per dimension of held-out pictures under the chain of so many
     timesteps, and the Frechet distance of as many pictures as half A has, drawn in so many steps."""
-    from training.evaluate import EvaluationConfig, Judge, draw  # which imports this module
-
     judge = Judge(config.judge)
     pipes = {name: load_pixel_pipeline(split_name(name)[0]) for name in config.models}
     for name, pipe in pipes.items():
@@ -156,16 +127,17 @@ def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
         for steps in config.steps:
             chain = evaluation_chain(pipe, variance, steps)
             terms = measure(counted, pipe, chain, held_out, held_out.captions, f"{name}, {steps} steps")
-            settings = EvaluationConfig(
+            drawn = draw(
+                pipe,
+                halves.captions,
+                seed=config.seed,
                 num_inference_steps=steps,
                 guidance_scale=config.guidance_scale,
                 batch_size=config.batch_size,
-                seed=config.seed,
             )
-            drawn = embed(judge, draw(pipe, halves.captions, settings))
             figures[name][f"{steps} steps"] = {
                 "bits/dim": mean_and_error(terms.bits.sum(1)),
-                "Frechet distance": frechet_distance(drawn, halves.reference),
+                "Frechet distance": frechet_distance(judge.embed_images(drawn), halves.reference),
             }
     if config.output:
         draw_curves(figures, config)

@@ -308,7 +308,7 @@ def measure(config: "EvaluationConfig") -> dict[str, Any]:
     may not. A word stands alone, a concept for its names in every template.
     """
     from training.distillation import Teacher
-    from training.evaluate import Judge, embed_concepts
+    from training.judge import Judge, embed_concepts
 
     wordnet = read_wordnet(config.wordnet_dir)
     embedders: dict[str, Any] = {"tower": Judge(config.clip)}

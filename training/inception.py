@@ -1,0 +1,63 @@
+"""The standard FID and Inception score, of torch-fidelity, where it and Inception's weights are at hand."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity and torchmetrics store them
+
+
+class Bytes(Dataset):
+    """Pictures in [-1, 1] as torch-fidelity reads them: (3, H, W) uint8 each."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return ((self.images[index].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def find_weights(path: str) -> Path | None:
+    """`path`, or the file in torch's hub cache; None when there is none. Raises ValueError for a `path` that
+    is not there."""
+    if path and not Path(path).is_file():
+        raise ValueError(f"inception_weights must be a file, got {path!r}")
+    found = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
+    return found if found.is_file() else None
+
+
+def inception_figures(weights: Path | None, drawn: Tensor, real: Tensor) -> dict[str, float] | str:
+    """FID of `drawn` against `real`, (N, 3, H, W) in [-1, 1], and the Inception score of `drawn`, or the one
+    line that says why there are none. Nothing is fetched. Of a few hundred pictures the FID is far too large:
+    2048 features want tens of thousands."""
+    if weights is None:
+        return f"not measured: {WEIGHTS} is neither given (--inception_weights) nor in torch's hub cache"
+    if importlib.util.find_spec("torch_fidelity") is None:
+        return "not measured: torch-fidelity is not installed (pip install torch-fidelity)"
+    import torch_fidelity
+
+    torch.load(weights, weights_only=True, map_location="cpu")  # refuses a pickle that would run code
+    sizes: Any = {"batch_size": 32, "isc_splits": min(10, len(drawn))}
+    figures = torch_fidelity.calculate_metrics(
+        input1=Bytes(drawn),
+        input2=Bytes(real),
+        fid=True,
+        isc=True,
+        cuda=torch.cuda.is_available(),
+        feature_extractor_weights_path=str(weights),
+        cache=False,
+        verbose=False,
+        **sizes,
+    )
+    return {
+        "FID": float(figures["frechet_inception_distance"]),
+        "Inception score": float(figures["inception_score_mean"]),
+        "Inception score, deviation over splits": float(figures["inception_score_std"]),
+    }

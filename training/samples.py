@@ -1,0 +1,88 @@
+"""Pictures drawn for many captions, a seed each; with a folder, none is drawn twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines import TextToImagePipeline
+from pipelines.images import to_pil, to_tensor
+from training.caches import content_key, model_key
+from training.files import save_png
+
+
+def load_pipeline(name: str) -> TextToImagePipeline:
+    """Raises ValueError, which names it, when there is no pipeline to load."""
+    try:
+        return TextToImagePipeline.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+
+
+def pipeline_key(pipe: TextToImagePipeline) -> str:
+    """A digest of all that draws: the weights and configs of U-Net, text encoder and VAE, the scheduler's."""
+    models = (pipe.unet, pipe.text_encoder, pipe.vae)
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    return content_key(
+        *(model_key(model) for model in models if model is not None),
+        type(pipe.scheduler).__name__ + json.dumps(scheduler, sort_keys=True, default=str),
+    )
+
+
+def draw(
+    pipe: TextToImagePipeline,
+    captions: list[str],
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 25,
+    folder: str | Path | None = None,
+    label: str = "drawing",
+) -> Tensor:
+    """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
+
+    Args:
+        num_inference_steps, guidance_scale: the model's own where None.
+        folder: where each picture is kept as a PNG, so all are rounded to 256 levels. Its name is a digest
+            of the model, the caption's tokens, the seed and both settings: a run that goes on after it was
+            stopped, or wants more pictures, draws only those that are not there.
+        label: of the progress bar.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
+    scale = pipe.config["default_guidance_scale"] if guidance_scale is None else float(guidance_scale)
+    paths: list[Path] = []
+    if folder is not None:
+        key, ids = pipeline_key(pipe), pipe.tokenizer(captions, verbose=False).input_ids
+        names = [content_key(key, f"{ids[i]} {seed + i} {steps} {scale}") for i in range(len(captions))]
+        paths = [Path(folder) / f"{name}.png" for name in names]
+    missing = [i for i in range(len(captions)) if not paths or not paths[i].is_file()]
+    parts = []
+    with tqdm(total=len(captions), initial=len(captions) - len(missing), desc=label, unit="picture") as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            drawn: Any = pipe(
+                [captions[i] for i in batch],
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                generator=[torch.Generator().manual_seed(seed + i) for i in batch],
+                output_type="pt",
+            )
+            images = drawn.images * 2 - 1
+            for i, image in zip(batch, to_pil(images), strict=True):
+                if paths:
+                    save_png(image, paths[i])
+            parts.append(images)
+            bar.update(len(batch))
+    return torch.cat([to_tensor(Image.open(path)) for path in paths] if paths else parts)
+
+
+def two_halves(total: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of `count` pictures of 0 .. total - 1 at random, and of as many others; fewer if need be."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(count, total // 2)
+    return order[:count], order[count : 2 * count]
