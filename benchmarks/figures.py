@@ -5,9 +5,10 @@
     swiss-roll       forward, posterior and backward, beta = 0.05, T = 10
     progressive      what the model takes the picture for on the way (Ho 2020, figure 6)
     interpolation    two pictures mixed at several noise levels and drawn anew (Ho 2020, figure 9)
+    denoise          noised pictures and draws of what they were (Sohl-Dickstein 2015, figure 3)
     rate-distortion  what stopping early costs and leaves (Ho 2020, figure 5)
 
-The first three need nothing; the others a model without a VAE, and the last held-out pictures.
+The first three need nothing; the others a model without a VAE, and the last two held-out pictures.
 """
 
 import argparse
@@ -171,6 +172,11 @@ def mixed_noise(pictures: Tensor, shares: Tensor, abar: float, seed: int) -> Ten
     return math.sqrt(abar) * clean + math.sqrt(1 - abar) * noise
 
 
+def timesteps_from(t: int, steps: int) -> list[int]:
+    """t .. 0 in so many steps, evenly, or all of them if there are fewer."""
+    return torch.linspace(t, 0, min(steps, t + 1)).round().long().unique().flip(0).tolist()
+
+
 @torch.no_grad()
 def interpolate(
     pipe: TextToImagePipeline,
@@ -187,7 +193,6 @@ def interpolate(
     """
     scheduler = chain_of(pipe.scheduler)
     abar = float(scheduler.alphas_cumprod[t])
-    visited = torch.linspace(t, 0, min(steps, t + 1)).round().long().unique().flip(0).tolist()
     states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
     mixed = {"prompt_embeds": torch.lerp(states[:1], states[1:], shares.reshape(-1, 1, 1))}
     if pipe.requires_pooled_text:
@@ -196,7 +201,7 @@ def interpolate(
     pipe.set_progress_bar_config(disable=True)
     drawn: Any = pipe(
         **mixed,
-        timesteps=visited,
+        timesteps=timesteps_from(t, steps),
         latents=mixed_noise(pictures, shares, abar, seed),
         generator=[seeded(seed + 1) for _ in shares],
         output_type="pt",
@@ -219,6 +224,48 @@ def draw_interpolation(settings: argparse.Namespace, path: Path) -> None:
         )
         rows[f"t = {t}"] = torch.cat([pictures[:1], mixes, pictures[1:]])
     draw_pictures(rows, ["a picture", *(f"{share:.2f}" for share in shares.tolist()), "another"], path)
+
+
+def noise_to_level(scheduler: DDPMScheduler, pictures: Tensor, sigma: float, seed: int) -> tuple[int, Tensor]:
+    """(t, x_t), so that x_t/sqrt(abar_t) is the pictures plus noise of standard deviation `sigma`, or the
+    nearest that a timestep has: sigma_t^2 = (1 - abar_t)/abar_t. Picture i has the seed seed + i."""
+    levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).log()
+    t = int((levels - 2 * math.log(sigma)).abs().argmin())
+    eps = torch.stack([torch.randn(x.shape, generator=seeded(seed + i)) for i, x in enumerate(pictures)])
+    return t, scheduler.add_noise(pictures, eps, torch.full((len(pictures),), t))
+
+
+@torch.no_grad()
+def sample_posterior(pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, seed: int) -> Tensor:
+    """x0 ~ p(x0 | x_t) as the model has it without a prompt: its chain from t on. (B, C, H, W) in [-1, 1]."""
+    pipe.scheduler = chain_of(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    drawn: Any = pipe(
+        [NULL_PROMPT] * len(x_t),
+        guidance_scale=1.0,
+        timesteps=timesteps_from(t, steps),
+        latents=x_t,
+        generator=[seeded(seed + i) for i in range(len(x_t))],
+        output_type="pt",
+    )
+    return drawn.images * 2 - 1
+
+
+def draw_denoise(settings: argparse.Namespace, path: Path) -> None:
+    """Noise of a variance of 1, as in the paper, and a weaker and a stronger one; each denoised twice."""
+    shared = ("model", "dataset", "cache_dir", "seed")
+    config = BitsPerDimConfig(**{name: getattr(settings, name) for name in shared}, num_pictures=8)
+    config.check()
+    pipe = load_pixel_pipeline(config.model)
+    held_out = held_out_pictures(config, pipe)
+    pictures = held_out.pictures.images(held_out.numbers)
+    scheduler, rows = chain_of(pipe.scheduler), {"held out": pictures}
+    for sigma in (0.5, 1.0, 2.0):
+        t, x_t = noise_to_level(scheduler, pictures, sigma, settings.seed)
+        rows[f"+ noise\nof {sigma}"] = x_t / float(scheduler.alphas_cumprod[t]) ** 0.5
+        for name, seed in (("denoised", 1000), ("once more", 2000)):
+            rows[f"{name}\n({sigma})"] = sample_posterior(pipe, x_t, t, settings.steps, settings.seed + seed)
+    draw_pictures(rows, [""] * len(pictures), path)
 
 
 def draw_rate_distortion(settings: argparse.Namespace, path: Path) -> None:
@@ -256,9 +303,10 @@ FIGURES: dict[str, Callable[[argparse.Namespace, Path], None]] = {
     "swiss-roll": draw_swiss_roll,
     "progressive": draw_progressive,
     "interpolation": draw_interpolation,
+    "denoise": draw_denoise,
     "rate-distortion": draw_rate_distortion,
 }
-NEED_A_MODEL = ("progressive", "interpolation", "rate-distortion")
+NEED_A_MODEL = ("progressive", "interpolation", "denoise", "rate-distortion")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/figures"), help="where the PNGs go")
     parser.add_argument("--model", default="models/emoji", help="pipeline without a VAE")
     parser.add_argument(
-        "--dataset", default="data/emoji", help="rate-distortion: validation pictures from here"
+        "--dataset", default="data/emoji", help="denoise, rate-distortion: validation pictures from here"
     )
     parser.add_argument("--cache_dir", default="data/cache", help="decoded pictures")
     parser.add_argument("--num_pictures", type=int, default=50, help="rate-distortion: so many of them")
@@ -278,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         "--picture", type=Path, default=PICTURES / "dog-face-noto.png", help="forward: the picture"
     )
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="progressive: a row for each")
-    parser.add_argument("--steps", type=int, default=100, help="progressive, interpolation: denoising steps")
+    parser.add_argument("--steps", type=int, default=100, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args(argv)
     names = settings.figures or list(FIGURES)

@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .components.conditional_unet import ConditionalUNet
     from .components.ddpm_scheduler import DDPMScheduler
+    from .image_to_image import ImageToImagePipeline
+    from .inpaint import InpaintPipeline
     from .text_to_image import TextToImagePipeline
 
-__all__ = ["ConditionalUNet", "DDPMScheduler", "TextToImagePipeline"]
+__all__ = [
+    "ConditionalUNet",
+    "DDPMScheduler",
+    "ImageToImagePipeline",
+    "InpaintPipeline",
+    "TextToImagePipeline",
+]
 
 _HOMES = {
     "ConditionalUNet": ".components.conditional_unet",
     "DDPMScheduler": ".components.ddpm_scheduler",
+    "ImageToImagePipeline": ".image_to_image",
+    "InpaintPipeline": ".inpaint",
     "TextToImagePipeline": ".text_to_image",
 }
 

@@ -2,29 +2,49 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 
+MAX_PIXELS = 2**26  # of one picture that is to be edited: 67 million, 0.8 GB as float32
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """A picture of any mode as a person sees it, in RGB of 8 bits: upright where EXIF says that it lies, grey
+    of 16 bits scaled and not clipped, CMYK and palettes converted, transparency laid over `background`.
+
+    A plain convert would show whatever colour hides under the transparent parts, most often black.
+    """
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """As `to_rgb`, in 8 bits of grey (mode L), transparency laid over black: what a mask says."""
+    return to_rgb(image, "black").convert("L")
 
 
 def to_tensor(images: Image.Image | list[Image.Image], background: str = "white") -> torch.Tensor:
     """PIL pictures of one size -> float32 (B, 3, H, W), x / 127.5 - 1, so black is -1 and white 1.
 
-    Transparency is laid over `background` (a PIL colour name) first: a plain convert would show whatever
-    colour hides under the transparent parts, most often black.
-
-    Raises ValueError for an empty list or for pictures of different sizes.
+    They go through `to_rgb` with `background`, a PIL colour name. Raises ValueError for an empty list or for
+    pictures of different sizes.
     """
-    images = images if isinstance(images, list) else [images]
-    if not images or len({image.size for image in images}) > 1:
-        raise ValueError(
-            f"to_tensor needs pictures of one size, got sizes {[image.size for image in images]}"
-        )
-    flat = [_without_transparency(image, background) for image in images]
+    flat = [to_rgb(image, background) for image in (images if isinstance(images, list) else [images])]
+    if not flat or len({image.size for image in flat}) > 1:
+        raise ValueError(f"to_tensor needs pictures of one size, got sizes {[image.size for image in flat]}")
     pixels = np.stack([np.asarray(image, dtype=np.float32) for image in flat])  # (B, H, W, 3), 0..255
     return torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
@@ -48,6 +68,133 @@ def to_pil(x: torch.Tensor) -> list[Image.Image]:
         raise ValueError(f"to_pil needs (B, C, H, W) with C one of {list(_MODES)}, got {tuple(x.shape)}")
     pixels = (to_numpy(x) * 255).round().astype(np.uint8)  # (B, H, W, C)
     return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in pixels]
+
+
+# ---- what callers pass as pictures and masks ----
+
+
+def read_pictures(images: Any, size: tuple[int, int] | None = None, name: str = "image") -> torch.Tensor:
+    """PIL pictures of any mode, arrays or tensors -> float32 (B, 3, H, W) in [-1, 1].
+
+    Args:
+        images: one picture or a list of them: PIL (see `to_rgb`), array (H, W, C) or (B, H, W, C), tensor
+            (C, H, W) or (B, C, H, W). Numbers are in [0, 1], or uint8; C is 1 or 3.
+        size: (height, width) to bring them to, PIL pictures by Lanczos, numbers by the nearest pixel, as
+            diffusers does. None keeps the size that they have, which must be the same for all.
+        name: what an error calls them.
+
+    Raises ValueError for anything else, and for more than `MAX_PIXELS` pixels.
+    """
+    x = _read(images, size, name, to_rgb)
+    if x.shape[1] not in (1, 3):
+        raise ValueError(f"`{name}` must have 1 or 3 channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
+    return x.expand(-1, 3, -1, -1) * 2 - 1
+
+
+def read_masks(
+    masks: Any, size: tuple[int, int] | None = None, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> torch.Tensor:
+    """Masks, passed as pictures are or without their one channel -> float32 (B, 1, H, W) in [0, 1].
+
+    1, white, is to be repainted; 0, black or transparent, is kept. `resample` is PIL's way to `size`. See
+    `read_pictures` for the rest.
+    """
+    if isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3:
+        one = masks.shape[-1 if isinstance(masks, np.ndarray) else 0] == 1
+        masks = masks if one else list(masks)  # (B, H, W)
+    x = _read(masks, size, "mask_image", to_grey, resample)
+    if x.shape[1] != 1:
+        raise ValueError(f"`mask_image` must have 1 channel, got {x.shape[1]} (shape {tuple(x.shape)}).")
+    return x
+
+
+def _read(
+    images: Any,
+    size: tuple[int, int] | None,
+    name: str,
+    convert: Callable[[Image.Image], Image.Image],
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> torch.Tensor:
+    """(B, C, H, W) float32 in [0, 1]; `convert` makes PIL pictures RGB or grey."""
+    stacked = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    parts = list(images) if stacked or isinstance(images, (list, tuple)) else [images]
+    read = [_read_one(part, size, name, convert, resample) for part in parts]
+    if not read or len({part.shape for part in read}) > 1:
+        sizes = [f"{part.shape[-1]} x {part.shape[-2]}" for part in read]
+        raise ValueError(f"`{name}` must be pictures of one size, got {', '.join(sizes) or 'none'}.")
+    return torch.stack(read)
+
+
+def _read_one(
+    image: Any, size: tuple[int, int] | None, name: str, convert: Any, resample: Image.Resampling
+) -> torch.Tensor:
+    if isinstance(image, Image.Image):
+        check_pixels(image.width, image.height, name)
+        image = convert(image)
+        if size is not None and image.size != size[::-1]:
+            image = image.resize(size[::-1], resample)
+        pixels = np.array(image)  # (H, W) or (H, W, 3)
+        return torch.from_numpy(pixels).float().div(255).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+    if not isinstance(image, (np.ndarray, torch.Tensor)) or image.ndim not in (2, 3):
+        shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
+        raise ValueError(
+            f"`{name}` must be a PIL picture, an array, a tensor or a list of these, got "
+            f"{type(image).__name__}{shape}."
+        )
+    x = torch.as_tensor(image.copy() if isinstance(image, np.ndarray) else image).detach().cpu()
+    x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
+    if x.ndim == 2:
+        x = x[None]
+    elif isinstance(image, np.ndarray):
+        x = x.permute(2, 0, 1)
+    check_pixels(x.shape[2], x.shape[1], name)
+    if x.numel() == 0 or not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"`{name}` must hold numbers in [0, 1] (or uint8), got {_extent(x)}.")
+    if size is not None and x.shape[1:] != size:
+        x = F.interpolate(x[None], size)[0]
+    return x
+
+
+def _extent(x: torch.Tensor) -> str:
+    return f"{x.min().item():.3g} .. {x.max().item():.3g}" if x.numel() else "none"
+
+
+def check_pixels(width: int, height: int, name: str = "image") -> None:
+    """ValueError for a picture of more than `MAX_PIXELS`, before anything of it is decoded."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"`{name}` has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "
+            f"{MAX_PIXELS / 1e6:.0f} million are taken: make it smaller first."
+        )
+
+
+def nearest_size(height: int, width: int, unit: int) -> tuple[int, int]:
+    """The (height, width) nearest to these of which both are positive multiples of `unit`."""
+    nearest_height, nearest_width = (max(unit, round(side / unit) * unit) for side in (height, width))
+    return nearest_height, nearest_width
+
+
+def encode_pictures(
+    vae: Any | None, pictures: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] -> latents as the U-Net sees them; the inverse of `decode_latents`.
+
+    (z - shift_factor) scaling_factor, z a draw from the encoder's posterior: from one generator for all, or
+    from that of each picture. Without a `vae` pictures are their own latents and nothing is drawn.
+    """
+    if vae is None:
+        return pictures
+
+    def encode(part: torch.Tensor, source: torch.Generator | None) -> torch.Tensor:
+        encoded = vae.encode(part)
+        return encoded.latent_dist.sample(source) if hasattr(encoded, "latent_dist") else encoded.latents
+
+    if isinstance(generator, list):
+        latents = torch.cat([encode(x, g) for x, g in zip(pictures.split(1), generator, strict=True)])
+    else:
+        latents = encode(pictures, generator)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * getattr(vae.config, "scaling_factor", 1.0)
 
 
 def decode_latents(
@@ -93,17 +240,10 @@ def image_grid(
     sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), background)
     for i, image in enumerate(images):
         x, y = gap + (i % columns) * step_x, gap + (i // columns) * step_y
-        sheet.paste(_without_transparency(image, background), (x, y))
+        sheet.paste(to_rgb(image, background), (x, y))
         if labels:
             cell = Image.new("RGB", (width, text_height), background)  # a cell of its own cuts a long label
             dark = sum(ImageColor.getrgb(background)[:3]) < 384
             ImageDraw.Draw(cell).text((0, 1), labels[i], fill="white" if dark else "black")
             sheet.paste(cell, (x, y + height))
     return sheet
-
-
-def _without_transparency(image: Image.Image, background: str) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")

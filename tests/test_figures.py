@@ -12,7 +12,14 @@ from diffusers import DDPMScheduler as DiffusersDDPM
 from PIL import Image
 
 from benchmarks import figures
-from benchmarks.figures import interpolate, mixed_noise, noised_pictures, progressive_predictions
+from benchmarks.figures import (
+    interpolate,
+    mixed_noise,
+    noise_to_level,
+    noised_pictures,
+    progressive_predictions,
+    sample_posterior,
+)
 from benchmarks.toys import DIGIT, backward_chain, expected_noise, forward_chain, posterior_chain, swiss_roll
 from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.conditioning import encode_text
@@ -155,6 +162,41 @@ def test_interpolation_is_denoising_from_the_mix(pipe):
                 output = pipe.unet(x, t, text, added_cond_kwargs=added).sample
             x = scheduler.step(output, t, x, generator=generator).prev_sample
         torch.testing.assert_close(drawn, x[0].clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+def test_pictures_are_noised_to_the_level_that_was_asked_for():
+    scheduler, pictures = DDPMScheduler(beta_schedule="squaredcos_cap_v2"), torch.zeros(2, 3, 64, 64)
+    for sigma in (0.1, 1.0, 5.0):
+        t, x_t = noise_to_level(scheduler, pictures, sigma, seed=0)
+        noise = x_t / scheduler.alphas_cumprod[t] ** 0.5
+        assert noise.std().item() == pytest.approx(sigma, rel=0.03)
+    assert scheduler.alphas_cumprod[noise_to_level(scheduler, pictures, 1.0, 0)[0]] == pytest.approx(
+        0.5, abs=2e-3
+    )
+
+
+def test_the_posterior_of_a_gaussian_model(pipe):
+    """Of data N(0, s^2 I) the posterior of y = x0 + sigma z is N(y s^2/(s^2 + sigma^2), s^2 sigma^2/(s^2 +
+    sigma^2) I), and the exact network E[x0 | x_t] = sqrt(abar) s^2/(abar s^2 + 1 - abar) x_t."""
+    pipe.scheduler = DDPMScheduler(num_train_timesteps=400, prediction_type="sample", clip_sample=False)
+    s, abar = 0.2, pipe.scheduler.alphas_cumprod
+
+    class Exact(torch.nn.Module):
+        config, dtype, device = pipe.unet.config, torch.float32, torch.device("cpu")
+
+        def forward(self, x_t, t, *_, **__):
+            a = abar[t]
+            return (a**0.5 * s**2 / (a * s**2 + 1 - a) * x_t,)
+
+    pipe.register_modules(unet=Exact())
+    x0 = s * torch.randn(8, 3, 16, 16, generator=seeded())
+    t, x_t = noise_to_level(pipe.scheduler, x0, s, seed=1)
+    sigma2 = float((1 - abar[t]) / abar[t])
+    drawn = sample_posterior(pipe, x_t, t, steps=400, seed=5)
+    left = drawn - x_t / float(abar[t]) ** 0.5 * s**2 / (s**2 + sigma2)
+    variance, count = s**2 * sigma2 / (s**2 + sigma2), x0.numel()
+    assert abs(float(left.mean())) < 5 * (variance / count) ** 0.5
+    assert float(left.var()) == pytest.approx(variance, rel=0.1)  # 5 standard errors, and the last steps'
 
 
 # ------------------------------------------------------------ the command
