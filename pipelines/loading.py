@@ -407,9 +407,11 @@ def follow_stable_diffusion(folder: Path, pipeline: Any) -> None:
 
     Old folders say clip_sample = true, which would clip latents to [-1, 1], and steps_offset = 0; and what
     diffusers before 0.9 saved says sample_size = 32 for models of 64. diffusers overrules all three, also on
-    parts that it is handed, so pictures would differ from everybody else's without this.
+    parts that it is handed, so pictures would differ from everybody else's without this. Its upscaler's
+    folders it takes as they are.
     """
-    if not str(read_json(folder / INDEX).get("_class_name", "")).startswith("StableDiffusion"):
+    saved_as = str(read_json(folder / INDEX).get("_class_name", ""))
+    if not saved_as.startswith("StableDiffusion") or "Upscale" in saved_as:
         return
     if (scheduler := pipeline.scheduler) is not None:
         forced = {"clip_sample": False, "steps_offset": 1}
