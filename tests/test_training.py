@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
 from pipelines.conditioning import encode_text
 from training import text_to_image
-from training.building import as_mapping, with_self_conditioning
+from training.building import as_mapping, widen_input
 from training.caches import cache_text
 from training.data import PictureCache, StepBatchSampler, seed_for
 from training.denoising import plain_attention
@@ -278,7 +278,7 @@ def test_self_conditioning_shows_the_first_guess_of_x0(kind, make_loss, make_une
 
 def test_a_network_made_self_conditioned_predicts_what_it_did(make_unet):
     plain = make_unet(patch_size=2, text_concat_channels=3, pooled_text_dim=24)
-    wider = with_self_conditioning(plain).eval()
+    wider = widen_input(plain, self_conditioning=True).eval()
     assert wider.config.self_conditioning and not plain.config.self_conditioning
     g = torch.Generator().manual_seed(0)
     x, guess = torch.randn(2, 2, 3, 16, 16, generator=g)

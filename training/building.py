@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines import ConditionalUNet, DDPMScheduler, InpaintPipeline, TextToImagePipeline
 
 if TYPE_CHECKING:
     from training.text_to_image import TextToImageConfig
@@ -28,12 +28,16 @@ def as_mapping(value: Any, name: str) -> dict[str, Any]:
 
 def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
     """The pipeline to train: a saved one, or new weights around a frozen text encoder (and VAE)."""
+    pipeline_class = InpaintPipeline if config.inpainting else TextToImagePipeline
     if config.pretrained_model_name_or_path:
-        pipe = TextToImagePipeline.from_pretrained(config.pretrained_model_name_or_path)
+        pipe = pipeline_class.from_pretrained(config.pretrained_model_name_or_path)
         if config.prediction_type:
             pipe.scheduler.register_to_config(prediction_type=config.prediction_type)
-        if config.self_conditioning and not pipe.unet.config.get("self_conditioning", False):
-            pipe.unet = with_self_conditioning(pipe.unet)
+        changes: dict[str, Any] = {"self_conditioning": True} if config.self_conditioning else {}
+        if config.inpainting:
+            changes["in_channels"] = inpainting_channels(pipe)
+        if any(pipe.unet.config.get(key) != value for key, value in changes.items()):
+            pipe.unet = widen_input(pipe.unet, **changes)
         return pipe
     settings = as_mapping(config.noise_scheduler, "noise_scheduler")
     if config.prediction_type:
@@ -41,9 +45,11 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
     network = as_mapping(config.unet, "unet")
     if config.self_conditioning:
         network["self_conditioning"] = True
+    if config.inpainting:
+        network.setdefault("in_channels", 7)
     tower = Path(config.text_encoder or "")
     of_pipeline = (tower / "model_index.json").is_file()
-    return TextToImagePipeline(
+    return pipeline_class(
         tokenizer=CLIPTokenizer.from_pretrained(tower / "tokenizer" if of_pipeline else tower),
         text_encoder=CLIPTextModelWithProjection.from_pretrained(
             tower / "text_encoder" if of_pipeline else tower, dtype=torch.float32
@@ -54,14 +60,31 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
     )
 
 
-def with_self_conditioning(unet: ConditionalUNet) -> ConditionalUNet:
-    """The same network with self_conditioning on (Chen 2022): `conv_in` gains the inputs of the x0 estimate,
-    whose weights are 0, so that it predicts what it did until it is trained."""
-    wider = ConditionalUNet.from_config(unet.config, self_conditioning=True)
-    state = unet.state_dict()
-    own = unet.config.in_channels * unet.config.patch_size**2  # inputs of x_t, which come first
-    weight = state["conv_in.weight"]  # (C, inputs, k, k)
-    new = torch.zeros_like(weight[:, :own])
-    state["conv_in.weight"] = torch.cat([weight[:, :own], new, weight[:, own:]], dim=1)
-    wider.load_state_dict(state)
+def inpainting_channels(pipe: Any) -> int:
+    """2C + 1: x_t, the mask and the masked picture, in the order of `training.inpainting.see_mask`."""
+    return 2 * pipe.num_channels_latents + 1
+
+
+def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
+    """The same network with a config that gives `conv_in` more inputs: more `in_channels`, self-conditioning,
+    or both. The new inputs' weights are 0, so that it predicts what it did until it is trained.
+
+    What was there keeps its order: x_t's channels, those of the x0 estimate, the pooled text's.
+    Raises ValueError for a change that takes inputs away.
+    """
+    wider = ConditionalUNet.from_config(unet.config, **changes)
+    state, narrow, start, end = unet.state_dict(), unet.conv_in.weight, 0, 0
+    weight = torch.zeros_like(wider.conv_in.weight, dtype=narrow.dtype)  # (C, inputs, k, k)
+    for old, new in zip(input_groups(unet.config), input_groups(wider.config), strict=True):
+        if new < old:
+            raise ValueError(f"{changes} must not take inputs away: {old} of conv_in would become {new}")
+        weight[:, end : end + old] = narrow[:, start : start + old]
+        start, end = start + old, end + new
+    wider.load_state_dict(state | {"conv_in.weight": weight})
     return wider
+
+
+def input_groups(config: Any) -> tuple[int, int, int]:
+    """How many inputs of `conv_in` are x_t's (and what is joined to it), the x0 estimate's, the text's."""
+    picture = config.in_channels * config.get("patch_size", 1) ** 2
+    return picture, picture if config.get("self_conditioning") else 0, config.get("text_concat_channels", 0)

@@ -8,12 +8,14 @@ from accelerate.utils import gather
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines import DDPMScheduler, InpaintPipeline, TextToImagePipeline
 from pipelines.components.ddpm_scheduler import predict_x0, signal_to_noise_ratio
 from pipelines.conditioning import NULL_PROMPT
+from pipelines.inpaint import pad_channels
 from training.caches import encode_latents
 from training.config import require
 from training.data import PictureCache, seed_for
+from training.inpainting import random_masks, see_mask
 from training.losses import DiffusionLoss, LossAwareTimesteps, min_snr_weight
 
 
@@ -68,14 +70,15 @@ def diffusion_loss(config: Any, pipe: TextToImagePipeline) -> DiffusionLoss:
     """
     kind, unet = config.loss, pipe.unet.config
     require(pipe.vae is None or kind == "simple", "loss", kind, "simple with a VAE: the others are of pixels")
-    return DiffusionLoss(kind, training_scheduler(pipe.scheduler), unet.out_channels, unet.in_channels)
+    channels = pipe.num_channels_latents if isinstance(pipe, InpaintPipeline) else unet.in_channels
+    return DiffusionLoss(kind, training_scheduler(pipe.scheduler), unet.out_channels, channels)
 
 
 class DenoisingLoss:
     """The training loss of one micro-batch, from picture indices to a scalar (Ho 2020, Algorithm 1).
 
     Args:
-        config: TextToImageConfig, of which it reads loss, seed, random_flip, canonical_caption,
+        config: TextToImageConfig, of which it reads loss, inpainting, seed, random_flip, canonical_caption,
             caption_dropout, noise_offset, snr_gamma and snr_floor.
         unet: what `accelerator.prepare` made of the pipeline's.
         data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
@@ -126,14 +129,22 @@ class DenoisingLoss:
         # Half of the steps see an estimate of x0, all of a global batch alike: the others cost one pass less
         coin = torch.rand((), generator=generator)
         estimated = self.self_conditioning and bool(coin < 0.5)
+        mask = self.masks(x0, step)
         if self.timesteps is None:
-            return self.loss(x0, captions, eps, t, estimated=estimated)
+            return self.loss(x0, captions, eps, t, estimated=estimated, mask=mask)
         generator = torch.Generator().manual_seed(seed_for(config.seed, "timesteps", step))
         drawn = self.timesteps.draw(count * self.world, generator)
         t, share = (part[self.rank * count :][:count] for part in drawn)
-        _, details = result = self.loss(x0, captions, eps, t, share, estimated)
+        _, details = result = self.loss(x0, captions, eps, t, share, estimated, mask)
         self.timesteps.update(*(gather(details[name].to(result[0].device)) for name in ("t", "per_sample")))
         return result
+
+    def masks(self, x0: Tensor, step: int) -> Tensor | None:
+        """(B, 1, H, W) in {0, 1} for pictures (B, C, H, W), 1 where an inpainting model is to paint."""
+        if not self.config.inpainting:
+            return None
+        count, _, height, width = x0.shape
+        return random_masks(self.config.seed, step, count, height, width, self.rank, self.world)
 
     def loss(
         self,
@@ -143,24 +154,27 @@ class DenoisingLoss:
         t: Tensor,
         share: Tensor | None = None,
         estimated: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Mean over the batch of the loss that config names, by default weight(t) (target - prediction)^2, of
         unet(q_sample(x0, t, eps), t, text); each counts `share` times, (B,) or once. With `estimated` a
-        self-conditioned U-Net sees its own first estimate of x0, else zeros (Chen 2022, algorithm 1). Among
-        the details t and each sample's loss, before `share`."""
+        self-conditioned U-Net sees its own first estimate of x0, else zeros (Chen 2022, algorithm 1); with a
+        `mask` it sees that and the masked x0 beside x_t (Nichol 2022, section 2.4). Among the details t and
+        each sample's loss, before `share`."""
         device = next(self.unet.parameters()).device
         states, pooled = (x.to(device) for x in self.text(captions))
         x0, eps, t = x0.to(device), eps.to(device), t.to(device)
         added = {"pooled_text": pooled} if self.pooled else {}
         x_t = self.scheduler.add_noise(x0, eps, t)
+        seen = x_t if mask is None else see_mask(x_t, x0, mask.to(device))
         with plain_attention(device):
             if self.self_conditioning:
-                added["x0_self"] = torch.zeros_like(x0)
+                added["x0_self"] = torch.zeros_like(seen)
                 if estimated:
                     with torch.no_grad():
-                        output = self.unet(x_t, t, states, added_cond_kwargs=added).sample.float()
-                    added["x0_self"] = self.estimate(output, x_t, t)
-            output = self.unet(x_t, t, states, added_cond_kwargs=added).sample
+                        output = self.unet(seen, t, states, added_cond_kwargs=added).sample.float()
+                    added["x0_self"] = pad_channels(self.estimate(output, x_t, t), seen.shape[1])
+            output = self.unet(seen, t, states, added_cond_kwargs=added).sample
         weight = None
         if self.config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb weighs its terms itself
             kind = self.scheduler.config.prediction_type
@@ -203,7 +217,7 @@ def validation_loss(loss: DenoisingLoss, pictures: Any, seed: int, limit: int = 
             captions = [pictures.captions[pictures.choices[int(i)][0]] for i in indices]
             eps = torch.randn(x0.shape, generator=generator)
             t = (torch.arange(start, start + len(indices)) * 617 + 31) % total  # spread evenly over 0..T-1
-            details = loss.loss(x0, captions, eps, t)[1]
+            details = loss.loss(x0, captions, eps, t, mask=loss.masks(x0, start))[1]
             bucket = details["t"] * BUCKETS // total
             sums.index_add_(0, bucket, details["per_sample"])
             counts.index_add_(0, bucket, torch.ones(len(bucket)))

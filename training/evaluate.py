@@ -10,6 +10,7 @@
     python -m training.evaluate report --model models/emoji --output report
     python -m training.evaluate card --model models/emoji --report report/report.json
     python -m training.evaluate frontier --model models/emoji --clip_guidance_model runs/clip-words/clip
+    python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
 
 The judge is a CLIP that took no part in conditioning or guidance, of another seed and size than the one
 whose text tower the model reads, and trained on every split.
@@ -28,6 +29,7 @@ from training.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_informati
 from training.card import CardConfig, card
 from training.config import parse_config, require
 from training.data import PictureCache, cache_pictures, load_pictures
+from training.editing import EditingConfig, editing
 from training.emoji import STYLES
 from training.files import save_png, write_file
 from training.frontier import FrontierConfig, frontier
@@ -162,6 +164,7 @@ COMMANDS: dict[str, Any] = {
     "report": report,
     "card": card,
     "frontier": frontier,
+    "editing": editing,
 }
 CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfig
     "bits-per-dim": BitsPerDimConfig,
@@ -170,6 +173,7 @@ CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfi
     "report": ReportConfig,
     "card": CardConfig,
     "frontier": FrontierConfig,
+    "editing": EditingConfig,
 }
 
 

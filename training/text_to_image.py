@@ -25,9 +25,10 @@ from accelerate.utils import DistributedType, broadcast, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_file
+from PIL import Image
 from tqdm import tqdm
 
-from pipelines import ConditionalUNet, TextToImagePipeline
+from pipelines import ConditionalUNet, InpaintPipeline, TextToImagePipeline
 from pipelines.images import image_grid
 from training.building import build_pipeline
 from training.caches import LiveText, cache_latents, cache_text
@@ -67,6 +68,7 @@ class TextToImageConfig:
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.")
     prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.")
     self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
+    inpainting: bool = setting("It sees a mask and the masked picture too; a saved one is widened.", False)
     rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
     lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.")
     train_text_encoder: bool = setting("Adapters on the text encoder too.", False)
@@ -180,6 +182,8 @@ class TextToImageConfig:
         )
         require(self.lr_scheduler in schedules, "lr_scheduler", self.lr_scheduler, f"one of {schedules}")
         lora, alpha, tower_too = self.rank is not None, self.lora_alpha, self.train_text_encoder
+        new_inputs = "left out with rank: adapters train no new inputs"
+        require(not (lora and self.inpainting), "inpainting", True, new_inputs)
         require(saved is not None or not lora, "rank", self.rank, "left out when training from scratch")
         require(lora or alpha is None, "lora_alpha", alpha, "left out without rank")
         require(lora or not tower_too, "train_text_encoder", tower_too, "left out without rank")
@@ -298,7 +302,11 @@ def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: 
     """Draw the prompts with 25 steps and the seeds seed, seed + 1, ..., eight in a row."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     pipe.set_progress_bar_config(disable=True)
-    drawn: Any = pipe(prompts, num_inference_steps=25, generator=generators)
+    given: dict[str, Any] = {}
+    if isinstance(pipe, InpaintPipeline):  # all of it is to be painted
+        width, height = pipe.sample_size
+        given = {name: Image.new("L", (width, height), "white") for name in ("image", "mask_image")}
+    drawn: Any = pipe(prompts, num_inference_steps=25, generator=generators, **given)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(drawn.images, columns=8).save(path)
 
@@ -353,6 +361,8 @@ def main() -> None:
 
     # 2. Model, data and the caches of what stays frozen.
     pipe = build_pipeline(config).to(accelerator.device)
+    latents_too = "without a VAE: of latents only whole pictures' are cached"
+    require(pipe.vae is None or not config.inpainting, "inpainting", True, latents_too)
     chain = diffusion_loss(config, pipe).chain  # raises if loss, variance and out_channels do not fit
     models = [pipe.unet, pipe.text_encoder] if config.train_text_encoder else [pipe.unet]
     with accelerator.local_main_process_first():  # it computes the caches, the others read them
