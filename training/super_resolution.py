@@ -184,7 +184,7 @@ def blur(y: Tensor, max_blur: float, generator: torch.Generator) -> Tensor:
     widths = (torch.rand(len(y), generator=generator) * 2 - 1) * max_blur  # below 0: none
     return torch.stack(
         [
-            gaussian_blur(p, [BLUR_KERNEL], [w]) if w > 0.1 else p
+            gaussian_blur(p, [BLUR_KERNEL] * 2, [w] * 2) if w > 0.1 else p
             for p, w in zip(y, widths.tolist(), strict=True)
         ]
     )
