@@ -22,6 +22,7 @@ from .images import decode_latents, encode_pictures, nearest_size, read_pictures
 from .loading import LoadMixin as LoadMixin
 from .model_card import ModelCardMixin as ModelCardMixin
 from .text_to_image import TextToImagePipeline
+from .two_stages import TwoStageMixin as TwoStageMixin
 
 OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {"pil": to_pil, "np": to_numpy, "pt": to_unit}
 

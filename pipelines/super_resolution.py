@@ -33,6 +33,7 @@ from .images import decode_latents, read_pictures, to_numpy, to_pil, to_unit
 from .loading import LoadMixin as LoadMixin
 from .model_card import ModelCardMixin as ModelCardMixin
 from .text_to_image import TextToImagePipeline
+from .two_stages import TwoStageMixin as TwoStageMixin
 
 UNSET_SCALING_FACTOR, SCALING_FACTOR = 0.18215, 0.08333  # AutoencoderKL's default; what an upscaler's means
 

@@ -45,11 +45,13 @@ from .hub import SaveMixin
 from .images import decode_latents, to_numpy, to_pil, to_unit
 from .loading import LoadMixin, align_weights, own_class
 from .model_card import ModelCardMixin
+from .two_stages import TwoStageMixin
 
 
 class TextToImagePipeline(
-    LoadMixin, ConversionMixin, SaveMixin, ModelCardMixin, AdapterMixin, GuidanceMixin, DiffusionPipeline
-):
+    LoadMixin, ConversionMixin, SaveMixin, ModelCardMixin, AdapterMixin, GuidanceMixin, TwoStageMixin,
+    DiffusionPipeline,
+):  # fmt: skip
     r"""Draws pictures for prompts: x_T ~ N(0, I), then one U-Net pass (two when guided) for each timestep.
 
     Args:
@@ -312,7 +314,8 @@ class TextToImagePipeline(
         Args:
             prompt: one or several; what does not fit the context is cut with a warning. "(red:1.3)" weighs
                 words, in negative prompts too.
-            height, width: in pixels; default to what the U-Net was trained on.
+            height, width: in pixels; default to what the U-Net was trained on. With `pipe.upsampler` set,
+                sizes of at least its factor times that are drawn smaller by the factor and then enlarged.
             num_inference_steps: None means the model folder's own, `config.default_num_inference_steps`.
             timesteps, sigmas: descending schedules in place of the scheduler's own, where it takes them.
             guidance_scale: s of uncond + s (cond - uncond). None means the folder's `default_guidance_scale`;
@@ -353,8 +356,11 @@ class TextToImagePipeline(
         refuse_ip_adapter(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
         sample_size = self.unet.config.sample_size
         sample_height, sample_width = (sample_size,) * 2 if isinstance(sample_size, int) else sample_size
-        height = sample_height * self.vae_scale_factor if height is None else height
-        width = sample_width * self.vae_scale_factor if width is None else width
+        own = sample_height * self.vae_scale_factor, sample_width * self.vae_scale_factor
+        height, width = own[0] if height is None else height, own[1] if width is None else width
+        factor = self.enlargement(height, width, own, prompt is not None)
+        if factor > 1:
+            height, width = height // factor, width // factor
         steps = (
             self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         )
@@ -464,12 +470,16 @@ class TextToImagePipeline(
                     progress_bar.update()
 
         # 7. Decode, the best of the candidates
+        kept = torch.arange(pictures)
         if num_candidates > 1:
-            latents = latents[self.rank_candidates(latents, words, text.pooled, wanted, self._decode)]
+            kept = self.rank_candidates(latents, words, text.pooled, wanted, self._decode)
+            latents = latents[kept]
         images: Any = latents
         flagged = None
         if output_type != "latent":
             image = decode_latents(self.vae, latents, generator)
+            if factor > 1:
+                image = self.enlarge(image, words, generator, kept)
             image, flagged = self.run_safety_checker(image, prompt_embeds.dtype)
             images = {"pil": to_pil, "np": to_numpy, "pt": to_unit}[output_type](image)
         self.maybe_free_model_hooks()

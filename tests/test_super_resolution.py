@@ -24,6 +24,7 @@ from transformers import CLIPTextModel
 
 from pipelines import ConditionalUNet, DDPMScheduler
 from pipelines.back_projection import back_project, enlarge, shrink
+from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.super_resolution import SuperResolutionPipeline
 
 PROMPT = "a corgi in a party hat"
@@ -127,7 +128,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "unguided, clean": {"guidance_scale": 1.0, "noise_level": 0},
     "noisiest": {"noise_level": 350, "guidance_scale": 3.0},
-    "negative prompt, eta, clip_skip": {"negative_prompt": "blurry", "eta": 1.0, "clip_skip": 1},
+    # theirs cannot skip layers of the text encoders of transformers 5
+    "negative prompt, eta": {"negative_prompt": "blurry", "eta": 1.0},
     "two of one": {"num_images_per_prompt": 2},
     "a wide picture": {"image": small((8, 20))},
     "a seed for each": {"prompt": [PROMPT, "a red heart"], "image": small(count=2), "generator": "list"},
@@ -375,3 +377,55 @@ def test_everything_that_the_file_needs_travels_with_it():
     direct = set(pattern.findall((home / "super_resolution.py").read_text()))
     for helper in direct:
         assert set(pattern.findall((home / f"{helper}.py").read_text())) <= direct, helper
+
+
+# ---- two stages ----
+
+
+@pytest.fixture
+def two_stages(pipeline: Any, make_pixels: Any) -> Any:
+    """A text-to-image pipeline of 16 x 16 pixels with an upsampler beside it."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.upsampler = make_pixels()
+    yield pipeline
+    del pipeline.upsampler
+
+
+def test_large_sizes_are_drawn_small_and_enlarged(two_stages: Any):
+    """What the two calls give one after the other, from one generator; other sizes are drawn at once."""
+    generator = seeded()
+    small = two_stages("a cat", generator=generator, output_type="np").images
+    (picture,) = small
+    given = torch.from_numpy(picture).permute(2, 0, 1)
+    expected = two_stages.upsampler(image=given, generator=generator, output_type="np").images
+    large = two_stages("a cat", height=64, width=64, generator=seeded(), output_type="np").images
+    assert large.shape == (1, 64, 64, 3) and np.abs(large - expected).max() < 1e-5
+    assert two_stages("a cat", height=32, width=64, num_inference_steps=1).images[0].size == (64, 32)
+    wide = two_stages("a cat", height=64, width=80, generator=seeded(), num_inference_steps=1).images[0]
+    assert wide.size == (80, 64)
+
+
+def test_each_picture_is_enlarged_by_its_own_seed(two_stages: Any):
+    """In a batch as alone; of several candidates the kept one's."""
+    call = {"height": 64, "width": 64, "output_type": "np", "num_inference_steps": 2}
+    both = two_stages(["a cat", "a dog"], generator=[seeded(1), seeded(2)], **call).images
+    alone = two_stages("a dog", generator=[seeded(2)], **call).images
+    assert np.abs(both[1:] - alone).max() < 1e-4
+    two_stages.rank_candidates = lambda *_, **__: torch.tensor([1])
+    try:
+        two_stages.register_modules(noisy_clip=NoisyCLIP(16, 3, 8, 16, 1, 2, 24))
+        kept = two_stages("a dog", generator=[seeded(1), seeded(2)], num_candidates=2, **call).images
+    finally:
+        del two_stages.rank_candidates
+        two_stages.register_modules(noisy_clip=None)
+    assert np.abs(kept - alone).max() < 1e-4
+
+
+def test_sizes_and_texts_that_two_stages_cannot_take(two_stages: Any, both: Any):
+    with pytest.raises(ValueError, match="`width` must be a multiple of 4, .* got 66; the nearest is 64"):
+        two_stages("a cat", height=64, width=66)
+    with pytest.raises(ValueError, match="`height` must be a positive multiple of 1"):
+        two_stages("a cat", height="large", width=64)
+    two_stages.upsampler = both[1]
+    with pytest.raises(ValueError, match="`prompt` is needed where the upsampler reads text"):
+        two_stages(prompt_embeds=torch.zeros(1, 32, 32), height=64, width=64, guidance_scale=1.0)

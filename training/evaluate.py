@@ -10,6 +10,8 @@
     python -m training.evaluate report --model models/emoji --output report
     python -m training.evaluate card --model models/emoji --report report/report.json
     python -m training.evaluate frontier --model models/emoji --clip_guidance_model runs/clip-words/clip
+    python -m training.evaluate noised-accuracy --model models/emoji --output accuracy.png
+    python -m training.evaluate upscaling --model models/emoji-upsampler --output upscaling.png
     python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
 
 The judge is a CLIP that took no part in conditioning or guidance, of another seed and size than the one
@@ -35,9 +37,11 @@ from training.files import save_png, write_file
 from training.frontier import FrontierConfig, frontier
 from training.judge import Judge, embed_concepts
 from training.metrics import recall_at
+from training.noised import NoisedAccuracyConfig, noised_accuracy
 from training.report import ReportConfig, report
 from training.samples import draw, load_pipeline
 from training.sampling_steps import SamplingStepsConfig, sampling_steps
+from training.upscaling import UpscalingConfig, upscaling
 
 
 @dataclass
@@ -165,6 +169,8 @@ COMMANDS: dict[str, Any] = {
     "card": card,
     "frontier": frontier,
     "editing": editing,
+    "noised-accuracy": noised_accuracy,
+    "upscaling": upscaling,
 }
 CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfig
     "bits-per-dim": BitsPerDimConfig,
@@ -174,6 +180,8 @@ CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfi
     "card": CardConfig,
     "frontier": FrontierConfig,
     "editing": EditingConfig,
+    "noised-accuracy": NoisedAccuracyConfig,
+    "upscaling": UpscalingConfig,
 }
 
 
