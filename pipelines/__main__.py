@@ -24,6 +24,8 @@ SCHEDULERS = {  # what --scheduler takes: classes of diffusers, but for DDPM, wh
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+# settings that a picture's text has only where they are on, and what they are otherwise
+EXTRAS = {"clip_guidance": 0, "clip_model": None, "classifier_guidance": 0, "class_label": None, "best_of": 1}
 BATCH_SIZE = 8  # pictures at a time; a picture depends on its own seed alone, so this changes no picture
 
 
@@ -42,11 +44,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, metavar="N", help="picture i gets N + i; default: a random one")
     parser.add_argument("--steps", type=int, metavar="N", help=f"denoising steps; {own}")
     parser.add_argument("--guidance", type=float, metavar="G", help=f"how closely to follow, 1 is off; {own}")
+    parser.add_argument("--clip-guidance", type=float, default=0, metavar="S", help="CLIP guidance; 0 is off")
+    clip_help = (
+        "a clean CLIP for --clip-guidance and --best-of: folder or open_clip's name; default: the model's own"
+    )
+    parser.add_argument("--clip-model", metavar="NAME", help=clip_help)
+    class_help = "classifier guidance to --class; 0 is off"
+    parser.add_argument("--classifier-guidance", type=float, default=0, metavar="S", help=class_help)
+    parser.add_argument("--class", dest="class_label", metavar="NAME", help="for --classifier-guidance")
+    best_help = "draw N for each picture and keep the one that CLIP finds best; default: 1"
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help=best_help)
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="--height and --width in one")
     parser.add_argument("--height", type=int, metavar="PIXELS", help=own)
     parser.add_argument("--width", type=int, metavar="PIXELS", help=own)
     names = ", ".join(SCHEDULERS)
     parser.add_argument("--scheduler", choices=list(SCHEDULERS), metavar="NAME", help=f"{names}; {own}")
     parser.add_argument("--model", type=Path, metavar="PATH", help=f"model folder; default: {DEFAULT_MODEL}")
+    larger = "enlarges what is drawn, where the size asks for it; default: the model's with -upsampler added"
+    parser.add_argument("--upsampler", type=Path, metavar="PATH", help=larger)
     return parser
 
 
@@ -60,14 +75,24 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError with one line of text for whatever a user can get wrong before a model is loaded."""
     if not args.prompt.strip():
         raise ValueError("the prompt is empty")
-    for name in ("num_images", "steps", "height", "width"):
+    for name in ("num_images", "steps", "best_of", "size", "height", "width"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    if args.guidance is not None and not 0 <= args.guidance < math.inf:
-        raise ValueError(f"--guidance must be 0 or more, got {args.guidance}")
+    for name in ("guidance", "clip_guidance", "classifier_guidance"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    if (args.classifier_guidance > 0) != (args.class_label is not None):
+        raise ValueError("--classifier-guidance and --class go together")
     if args.seed is not None and not 0 <= args.seed <= 2**63 - args.num_images:
         raise ValueError(f"--seed must be 0 or more, and the last picture's below 2^63, got {args.seed}")
+    if args.size is not None:
+        if args.height is not None or args.width is not None:
+            raise ValueError("--size takes the place of --height and --width: give one or the others")
+        args.height = args.width = args.size
+    if args.upsampler is not None and not args.upsampler.is_dir():
+        raise ValueError(f"--upsampler must be a folder, got {args.upsampler}")
     if not args.model.is_dir():
         raise ValueError(f"there is no model folder {args.model}")
     index = args.model / "model_index.json"
@@ -86,8 +111,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot write to --out {args.out}: {error.strerror}") from None
 
 
-def load_pipeline(folder: Path, scheduler: str | None) -> Any:
-    """The folder's pipeline, with its scheduler's settings in another class where one is asked for."""
+def load_pipeline(folder: Path, scheduler: str | None, clip_model: str | None = None) -> Any:
+    """The folder's pipeline, with its scheduler's settings in another class where one is asked for, and with
+    another clean CLIP."""
     import diffusers
     import torch
     import transformers
@@ -98,7 +124,8 @@ def load_pipeline(folder: Path, scheduler: str | None) -> Any:
     for library in bars:
         library.disable_progress_bar()
     try:
-        pipe = pipelines.TextToImagePipeline.from_pretrained(folder)
+        parts: dict[str, Any] = {} if clip_model is None else {"clip_guidance_model": clip_model}
+        pipe = pipelines.TextToImagePipeline.from_pretrained(folder, **parts)
     except Exception as error:  # missing weights, unknown classes, broken files: each raises what it likes
         raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
     finally:
@@ -107,6 +134,22 @@ def load_pipeline(folder: Path, scheduler: str | None) -> Any:
     if scheduler is not None:
         cls = pipelines.DDPMScheduler if scheduler == "ddpm" else getattr(diffusers, SCHEDULERS[scheduler])
         pipe.scheduler = convert_scheduler(pipe.scheduler, cls)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_upsampler(model: Path, given: Path | None) -> Any:
+    """The pipeline in `given`, or in the model's folder with -upsampler added; None where there is none."""
+    folder = given or model.resolve().with_name(f"{model.resolve().name}-upsampler")
+    if not folder.is_dir():
+        return None
+    import torch
+
+    from pipelines.super_resolution import SuperResolutionPipeline
+
+    try:
+        pipe = SuperResolutionPipeline.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -167,16 +210,22 @@ def _umask() -> int:
 
 def draw(args: argparse.Namespace) -> list[Path]:
     """Draws what checked arguments ask for, printing each path as soon as it is written."""
-    pipe = load_pipeline(args.model, args.scheduler)
+    pipe = load_pipeline(args.model, args.scheduler, args.clip_model)
+    if args.height is not None or args.width is not None:
+        pipe.upsampler = load_upsampler(args.model, args.upsampler)
     import torch
 
     first = args.seed if args.seed is not None else secrets.randbelow(2**31)
     seeds = list(range(first, first + args.num_images))
     steps = pipe.config.default_num_inference_steps if args.steps is None else args.steps
     guidance = pipe.config.default_guidance_scale if args.guidance is None else args.guidance
-    paths = []
-    for start in range(0, len(seeds), BATCH_SIZE):
-        batch = seeds[start : start + BATCH_SIZE]
+    extra = {name: getattr(args, name) for name, off in EXTRAS.items() if getattr(args, name) != off}
+    if args.clip_model is not None and Path(args.clip_model).exists():
+        extra["clip_model"] = Path(args.clip_model).resolve().name
+    paths, size = [], BATCH_SIZE if args.best_of == 1 else 1
+    for start in range(0, len(seeds), size):
+        batch = seeds[start : start + size]
+        generators = [torch.Generator().manual_seed(seed) for seed in batch]
         images = pipe(
             args.prompt,
             height=args.height,
@@ -185,7 +234,12 @@ def draw(args: argparse.Namespace) -> list[Path]:
             guidance_scale=guidance,
             negative_prompt=args.negative_prompt,
             num_images_per_prompt=len(batch),
-            generator=[torch.Generator().manual_seed(seed) for seed in batch],
+            generator=generators if args.best_of == 1 else generators[0],  # one draws all its candidates
+            clip_guidance_scale=args.clip_guidance,
+            clip_guidance="noised" if args.clip_model is None else "clean",
+            classifier_guidance_scale=args.classifier_guidance,
+            class_labels=args.class_label,
+            num_candidates=args.best_of,
         ).images
         for seed, image in zip(batch, images, strict=True):
             settings = {
@@ -194,6 +248,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
                 "seed": seed,
                 "steps": steps,
                 "guidance_scale": guidance,
+                **extra,
                 "scheduler": type(pipe.scheduler).__name__,
                 "width": image.width,
                 "height": image.height,

@@ -10,6 +10,7 @@ os.environ.setdefault(
 )  # spinning threads slow everything else on the machine down
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 
+import diffusers
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -149,3 +150,41 @@ def both(stable_diffusion_folder: Any) -> list[Any]:
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     return pipes
+
+
+@pytest.fixture
+def make_upsampler(make_unet: Any) -> Any:
+    """make_upsampler(unet={}, **parts): convolutions only, no text, predicts what enlarging lacks."""
+
+    def make(unet: dict[str, Any] | None = None, **parts: Any) -> Any:
+        convolutional: dict[str, Any] = {
+            "in_channels": 6,
+            "out_channels": 3,
+            "patch_size": 4,
+            "down_block_types": ("DownBlock2D",) * 2,
+            "mid_block_type": "UNetMidBlock2D",
+            "up_block_types": ("UpBlock2D",) * 2,
+            "class_embed_type": "timestep",
+            "resnet_time_scale_shift": "scale_shift",
+        }
+        network = make_unet(**(convolutional | (unet or {})))
+        from pipelines.super_resolution import SuperResolutionPipeline
+
+        cosine = {"beta_schedule": "squaredcos_cap_v2"}
+        steps = {"prediction_type": "sample", "timestep_spacing": "trailing"}
+        defaults: dict[str, Any] = {
+            "unet": network,
+            "low_res_scheduler": DDPMScheduler(**cosine),
+            "scheduler": diffusers.DDIMScheduler(
+                **cosine, prediction_type="sample", timestep_spacing="trailing"
+            ),
+            "max_noise_level": 200,
+            "default_guidance_scale": 1.0,
+            "default_num_inference_steps": 3,
+            "default_noise_level": 0,
+        }
+        pipe = SuperResolutionPipeline(**(defaults | parts))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from PIL import Image
 
 from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines import __main__ as cli
+from pipelines.components.noisy_classifier import NoisyClassifier
+from pipelines.components.noisy_clip import NoisyCLIP
+from pipelines.super_resolution import SuperResolutionPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,6 +111,48 @@ def test_options_reach_the_pipeline(model, tmp_path, capsys):
     }
 
 
+def test_guidance_by_other_networks_and_best_of(model, tmp_path, capsys):
+    """As the same call in Python; each setting stands in the file, and only where it is on."""
+    pipe = TextToImagePipeline.from_pretrained(model)
+    torch.manual_seed(0)
+    pipe.register_modules(
+        noisy_clip=NoisyCLIP(16, 3, 8, 16, 1, 2, 24),
+        noisy_classifier=NoisyClassifier(["cold", "warm"], 16, 3, 2, (8, 16), 4, 2),
+    )
+    guided = tmp_path / "guided"
+    pipe.save_pretrained(guided)
+    options = ["--clip-guidance", 2, "--classifier-guidance", 3, "--class", "warm", "--best-of", 2]
+    assert run("an owl", "--model", guided, "--out", tmp_path / "out", "--seed", 3, *options) == 0
+    picture = Image.open(capsys.readouterr().out.splitlines()[0])
+    expected = draw(
+        guided, "an owl", 3, clip_guidance_scale=2.0, classifier_guidance_scale=3.0, class_labels="warm",
+        num_candidates=2,
+    )  # fmt: skip
+    assert (np.array(picture).astype(int) == expected).all()
+    said = {"clip_guidance": "2.0", "classifier_guidance": "3.0", "class_label": "warm", "best_of": "2"}
+    assert said.items() <= picture.text.items()
+    assert run("an owl", "--model", model, "--out", tmp_path / "out", "--seed", 3) == 0
+    assert not said.keys() & Image.open(capsys.readouterr().out.splitlines()[0]).text.keys()
+
+
+def test_large_sizes_take_the_upsampler_beside_the_model(model, make_upsampler, tmp_path, capsys):
+    for folder, own in ((model.with_name("tiny-upsampler"), ()), (tmp_path / "other", ("--upsampler",))):
+        make_upsampler().save_pretrained(folder)
+        options = [*own, folder] if own else []
+        call = ["--model", model, "--out", tmp_path, "--seed", 3, "--size", 64, *options]
+        try:
+            assert run("an owl", *call) == 0
+            picture = Image.open(capsys.readouterr().out.splitlines()[0])
+            pipe = TextToImagePipeline.from_pretrained(model)
+            pipe.upsampler = SuperResolutionPipeline.from_pretrained(folder)
+            generator = torch.Generator().manual_seed(3)
+            (expected,) = pipe("an owl", height=64, width=64, generator=[generator]).images
+            assert picture.size == (64, 64) and picture.text["height"] == "64"
+            assert (np.array(picture) == np.array(expected)).all()
+        finally:
+            shutil.rmtree(folder)
+
+
 def test_more_pictures_than_a_batch_keep_their_seeds(model, tmp_path, capsys):
     assert (
         run("a fox", "--model", model, "--out", tmp_path, "--seed", 100, "--num-images", 10, "--steps", 2)
@@ -198,6 +244,11 @@ ERRORS = {
     "no pictures": (["x", "--num-images", "0"], "--num-images must be 1 or more"),
     "height 0": (["x", "--height", "0"], "--height must be 1 or more"),
     "width not in patches": (["x", "--width", "17"], "multiple of 2"),
+    "size and height": (["x", "--size", "64", "--height", "64"], "--size takes the place of"),
+    "no upsampler": (["x", "--size", "64", "--upsampler", "nowhere"], "--upsampler must be a folder"),
+    "a guidance without its model": (["x", "--clip-guidance", "2"], "noisy_clip"),
+    "a class alone": (["x", "--class", "warm"], "--classifier-guidance and --class go together"),
+    "best of none": (["x", "--best-of", "0"], "--best-of must be 1 or more"),
     "unknown scheduler": (["x", "--scheduler", "magic"], "'magic' (choose from"),
 }
 

@@ -212,42 +212,9 @@ def test_pictures_stay_with_their_prompts(both: Any):
 # ---- in pixels ----
 
 
-@pytest.fixture
-def make_pixels(make_unet: Any) -> Any:
-    """make_pixels(unet={}, **parts): convolutions only, no text, predicts what the enlarged picture lacks."""
-
-    def make(unet: dict[str, Any] | None = None, **parts: Any) -> SuperResolutionPipeline:
-        convolutional: dict[str, Any] = {
-            "in_channels": 6,
-            "out_channels": 3,
-            "patch_size": 4,
-            "down_block_types": ("DownBlock2D",) * 2,
-            "mid_block_type": "UNetMidBlock2D",
-            "up_block_types": ("UpBlock2D",) * 2,
-            "class_embed_type": "timestep",
-            "resnet_time_scale_shift": "scale_shift",
-        }
-        network = make_unet(**(convolutional | (unet or {})))
-        cosine = {"beta_schedule": "squaredcos_cap_v2"}
-        defaults: dict[str, Any] = {
-            "unet": network,
-            "low_res_scheduler": DDPMScheduler(**cosine),
-            "scheduler": DDIMScheduler(**cosine, prediction_type="sample", timestep_spacing="trailing"),
-            "max_noise_level": 200,
-            "default_guidance_scale": 1.0,
-            "default_num_inference_steps": 3,
-            "default_noise_level": 0,
-        }
-        pipe = SuperResolutionPipeline(**(defaults | parts))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
-
-
-def test_pixel_steps_by_hand(make_pixels: Any):
+def test_pixel_steps_by_hand(make_upsampler: Any):
     """Two steps of DDIM written out in float64's closed form around the same U-Net."""
-    pipe, picture = make_pixels(), small()
+    pipe, picture = make_upsampler(), small()
     result = pipe(
         image=picture, num_inference_steps=2, noise_level=50, generator=seeded(), output_type="np"
     ).images
@@ -269,9 +236,9 @@ def test_pixel_steps_by_hand(make_pixels: Any):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (9, 23)], ids=str)
-def test_the_result_shrunk_is_the_picture_that_was_given(make_pixels: Any, size: tuple[int, int]):
+def test_the_result_shrunk_is_the_picture_that_was_given(make_upsampler: Any, size: tuple[int, int]):
     """For a network of random weights, at any size; without consistency it is far off."""
-    pipe, picture = make_pixels(), small(size)
+    pipe, picture = make_upsampler(), small(size)
     given = np.asarray(picture, dtype=np.float64)
     errors = {}
     for consistency in (1.0, 0.0):
@@ -281,8 +248,8 @@ def test_the_result_shrunk_is_the_picture_that_was_given(make_pixels: Any, size:
     assert errors[1.0] < 0.5 and errors[0.0] > 5, errors  # of 255 levels
 
 
-def test_a_picture_depends_on_its_own_seed_alone(make_pixels: Any):
-    pipe, pictures = make_pixels(), small(count=3)
+def test_a_picture_depends_on_its_own_seed_alone(make_upsampler: Any):
+    pipe, pictures = make_upsampler(), small(count=3)
     call = {"output_type": "np", "noise_level": 100}
     together = pipe(image=pictures, generator=[seeded(i) for i in range(3)], **call).images
     alone = pipe(image=pictures[2], generator=[seeded(2)], **call).images
@@ -291,8 +258,8 @@ def test_a_picture_depends_on_its_own_seed_alone(make_pixels: Any):
     assert np.abs(other - alone).max() > 1e-3
 
 
-def test_the_prompt_is_not_looked_at_and_transparency_lies_on_white(make_pixels: Any):
-    pipe, picture = make_pixels(), small()
+def test_the_prompt_is_not_looked_at_and_transparency_lies_on_white(make_upsampler: Any):
+    pipe, picture = make_upsampler(), small()
     expected = pipe(image=picture, generator=seeded(), output_type="np").images
     assert np.array_equal(pipe(PROMPT, picture, generator=seeded(), output_type="np").images, expected)
     clear = picture.convert("RGBA")
@@ -315,19 +282,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD, ids=str)
-def test_what_cannot_be_is_refused_by_name(make_pixels: Any, case: str):
+def test_what_cannot_be_is_refused_by_name(make_upsampler: Any, case: str):
     arguments, message = BAD[case]
-    pipe = make_pixels()
+    pipe = make_upsampler()
     pipe.unet.forward = lambda *_, **__: pytest.fail("work was started")
     with pytest.raises(ValueError, match=re.escape(message)):
         pipe(**({"image": small()} | arguments))
 
 
-def test_parts_that_do_not_fit_are_refused(make_pixels: Any, both: Any):
+def test_parts_that_do_not_fit_are_refused(make_upsampler: Any, both: Any):
     with pytest.raises(ValueError, match="must predict 'sample'|'sample'"):
-        make_pixels(scheduler=DDIMScheduler())
+        make_upsampler(scheduler=DDIMScheduler())
     with pytest.raises(ValueError, match=r"unet.config.in_channels.*3 and the picture's 3"):
-        make_pixels(unet={"in_channels": 4})(image=small())
+        make_upsampler(unet={"in_channels": 4})(image=small())
     with pytest.raises(ValueError, match="`image` must be one, or one for each of 2 prompts"):
         both[1]([PROMPT, PROMPT], small(count=3))
 
@@ -346,9 +313,9 @@ np.save(sys.argv[3], pipe(image=image, generator=torch.Generator().manual_seed(0
 """
 
 
-def test_a_saved_folder_loads_here_and_in_plain_diffusers(make_pixels: Any, tmp_path: Path):
+def test_a_saved_folder_loads_here_and_in_plain_diffusers(make_upsampler: Any, tmp_path: Path):
     """There in a process without this repository on its path."""
-    pipe, picture = make_pixels(), small()
+    pipe, picture = make_upsampler(), small()
     expected = pipe(image=picture, generator=seeded(), output_type="np").images
     folder = tmp_path / "upsampler"
     pipe.save_pretrained(folder)
@@ -383,10 +350,10 @@ def test_everything_that_the_file_needs_travels_with_it():
 
 
 @pytest.fixture
-def two_stages(pipeline: Any, make_pixels: Any) -> Any:
+def two_stages(pipeline: Any, make_upsampler: Any) -> Any:
     """A text-to-image pipeline of 16 x 16 pixels with an upsampler beside it."""
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.upsampler = make_pixels()
+    pipeline.upsampler = make_upsampler()
     yield pipeline
     del pipeline.upsampler
 
