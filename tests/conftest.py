@@ -175,9 +175,7 @@ def make_upsampler(make_unet: Any) -> Any:
         defaults: dict[str, Any] = {
             "unet": network,
             "low_res_scheduler": DDPMScheduler(**cosine),
-            "scheduler": diffusers.DDIMScheduler(
-                **cosine, prediction_type="sample", timestep_spacing="trailing"
-            ),
+            "scheduler": diffusers.DDIMScheduler(**cosine, **steps),
             "max_noise_level": 200,
             "default_guidance_scale": 1.0,
             "default_num_inference_steps": 3,
