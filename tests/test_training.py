@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
 from pipelines.conditioning import encode_text
-from training import text_to_image
+from training import export, text_to_image
 from training.building import as_mapping, widen_input
 from training.caches import cache_text
 from training.data import PictureCache, StepBatchSampler, seed_for
@@ -92,6 +92,21 @@ def test_the_noise_is_normal_and_t_is_uniform():
     counts = torch.bincount(t // 50, minlength=20).double()
     assert ((counts - 204.8) ** 2 / 204.8).sum() < 43.8
     assert (draw_noise(0, 0, (512, 1), 4, 0, 1)[1].unique() == torch.arange(4)).all()  # both ends included
+
+
+def test_shifted_timesteps():
+    """With u even, s u/(1 + (s - 1) u) is below a where u is below a/(s - (s - 1) a): shares of 100,000 draws
+    within five standard errors; the same noise as without."""
+    shape = (100_000, 1)
+    eps, plain = draw_noise(2, 1, shape, 1000, 0, 1)
+    same, t = draw_noise(2, 1, shape, 1000, 0, 1, timestep_shift=3.0)
+    assert_same(eps, same)
+    assert (t >= plain).all() and t.min() >= 0 and t.max() == 999
+    for a in (0.25, 0.5, 0.9):
+        expected = a / (3 - 2 * a)
+        error = 5 * (expected * (1 - expected) / 100_000) ** 0.5 + 1e-3  # and the width of a timestep
+        assert abs((t < 1000 * a).double().mean() - expected) < error
+    assert_same(draw_noise(2, 1, (50_000, 1), 1000, 1, 2, timestep_shift=3.0)[1], t[50_000:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,6 +341,9 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("caption_dropout", {"caption_dropout": 1.1}),
         ("canonical_caption", {"canonical_caption": 1.5}),
         ("concept_power", {"concept_power": -1.0}),
+        ("timestep_shift", {"timestep_shift": 0.0}),
+        ("more_ema_decays", {"more_ema_decays": [0.9995]}),
+        ("more_ema_decays", {"more_ema_decays": [1.5]}),
         ("train_batch_size", {"train_batch_size": 0}),
         ("gradient_accumulation_steps", {"gradient_accumulation_steps": 0}),
         ("max_train_steps", {"max_train_steps": 0}),
@@ -448,6 +466,7 @@ def runs(clip_folder, tmp_path_factory) -> tuple[Path, Path]:
     """Two runs of six steps: one at a stretch; one stopped after three and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     shared = {"gradient_accumulation_steps": 2, "random_flip": True, "checkpointing_steps": 3}
+    shared |= {"more_ema_decays": [0.0, 0.3]}
     whole = write_config(
         folder / "whole", clip_folder, max_train_steps=6, validation_prompts=PROMPTS, **shared
     )
@@ -470,6 +489,7 @@ def test_three_steps_and_three_resumed_are_six_bit_for_bit(runs):
         "checkpoint-3/unet_ema",
         "checkpoint-6/unet",
         "checkpoint-6/unet_ema",
+        "checkpoint-6/unet_ema_0.3",
     ):
         assert_same(weights(parts / part), weights(whole / part))
     first, second = (torch.load(run / "checkpoint-6" / "optimizer.bin", weights_only=True) for run in runs)
@@ -485,6 +505,22 @@ def test_the_saved_pipeline_has_the_averaged_weights(runs):
         name for name in raw if not torch.equal(raw[name], weights(whole / "checkpoint-3" / "unet")[name])
     ]
     assert len(moved) == len(raw) and not torch.equal(saved[moved[0]], raw[moved[0]])
+
+
+def test_further_averages_are_kept_and_one_of_them_can_be_exported(runs, clip_folder, tmp_path, monkeypatch):
+    """With decay 0 the weights themselves, else each another; what is exported is the checkpoint's in fp16."""
+    folder = runs[0] / "checkpoint-6"
+    raw, short, long = (weights(folder / f"unet{name}") for name in ("", "_ema_0.3", "_ema"))
+    torch.testing.assert_close(weights(folder / "unet_ema_0.0"), raw, rtol=1e-6, atol=1e-9)
+    assert not torch.equal(short["conv_out.weight"], raw["conv_out.weight"])
+    assert not torch.equal(short["conv_out.weight"], long["conv_out.weight"])
+    arguments = ["--config", runs[0].parent / "config.yaml", "--checkpoint", folder, "--to", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments), "--ema", "0.3"])
+    export.main()
+    assert_same(weights(tmp_path / "out" / "unet"), {name: tensor.half() for name, tensor in short.items()})
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments), "--ema", "0.7"])
+    with pytest.raises(SystemExit, match=r"ema must be one that the checkpoint has, of \['0.0', '0.3'\]"):
+        export.main()
 
 
 def test_the_saved_pipeline_draws(runs):

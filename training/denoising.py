@@ -33,16 +33,22 @@ def draw_noise(
     rank: int,
     world: int,
     noise_offset: float = 0.0,
+    timestep_shift: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(eps, t) of this process's slice of micro-batch `step`: a function of (seed, step) and the place in the
     global batch alone, however many processes share it.
 
     With `noise_offset` eps has that much noise added that is constant over each channel of a picture, without
-    which models hardly learn to draw very dark or bright ones.
+    which models hardly learn to draw very dark or bright ones. t is even in 0 .. T - 1, then, with u = t/T,
+    moved to T s u/(1 + (s - 1) u), s the `timestep_shift`: above 1 noisier ones come up more often (Esser
+    2024, "Scaling rectified flow transformers", eq. 23).
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "noise", step))
     count = shape[0] * world
     t = torch.randint(0, timesteps, (count,), generator=generator)
+    if timestep_shift != 1:
+        u = (t.double() + 0.5) / timesteps  # the middle of each, so that both ends come up
+        t = (timesteps * timestep_shift * u / (1 + (timestep_shift - 1) * u)).long()
     eps = torch.randn((count, *shape[1:]), generator=generator)
     if noise_offset:
         level = torch.randn((count, shape[1], *(1 for _ in shape[2:])), generator=generator)  # (B, C, 1, 1)
@@ -79,7 +85,7 @@ class DenoisingLoss:
 
     Args:
         config: TextToImageConfig, of which it reads loss, inpainting, seed, random_flip, canonical_caption,
-            caption_dropout, noise_offset, snr_gamma and snr_floor.
+            caption_dropout, noise_offset, timestep_shift, snr_gamma and snr_floor.
         unet: what `accelerator.prepare` made of the pipeline's.
         data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
         text: captions -> states and pooled vectors, a TextCache or LiveText.
@@ -124,8 +130,10 @@ class DenoisingLoss:
             NULL_PROMPT if drop else data.captions[i] for i, drop in zip(chosen, dropped, strict=True)
         ]
         timesteps = self.scheduler.config.num_train_timesteps
-        shape, offset = tuple(x0.shape), config.noise_offset
-        eps, t = draw_noise(config.seed, step, shape, timesteps, self.rank, self.world, offset)
+        eps, t = draw_noise(
+            config.seed, step, tuple(x0.shape), timesteps, self.rank, self.world,
+            config.noise_offset, config.timestep_shift,
+        )  # fmt: skip
         # Half of the steps see an estimate of x0, all of a global batch alike: the others cost one pass less
         coin = torch.rand((), generator=generator)
         estimated = self.self_conditioning and bool(coin < 0.5)

@@ -28,6 +28,9 @@ class ExportConfig:
     checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint-STEP folder of training.text_to_image."}
     )
+    ema: float | None = field(
+        default=None, metadata={"help": "Decay of the average to take, one of more_ema_decays."}
+    )
     clip: str | None = field(default=None, metadata={"help": "Or a CLIP that training.clip saved."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of a call that does not say."})
@@ -41,6 +44,10 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
     pipe = build_pipeline(training)
     checkpoint = Path(config.checkpoint or "")
     weights = checkpoint / ("unet_ema" if (checkpoint / "unet_ema").is_dir() else "unet")
+    if config.ema is not None:
+        weights = checkpoint / f"unet_ema_{config.ema}"
+        there = [path.name.removeprefix("unet_ema_") for path in sorted(checkpoint.glob("unet_ema_*"))]
+        require(weights.is_dir(), "ema", config.ema, f"one that the checkpoint has, of {there}")
     pipe.unet = ConditionalUNet.from_pretrained(str(weights))
     pipe.register_to_config(
         default_guidance_scale=config.guidance_scale, default_num_inference_steps=config.num_inference_steps

@@ -121,13 +121,14 @@ def fit(
             Whatever it draws at random must depend on (seed, micro_step) alone; torch's global generators,
             which dropout uses, are seeded so before each call (and by process: dropout's masks, alone of all
             draws, depend on how many processes share a batch).
-        ema: diffusers' EMAModel, stepped after each optimizer step, or None.
+        ema: diffusers' EMAModel, or several, stepped after each optimizer step.
 
     Raises:
         FloatingPointError: the loss or its gradient is no longer finite; the weights are as before that step.
     """
     models = [model] if isinstance(model, torch.nn.Module) else list(model)
     parameters = [parameter for one in models for parameter in one.parameters()]
+    averages = ema if isinstance(ema, list) else [ema] if ema is not None else []
     for one in models:
         one.train()
     for step in range(start_step, max_train_steps):
@@ -157,25 +158,28 @@ def fit(
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            ema.step(accelerator.unwrap_model(models[0]).parameters())
+        for average in averages:
+            average.step(accelerator.unwrap_model(models[0]).parameters())
         yield StepResult(step + 1, mean_loss, grad_norm, float(learning_rate), details)
 
 
 class ModelFolder:
-    """How a checkpoint keeps a model: the folder `name` in the model's own format, its EMA in `name`_ema."""
+    """How a checkpoint keeps a model: the folder `name` in the model's own format, its EMA in `name`_ema and
+    more of them in `name`_ema_DECAY."""
 
-    def __init__(self, name: str, ema: Any = None):
-        self.name, self.ema = name, ema
+    def __init__(self, name: str, ema: Any = None, more: Sequence[Any] = ()):
+        self.name = name
+        self.averages = {f"{name}_ema": ema} if ema is not None else {}
+        self.averages |= {f"{name}_ema_{average.decay}": average for average in more}
 
     def save(self, models: list[Any], folder: Path) -> None:
         models[0].save_pretrained(str(folder / self.name))
-        if self.ema is not None:
-            self.ema.save_pretrained(str(folder / f"{self.name}_ema"))
+        for name, average in self.averages.items():
+            average.save_pretrained(str(folder / name))
 
     def check(self, models: list[Any], folder: Path) -> None:
         """Raise a ValueError when what `folder` holds is not whole, or of another model."""
-        for part in [self.name, f"{self.name}_ema"] if self.ema is not None else [self.name]:
+        for part in (self.name, *self.averages):
             path = folder / part / "config.json"
             if not path.is_file():
                 raise ValueError(f"{part}/config.json is missing")
@@ -191,11 +195,11 @@ class ModelFolder:
     def load(self, models: list[Any], folder: Path) -> None:
         saved = type(models[0]).from_pretrained(str(folder / self.name))
         models[0].load_state_dict(saved.state_dict())
-        if self.ema is not None:
-            device = self.ema.shadow_params[0].device
-            kept = type(self.ema).from_pretrained(str(folder / f"{self.name}_ema"), self.ema.model_cls)
-            self.ema.load_state_dict(kept.state_dict())
-            self.ema.to(device)
+        for name, average in self.averages.items():
+            device = average.shadow_params[0].device
+            kept = type(average).from_pretrained(str(folder / name), average.model_cls)
+            average.load_state_dict(kept.state_dict())
+            average.to(device)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -450,5 +454,5 @@ class Checkpoints:
     def _bytes(self) -> int:
         """About what one checkpoint takes: what learns with its two moments, its average, what is frozen."""
         learning = [p for model in self._models() for p in model.parameters() if p.requires_grad]
-        copies = 3 + (getattr(self.files, "ema", None) is not None)
+        copies = 3 + len(getattr(self.files, "averages", ()))
         return copies * sum(p.numel() * p.element_size() for p in learning)

@@ -35,7 +35,7 @@ from training.caches import LiveText, cache_latents, cache_text
 from training.config import parse_config, require
 from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
 from training.denoising import DenoisingLoss, diffusion_loss, draw_noise, target_of, validation_loss
-from training.loop import Checkpoints, fit, make_accelerator
+from training.loop import Checkpoints, ModelFolder, fit, make_accelerator
 from training.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
 from training.losses import LOSSES, LossAwareTimesteps
 from training.optimizers import OPTIMIZERS, add_decay, make_optimizer
@@ -110,6 +110,7 @@ class TextToImageConfig:
     max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0)
     snr_gamma: float | None = setting("Min-SNR weighting of all but vlb; none is the plain loss.", 5.0)
     snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
+    timestep_shift: float = setting("Above 1 draws noisier t more often (Esser 2024, eq. 23).", 1.0)
     noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
     compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
@@ -118,6 +119,10 @@ class TextToImageConfig:
     # EMA, checkpoints, logs
     use_ema: bool = setting("Keep an exponential moving average of the weights; not of adapters.", True)
     ema_decay: float = setting("Its decay once warm: 1 - (1 + step)^(-3/4) until then.", 0.9995)
+    more_ema_decays: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Further averages, for training.export to choose from."},
+    )
     checkpointing_steps: int = setting("Save every so many steps.", 500)
     checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2)
     resume_from_checkpoint: str | None = setting("'latest' or a checkpoint folder.")
@@ -151,6 +156,10 @@ class TextToImageConfig:
             require(saved is None or value is None, name, value, "left to pretrained_model_name_or_path")
         for name in ("caption_dropout", "canonical_caption", "concept_power", "ema_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        more, rule = self.more_ema_decays, "different numbers in [0, 1], other than ema_decay"
+        distinct = len({self.ema_decay, *more}) == 1 + len(more)
+        require(distinct and all(0 <= decay <= 1 for decay in more), "more_ema_decays", more, rule)
+        require(self.timestep_shift > 0, "timestep_shift", self.timestep_shift, "above 0")
         require(self.loss in LOSSES, "loss", self.loss, f"one of {LOSSES}")
         gamma, floor = self.snr_gamma, self.snr_floor
         require(gamma is None or gamma > 0, "snr_gamma", gamma, "above 0, or null for the plain loss")
@@ -243,10 +252,10 @@ def load_all(
     return train, held_out, cache_text(list(captions), pipe.tokenizer, pipe.text_encoder, config.cache_dir)
 
 
-def make_ema(config: TextToImageConfig, unet: Any) -> EMAModel:
+def make_ema(decay: float, unet: Any) -> EMAModel:
     return EMAModel(
         unet.parameters(),
-        decay=config.ema_decay,
+        decay=decay,
         use_ema_warmup=True,
         power=0.75,
         model_cls=type(unet),
@@ -392,7 +401,10 @@ def main() -> None:
         config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
     )
     add_decay(schedule, total, config.lr_decay_steps)
-    ema = make_ema(config, pipe.unet) if config.use_ema and config.rank is None and is_main else None
+    keeps = config.use_ema and config.rank is None and is_main
+    decays = [config.ema_decay, *config.more_ema_decays] if keeps else []
+    averages = [make_ema(decay, pipe.unet) for decay in decays]
+    ema, more = (averages[0], averages[1:]) if averages else (None, [])
     *wrapped, optimizer, schedule = accelerator.prepare(*models, optimizer, schedule)
     fixed_loss = DenoisingLoss(
         config, pipe, pipe.unet, None, text
@@ -404,7 +416,7 @@ def main() -> None:
         text = LiveText(pipe.tokenizer, Behind(wrapped[1], pipe.text_encoder), learns=True)
     checkpoints = Checkpoints(
         accelerator, output, "unet", ema, config.checkpoints_total_limit,
-        files=None if config.rank is None else LoraFile(),
+        files=ModelFolder("unet", ema, more) if config.rank is None else LoraFile(),
         settings={"seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming},
     )  # fmt: skip
     timesteps = LossAwareTimesteps(len(chain)) if config.loss == "vlb" else None
@@ -436,7 +448,7 @@ def main() -> None:
         accelerator.init_trackers(config.tracker_project_name, plain | {"hub_token": ""})
     steps = fit(
         accelerator, wrapped, optimizer, schedule, batches, loss,
-        max_train_steps=total, start_step=start, seed=config.seed, ema=ema,
+        max_train_steps=total, start_step=start, seed=config.seed, ema=averages,
         gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
     bar = tqdm(total=total, initial=start, disable=not is_main, unit="step", mininterval=10)
