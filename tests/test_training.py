@@ -508,7 +508,7 @@ def test_the_saved_pipeline_has_the_averaged_weights(runs):
 
 
 def test_further_averages_are_kept_and_one_of_them_can_be_exported(runs, clip_folder, tmp_path, monkeypatch):
-    """With decay 0 the weights themselves, else each another; what is exported is the checkpoint's in fp16."""
+    """With decay 0 the weights themselves, else each another; exported is the checkpoint's, in fp16."""
     folder = runs[0] / "checkpoint-6"
     raw, short, long = (weights(folder / f"unet{name}") for name in ("", "_ema_0.3", "_ema"))
     torch.testing.assert_close(weights(folder / "unet_ema_0.0"), raw, rtol=1e-6, atol=1e-9)
