@@ -1,6 +1,7 @@
 """Train a classifier of noised pictures, for classifier guidance (Dhariwal and Nichol 2021, section 4).
 
     accelerate launch -m training.classifier --config training/configs/noisy_classifier.yaml
+    accelerate launch -m training.classifier --config training/configs/style_classifier.yaml
 
 The classes are the values of a column of the data set; what it sees is x_t of the model that it will guide.
 """
@@ -36,6 +37,9 @@ class ClassifierConfig:
     patch_size: int = field(default=4, metadata={"help": "Side of the squares folded into channels."})
     block_out_channels: list[int] = field(
         default_factory=lambda: [48, 80, 96], metadata={"help": "Width of each level."}
+    )
+    noised: bool = field(
+        default=True, metadata={"help": "Without it one that sees clean pictures alone, at t = 0."}
     )
     shift: int = field(default=5, metadata={"help": "Augmentation: shift by up to this many pixels."})
     train_batch_size: int = field(default=128, metadata={"help": "Pictures for each process and step."})
@@ -89,7 +93,7 @@ def main() -> None:
         rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
         def compute_loss(indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
-            x_t, t = pictures.batch(indices, config.seed, step, rank, world, config.shift)
+            x_t, t = pictures.batch(indices, config.seed, step, rank, world, config.shift, config.noised)
             truth = labels[indices].to(device)
             logits = trained(x_t.to(device), t.to(device))
             right = (logits.argmax(-1) == truth).float().mean()

@@ -10,6 +10,7 @@
     python -m training.evaluate report --model models/emoji --output report
     python -m training.evaluate card --model models/emoji --report report/report.json
     python -m training.evaluate frontier --model models/emoji --clip_guidance_model runs/clip-words/clip
+    python -m training.evaluate styles --model models/emoji --output styles
     python -m training.evaluate noised-accuracy --model models/emoji --output accuracy.png
     python -m training.evaluate upscaling --model models/emoji-upsampler --output upscaling.png
     python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
@@ -41,6 +42,7 @@ from training.noised import NoisedAccuracyConfig, noised_accuracy
 from training.report import ReportConfig, report
 from training.samples import draw, load_pipeline
 from training.sampling_steps import SamplingStepsConfig, sampling_steps
+from training.styles import StylesConfig, styles
 from training.upscaling import UpscalingConfig, upscaling
 
 
@@ -171,6 +173,7 @@ COMMANDS: dict[str, Any] = {
     "editing": editing,
     "noised-accuracy": noised_accuracy,
     "upscaling": upscaling,
+    "styles": styles,
 }
 CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfig
     "bits-per-dim": BitsPerDimConfig,
@@ -182,6 +185,7 @@ CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfi
     "editing": EditingConfig,
     "noised-accuracy": NoisedAccuracyConfig,
     "upscaling": UpscalingConfig,
+    "styles": StylesConfig,
 }
 
 

@@ -59,10 +59,17 @@ class NoisedPictures:
         return len(self.data)
 
     def batch(
-        self, indices: list[int], seed: int, step: int, rank: int, world: int, shift: int = 0
+        self,
+        indices: list[int],
+        seed: int,
+        step: int,
+        rank: int,
+        world: int,
+        shift: int = 0,
+        noised: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """(x_t, t) of a micro-batch, of the seed, the step and the place in the global batch alone; in pixels
-        each picture is moved by up to `shift` first."""
+        each picture is moved by up to `shift` first. Without `noised` (x_0, 0)."""
         from training.clip import augment
 
         x0 = self.data.images(indices)
@@ -70,7 +77,7 @@ class NoisedPictures:
         if shift and self.channels == 3:
             generator = torch.Generator().manual_seed(seed_for(seed, "shift", step, rank))
             x0 = augment(x0, shift, 0.0, generator)
-        return self.chain.add_noise(x0, eps, t), t
+        return (self.chain.add_noise(x0, eps, t), t) if noised else (x0, torch.zeros_like(t))
 
 
 @torch.no_grad()

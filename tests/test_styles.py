@@ -1,0 +1,102 @@
+"""`training.evaluate styles`: which prompts it chooses, and what it counts."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import TextToImagePipeline
+from pipelines.components.noisy_classifier import NoisyClassifier
+from training.judge import Judge
+from training.noised import NoisedPictures
+from training.styles import StylesConfig, accuracies, choose_rows, classify, styles
+
+pytest_plugins = ["evaluation_folders"]
+
+SIX = ["3d", "emojione", "flat", "fxemoji", "noto", "twemoji"]
+
+
+def test_names_are_of_all_styles_and_each_comes_once_in_each():
+    names = ["a", "b", "a", "c", "b", "d", "d", "d", "a"]
+    kinds = ["x", "x", "y", "x", "y", "y", "x", "x", "x"]
+    rows = choose_rows(names, kinds, ["y", "x"], 10, 0)
+    assert sorted(rows) == [0, 1, 2, 4, 5, 6]  # c has one style alone; second pictures of a style are left
+    pairs = [(names[i], kinds[i]) for i in rows]
+    assert [kind for _, kind in pairs] == ["y", "x"] * 3 and pairs[0][0] == pairs[1][0]
+    assert choose_rows(names, kinds, ["y", "x"], 2, 0) == rows[:4]
+    assert any(choose_rows(names, kinds, ["y", "x"], 10, seed) != rows for seed in range(1, 6))
+
+
+def test_accuracies_by_hand():
+    found, truth = ["x", "y", "y", "x", "y"], ["x", "x", "y", "y", "y"]
+    assert accuracies(found, truth) == {"all": 0.6, "x": 0.5, "y": pytest.approx(2 / 3)}
+
+
+def test_clean_pictures_for_a_classifier_of_clean_pictures(model_folder, dataset_folder, tmp_path):
+    pipe = TextToImagePipeline.from_pretrained(model_folder)
+    pictures = NoisedPictures(pipe, str(dataset_folder), "train", str(tmp_path))
+    x, t = pictures.batch([3, 1], 0, 5, 0, 1, noised=False)
+    assert torch.equal(x, pictures.data.images([3, 1])) and t.tolist() == [0, 0]
+    x_t, t = pictures.batch([3, 1], 0, 5, 0, 1)
+    assert not torch.equal(x, x_t) and t.max() > 0
+
+
+def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path):
+    """Styles of pictures drawn one by one, their nearest training pictures by all cosines; nothing is drawn
+    twice."""
+    torch.manual_seed(0)
+    classifier = NoisyClassifier(SIX, 16, 3, 2, (8, 16), 4, 2)
+    for parameter in classifier.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    classifier.save_pretrained(tmp_path / "classifier")
+    settings = {
+        "model": str(model_folder), "classifier": str(tmp_path / "classifier"), "judge": str(clip_folder),
+        "dataset": str(dataset_folder), "cache_dir": str(tmp_path / "cache"), "num_names": 3, "seed": 2,
+        "num_inference_steps": 2, "styles": ["noto", "3d"], "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    config = StylesConfig(**settings)
+    config.check()
+    figures = styles(config)
+    train = datasets.load_from_disk(str(dataset_folder))["train"]
+    rows = choose_rows(train["name"], train["style"], ["noto", "3d"], 3, 2)
+    pipe = TextToImagePipeline.from_pretrained(model_folder)
+    found, nearest = [], []
+    judge = Judge(str(clip_folder))
+    resized = [train[i]["image"].resize((16, 16), Image.Resampling.LANCZOS) for i in range(len(train))]
+    real = judge.embed_images(
+        torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 127.5 - 1 for p in resized])
+    )
+    for i, row in enumerate(rows):
+        caption = f"{train[row]['name']}, {train[row]['style']} style"
+        image = pipe(caption, num_inference_steps=2, generator=torch.Generator().manual_seed(2 + i)).images[0]
+        x = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)[None]
+        with torch.no_grad():
+            found.append(SIX[int(classifier.eval()(x, 0).argmax())])
+        nearest.append(int((judge.embed_images(x) @ real.T).argmax()))
+        assert classify(classifier, x) == found[-1:]
+    truth = [train[row]["style"] for row in rows]
+    assert figures["pictures"] == 6 and figures["names"] == 3
+    assert figures["style found, generated"]["all"] == np.mean(np.array(found) == np.array(truth))
+    assert json.loads((tmp_path / "out" / "styles.json").read_text()) == figures
+    text = (tmp_path / "out" / "index.html").read_text()
+    shown = re.findall(r"found: (\w+); nearest: ([^,<]+), (\w+)", text)
+    assert shown == [(a, train[j]["name"], train[j]["style"]) for a, j in zip(found, nearest, strict=True)]
+    assert len(re.findall("<img ", text)) == 12
+    TextToImagePipeline.__call__, kept = None, TextToImagePipeline.__call__
+    try:
+        assert styles(config) == figures
+    finally:
+        TextToImagePipeline.__call__ = kept
+    for changes, message in (
+        ({"styles": ["noto", "oil"]}, "styles must be some of the classifier's"),
+        ({"num_names": 0}, "num_names must be at least 1"),
+        ({"classifier": "nowhere"}, "classifier must be the folder of a NoisyClassifier"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong = StylesConfig(**(settings | changes))
+            wrong.check()
+            styles(wrong)
