@@ -52,6 +52,7 @@ from .masks import (
 )
 from .model_card import ModelCardMixin as ModelCardMixin
 from .text_to_image import TextToImagePipeline as TextToImagePipeline
+from .two_stages import TwoStageMixin as TwoStageMixin
 
 
 class InpaintPipeline(ImageToImagePipeline):
