@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .components.conditional_unet import ConditionalUNet
     from .components.ddpm_scheduler import DDPMScheduler
+    from .components.noisy_classifier import NoisyClassifier
+    from .components.noisy_clip import NoisyCLIP
     from .image_to_image import ImageToImagePipeline
     from .inpaint import InpaintPipeline
+    from .super_resolution import SuperResolutionPipeline
     from .text_to_image import TextToImagePipeline
 
 __all__ = [
@@ -18,6 +21,9 @@ __all__ = [
     "DDPMScheduler",
     "ImageToImagePipeline",
     "InpaintPipeline",
+    "NoisyCLIP",
+    "NoisyClassifier",
+    "SuperResolutionPipeline",
     "TextToImagePipeline",
 ]
 
@@ -26,6 +32,9 @@ _HOMES = {
     "DDPMScheduler": ".components.ddpm_scheduler",
     "ImageToImagePipeline": ".image_to_image",
     "InpaintPipeline": ".inpaint",
+    "NoisyCLIP": ".components.noisy_clip",
+    "NoisyClassifier": ".components.noisy_classifier",
+    "SuperResolutionPipeline": ".super_resolution",
     "TextToImagePipeline": ".text_to_image",
 }
 

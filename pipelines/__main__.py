@@ -153,6 +153,20 @@ def load_upsampler(model: Path, given: Path | None) -> Any:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def load_guides(pipe: Any, args: argparse.Namespace) -> None:
+    """Where the call asks for guidance or a ranking that the model has no part for: the folder beside it,
+    with -guidance added to its name."""
+    folder = args.model.resolve().with_name(f"{args.model.resolve().name}-guidance")
+    by_clip = args.clip_guidance or args.best_of > 1
+    lacks_clip = by_clip and pipe.noisy_clip is None and pipe.clip_guidance_model is None
+    lacks_classifier = args.classifier_guidance and pipe.noisy_classifier is None
+    if (lacks_clip or lacks_classifier) and folder.is_dir():
+        try:
+            pipe.load_guides(folder)
+        except Exception as error:
+            raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
+
+
 def convert_scheduler(scheduler: Any, cls: type) -> Any:
     """`cls.from_config(scheduler.config)`, with clip_sample kept where `cls` has only thresholding.
 
@@ -213,6 +227,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
     pipe = load_pipeline(args.model, args.scheduler, args.clip_model)
     if args.height is not None or args.width is not None:
         pipe.upsampler = load_upsampler(args.model, args.upsampler)
+    load_guides(pipe, args)
     import torch
 
     first = args.seed if args.seed is not None else secrets.randbelow(2**31)

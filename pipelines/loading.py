@@ -85,6 +85,20 @@ class LoadMixin:
             return (without_own_code(loaded[0], cls.__name__), *loaded[1:])
         return without_own_code(loaded, cls.__name__)
 
+    def load_guides(self: Any, folder: str | os.PathLike) -> None:
+        """Take the models that guide, `noisy_clip` and `noisy_classifier`, from the subfolders of `folder`
+        that bear these names, as components of this pipeline. Raises OSError where neither is there."""
+        parts = {name: Path(folder) / name for name in ("noisy_clip", "noisy_classifier")}
+        found = {name: part for name, part in parts.items() if part.is_dir()}
+        if not found:
+            raise OSError(f"{folder} has neither a folder noisy_clip nor one noisy_classifier")
+        for name, part in found.items():
+            guide = own_class(read_json(part / "config.json").get("_class_name", ""))
+            if guide is None:
+                raise OSError(f"{part} holds no model that guides: its config.json names none")
+            model = guide.from_pretrained(str(part), torch_dtype=self.dtype)
+            self.register_modules(**{name: model.to(self.device)})
+
 
 def own_class(class_name: str) -> type | None:
     """Our class for the one named `class_name`, or None when there is none, or no such package."""

@@ -14,7 +14,7 @@ INHERITED = ("license", "license_name", "license_link", "base_model", "datasets"
 
 WITH_CODE = """
 `trust_remote_code=True` runs the code in this repository, which you can read there. With the `pipelines`
-package that saved it, `TextToImagePipeline.from_pretrained("{name}")` loads it without running any.
+package that saved it, `{cls}.from_pretrained("{name}")` loads it without running any.
 """
 
 
@@ -111,7 +111,7 @@ class ModelCardMixin:
             "```",
         ]
         if has_code:
-            lines += WITH_CODE.format(name=name).splitlines()
+            lines += WITH_CODE.format(name=name, cls=type(self).__name__).splitlines()
         for title, value in {
             "Base model": data.base_model,
             "Data": data.datasets,

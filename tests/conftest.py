@@ -152,7 +152,7 @@ def both(stable_diffusion_folder: Any) -> list[Any]:
     return pipes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_upsampler(make_unet: Any) -> Any:
     """make_upsampler(unet={}, **parts): convolutions only, no text, predicts what enlarging lacks."""
 

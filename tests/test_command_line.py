@@ -131,6 +131,14 @@ def test_guidance_by_other_networks_and_best_of(model, tmp_path, capsys):
     assert (np.array(picture).astype(int) == expected).all()
     said = {"clip_guidance": "2.0", "classifier_guidance": "3.0", "class_label": "warm", "best_of": "2"}
     assert said.items() <= picture.text.items()
+    beside = model.with_name("tiny-guidance")  # what a model without guides takes
+    for name in ("noisy_clip", "noisy_classifier"):
+        shutil.copytree(guided / name, beside / name)
+    try:
+        assert run("an owl", "--model", model, "--out", tmp_path / "out", "--seed", 3, *options) == 0
+        assert (np.array(Image.open(capsys.readouterr().out.splitlines()[0])) == np.array(picture)).all()
+    finally:
+        shutil.rmtree(beside)
     assert run("an owl", "--model", model, "--out", tmp_path / "out", "--seed", 3) == 0
     assert not said.keys() & Image.open(capsys.readouterr().out.splitlines()[0]).text.keys()
 

@@ -395,6 +395,22 @@ def test_a_folder_without_guides_takes_them(pipeline, guides, tmp_path):
         TextToImagePipeline.from_pretrained(tmp_path / "plain", clip_guidance_model="nowhere")
 
 
+def test_a_folder_of_guides_alone_is_taken(pipeline, guides, tmp_path):
+    for name in ("noisy_clip", "noisy_classifier"):
+        guides[name].save_pretrained(tmp_path / "guides" / name)
+    reference = TextToImagePipeline(**(pipeline.components | guides))
+    reference.set_progress_bar_config(disable=True)
+    pipeline.load_guides(tmp_path / "guides")
+    call = {"num_inference_steps": 2, **NOISED, **CLASS}
+    torch.testing.assert_close(draw(pipeline, **call), draw(reference, **call))
+    with pytest.raises(OSError, match="has neither a folder noisy_clip nor one noisy_classifier"):
+        pipeline.load_guides(tmp_path)
+    (tmp_path / "other/noisy_clip").mkdir(parents=True)
+    (tmp_path / "other/noisy_clip/config.json").write_text('{"_class_name": "UNet1DModel"}')
+    with pytest.raises(OSError, match="holds no model that guides"):
+        pipeline.load_guides(tmp_path / "other")
+
+
 def test_open_clip_models_guide_as_open_clip_computes(tmp_path):
     import json
 

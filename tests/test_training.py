@@ -20,7 +20,13 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines import (
+    ConditionalUNet,
+    DDPMScheduler,
+    NoisyClassifier,
+    SuperResolutionPipeline,
+    TextToImagePipeline,
+)
 from pipelines.conditioning import encode_text
 from training import export, text_to_image
 from training.building import as_mapping, widen_input
@@ -521,6 +527,31 @@ def test_further_averages_are_kept_and_one_of_them_can_be_exported(runs, clip_fo
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments), "--ema", "0.7"])
     with pytest.raises(SystemExit, match=r"ema must be one that the checkpoint has, of \['0.0', '0.3'\]"):
         export.main()
+
+
+def test_upsamplers_and_guides_are_exported_in_fp16_without_code(make_upsampler, tmp_path, monkeypatch):
+    make_upsampler().save_pretrained(tmp_path / "up")
+    classifier = NoisyClassifier(["cold", "warm"], 16, 3, 2, (8, 16), 4, 2)
+    classifier.save_pretrained(tmp_path / "classifier")
+    for source, part in (("up", "unet"), ("classifier", "")):
+        arguments = ["--folder", tmp_path / source, "--to", tmp_path / "out" / source]
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        export.main()
+        halves = {name: tensor.half() for name, tensor in weights(tmp_path / source / part).items()}
+        assert_same(weights(tmp_path / "out" / source / part), halves)
+        assert not list((tmp_path / "out" / source).rglob("*.py"))
+    shipped = SuperResolutionPipeline.from_pretrained(tmp_path / "out/up")
+    assert shipped.scale == 4 and shipped.config.default_num_inference_steps == 3
+    (tmp_path / "bare").mkdir()
+    for source, message in (
+        (tmp_path / "up/unet", "folder must be one of .*, and it is ConditionalUNet"),
+        (tmp_path / "bare", "folder must be one with a model_index.json or config.json"),
+        (tmp_path / "nowhere", "folder must be a folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["export", "--folder", str(source), "--to", str(tmp_path / "no")])
+        with pytest.raises(SystemExit, match=message):
+            export.main()
+    assert not (tmp_path / "no").exists() and not (tmp_path / "no.partial").exists()
 
 
 def test_the_saved_pipeline_draws(runs):

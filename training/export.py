@@ -3,6 +3,7 @@
     python -m training.export --config training/configs/emoji.yaml \\
         --checkpoint runs/emoji/checkpoint-9000 --to models/emoji
     python -m training.export --clip runs/judge/clip --to models/judge
+    python -m training.export --folder runs/upsampler/pipeline --to models/emoji-upsampler
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from pipelines import ConditionalUNet
+from pipelines import ConditionalUNet, NoisyClassifier, NoisyCLIP, SuperResolutionPipeline
 from training.config import parse_config, require
 from training.text_to_image import TextToImageConfig, build_pipeline
 
@@ -32,6 +33,10 @@ class ExportConfig:
         default=None, metadata={"help": "Decay of the average to take, one of more_ema_decays."}
     )
     clip: str | None = field(default=None, metadata={"help": "Or a CLIP that training.clip saved."})
+    folder: str | None = field(
+        default=None,
+        metadata={"help": "Or what training.super_resolution, .classifier or .clip --noised saved."},
+    )
     guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of a call that does not say."})
     card: str | None = field(
@@ -64,7 +69,7 @@ def drop_code(folder: Path) -> None:
     for path in folder.rglob("*.py"):
         path.unlink()
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    index["_class_name"] = "TextToImagePipeline"  # without the file of it
+    index["_class_name"] = index["_class_name"][1]  # without the file of it
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -94,6 +99,21 @@ def export_clip(source: str, folder: Path) -> None:
     )
 
 
+def export_folder(source: Path, folder: Path) -> None:
+    """An upsampler's pipeline, or a model that guides, as its training saved it."""
+    kinds = {cls.__name__: cls for cls in (SuperResolutionPipeline, NoisyClassifier, NoisyCLIP)}
+    index, config = source / "model_index.json", source / "config.json"
+    rule = "one with a model_index.json or config.json"
+    require(index.is_file() or config.is_file(), "folder", str(source), rule)
+    settings = json.loads((index if index.is_file() else config).read_text(encoding="utf-8"))
+    kind = settings["_class_name"][1] if index.is_file() else settings["_class_name"]
+    require(kind in kinds, "folder", str(source), f"one of {sorted(kinds)}, and it is {kind}")
+    kinds[kind].from_pretrained(str(source)).to(torch.float16).save_pretrained(str(folder))
+    drop_ema_keys(folder / ("unet/config.json" if index.is_file() else "config.json"))
+    if index.is_file():
+        drop_code(folder)
+
+
 def main() -> None:
     # --config names the run's settings; the rest are this command's own
     argv, run = sys.argv[1:], []
@@ -105,19 +125,20 @@ def main() -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        require(
-            (config.checkpoint is None) != (config.clip is None),
-            "checkpoint",
-            config.checkpoint,
-            "given, or clip instead",
-        )
+        sources = {name: getattr(config, name) for name in ("checkpoint", "clip", "folder")}
+        given = {name: source for name, source in sources.items() if source}
+        require(len(given) == 1, "checkpoint", config.checkpoint, "given, or clip or folder instead")
+        for name, source in given.items():
+            require(Path(source).is_dir(), name, source, "a folder")
         if config.clip:
             export_clip(config.clip, partial)
+        elif config.folder:
+            export_folder(Path(config.folder), partial)
         else:
             require(bool(run), "config", None, "the YAML file of the run that wrote the checkpoint")
-            require(Path(config.checkpoint or "").is_dir(), "checkpoint", config.checkpoint, "a folder")
             export_pipeline(parse_config(TextToImageConfig, run), config, partial)
     except ValueError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise SystemExit(f"training.export: {error}") from error
     if config.card:
         shutil.copy(config.card, partial / "README.md")
