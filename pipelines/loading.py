@@ -93,7 +93,7 @@ class LoadMixin:
         if not found:
             raise OSError(f"{folder} has neither a folder noisy_clip nor one noisy_classifier")
         for name, part in found.items():
-            guide = own_class(read_json(part / "config.json").get("_class_name", ""))
+            guide: Any = own_class(read_json(part / "config.json").get("_class_name", ""))
             if guide is None:
                 raise OSError(f"{part} holds no model that guides: its config.json names none")
             model = guide.from_pretrained(str(part), torch_dtype=self.dtype)

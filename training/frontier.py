@@ -24,8 +24,8 @@ from training.config import require
 from training.data import PictureCache, cache_pictures, load_pictures
 from training.judge import Judge
 from training.metrics import clip_score, frechet_distance
-from training.noised import with_guides
-from training.samples import load_pipeline, pipeline_key, two_halves
+from training.noised import OWN, with_guides
+from training.samples import pipeline_key, two_halves
 
 # form -> the component that it needs
 FORMS = {
@@ -42,10 +42,8 @@ class FrontierConfig:
     """Settings of `training.evaluate frontier`."""
 
     model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure."})
-    noisy_clip: str = field(default="", metadata={"help": "Folder of a NoisyCLIP; the model's own if empty."})
-    noisy_classifier: str = field(
-        default="", metadata={"help": "Folder of a NoisyClassifier; the model's own if empty."}
-    )
+    noisy_clip: str = field(default="", metadata={"help": "Folder of a NoisyCLIP; " + OWN})
+    noisy_classifier: str = field(default="", metadata={"help": "Folder of a NoisyClassifier; " + OWN})
     clip_guidance_model: str = field(
         default="", metadata={"help": "The clean CLIP that guides, not the judge; the model's own if empty."}
     )
@@ -178,7 +176,7 @@ def frontier(config: FrontierConfig) -> dict[str, Any]:
     """For each form and scale: the judge's CLIP score of the drawn pictures with their captions, their
     Frechet distance from as many other real pictures in the judge's space, and `diversity`."""
     judge = Judge(config.judge)
-    pipe = with_guides(load_pipeline(config.model), config.noisy_clip, config.noisy_classifier)
+    pipe = with_guides(config.model, config.noisy_clip, config.noisy_classifier)
     if config.clip_guidance_model:
         pipe.register_modules(clip_guidance_model=GuidanceCLIP.load(config.clip_guidance_model))
     pipe.set_progress_bar_config(disable=True)

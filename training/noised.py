@@ -161,15 +161,16 @@ def train_tower(
 # ------------------------------------------------------------ how well they read noised pictures
 
 
+OWN = "if empty the model's own, or that of the folder beside it with -guidance added."
+
+
 @dataclass
 class NoisedAccuracyConfig:
     """Settings of `training.evaluate noised-accuracy`."""
 
     model: str = field(default="models/emoji", metadata={"help": "The pipeline whose x_t are read."})
-    noisy_clip: str = field(default="", metadata={"help": "Folder of a NoisyCLIP; the model's own if empty."})
-    noisy_classifier: str = field(
-        default="", metadata={"help": "Folder of a NoisyClassifier; the model's own if empty."}
-    )
+    noisy_clip: str = field(default="", metadata={"help": "Folder of a NoisyCLIP; " + OWN})
+    noisy_classifier: str = field(default="", metadata={"help": "Folder of a NoisyClassifier; " + OWN})
     judge: str = field(default="models/judge", metadata={"help": "The clean CLIP beside them."})
     dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
     split: str = field(default="validation", metadata={"help": "Split to take pictures from."})
@@ -203,8 +204,12 @@ class PipelineTexts:
     embed_names = Judge.embed_names
 
 
-def with_guides(pipe: TextToImagePipeline, noisy_clip: str, noisy_classifier: str) -> TextToImagePipeline:
-    """The pipeline with the components of these folders in place of its own, where they are given."""
+def with_guides(model: str, noisy_clip: str, noisy_classifier: str) -> TextToImagePipeline:
+    """The pipeline `model` with the components of these folders in place of its own, where they are given;
+    one that has none takes what the folder beside it holds."""
+    pipe, beside = load_pipeline(model), Path(f"{model.rstrip('/')}-guidance")
+    if pipe.noisy_clip is None and pipe.noisy_classifier is None and beside.is_dir():
+        pipe.load_guides(beside)
     if noisy_clip:
         pipe.register_modules(noisy_clip=NoisyCLIP.from_pretrained(noisy_clip))
     if noisy_classifier:
@@ -217,7 +222,7 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
     """Ten noise levels, at the middle of each tenth of the chain: how often the concept of a noised picture
     is found among all, first or in five, by the noised CLIP and by the clean one on the very same pictures;
     and the classifier's share of right classes."""
-    pipe = with_guides(load_pipeline(config.model), config.noisy_clip, config.noisy_classifier)
+    pipe = with_guides(config.model, config.noisy_clip, config.noisy_classifier)
     noisy, classifier = pipe.noisy_clip, pipe.noisy_classifier
     require(noisy is not None or classifier is not None, "noisy_clip", config.noisy_clip, "given")
     pictures = NoisedPictures(pipe, config.dataset, config.split, config.cache_dir)
