@@ -256,9 +256,11 @@ class TextToImagePipeline(
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        """`generator` and `eta` for `scheduler.step`, each only where its signature takes it."""
+        """`generator` and `eta` for `scheduler.step`, each only where its signature takes it. DDIM that clips
+        pixels shall take eps from the clipped x0 too: strongly guided pictures fall apart otherwise."""
         accepted = inspect.signature(self.scheduler.step).parameters
-        offered = {"generator": generator, "eta": eta}
+        clips = self.vae is None and bool(self.scheduler.config.get("clip_sample"))
+        offered = {"generator": generator, "eta": eta, "use_clipped_model_output": clips}
         return {name: value for name, value in offered.items() if name in accepted}
 
     def run_safety_checker(

@@ -85,7 +85,8 @@ def by_hand(pipe, scheduler, score, scale=3.0, steps=5, ancestral=True, prompt=P
             eps = eps_of(x)
             if not ancestral:
                 eps = eps - (1 - abar).sqrt() * gradient
-                latents = scheduler.step(eps, t, latents).prev_sample
+                clips = {"use_clipped_model_output": True} if type(scheduler) is DDIMScheduler else {}
+                latents = scheduler.step(eps, t, latents, **clips).prev_sample
                 continue
             variance = scheduler._get_variance(t) if i < steps - 1 else 0.0
             latents = scheduler.step(eps, t, latents, generator=generator).prev_sample + variance * gradient

@@ -54,3 +54,28 @@ def test_scheduler_draws_the_same_in_both_pipelines(both, name, settings):
     assert pictures[0].shape == (2, 32, 32, 3) and pictures[0].std() > 0.05
     assert np.abs(pictures[0][0] - pictures[0][1]).max() > 0.1
     assert difference < 1e-4
+
+
+def test_ddim_takes_eps_from_the_clipped_x0(make_pipeline):
+    """Two points of a chain, x = sqrt(abar) x0 + sqrt(1 - abar) eps, give the x0 that joined them: within
+    the range of pictures, which a strong guidance would leave."""
+    pipe = make_pipeline()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    chain: list[tuple[int, torch.Tensor]] = []
+
+    def keep(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        chain.append((int(t), tensors["latents"].double()))
+        return {}
+
+    start = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pipe(PROMPTS[0], num_inference_steps=5, guidance_scale=9.0, latents=start, callback_on_step_end=keep)
+    abar = pipe.scheduler.alphas_cumprod.double()
+    levels = [int(t) for t, _ in chain]
+    found = []
+    for (_, x), (_, after), t, s in zip(chain, chain[1:], levels[1:], levels[2:], strict=False):
+        a, b = (abar[i] ** 0.5 for i in (t, s))
+        x0 = (after * (1 - abar[t]) ** 0.5 - (1 - abar[s]) ** 0.5 * x) / (
+            b * (1 - abar[t]) ** 0.5 - a * (1 - abar[s]) ** 0.5
+        )
+        found.append(x0.abs().max())
+    assert len(found) == 3 and max(found) < 1 + 1e-4 and max(found) > 1 - 1e-4
