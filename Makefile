@@ -43,8 +43,8 @@ train: $(INSTALLED) | $(EMOJI)  ## train text to image on the emoji set; ARGS="-
 bench: $(INSTALLED)  ## timings against other implementations
 	$(RUN) -m benchmarks.speed $(ARGS)
 
-test: $(INSTALLED)  ## the tests that need nothing else; ARGS="-k scheduler"
-	$(RUN) -m pytest -m "not slow and not browser and not npm and not metrics" $(ARGS)
+test: $(INSTALLED)  ## the tests that need nothing else, in two processes; ARGS="-k scheduler"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not browser and not npm and not metrics" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the longer tests
 	$(RUN) -m pytest -m "slow and not browser and not npm and not metrics" $(ARGS)

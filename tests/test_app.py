@@ -1,5 +1,6 @@
 """The page's API through gradio's own client, against `python app.py` with a tiny model."""
 
+import json
 import re
 import sys
 import urllib.request
@@ -7,18 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser.served import SIDE, TRAIN_TIMESTEPS, Served, expected, same_picture, save_tiny_model, serve
-from gradio_client import Client
+import torch
+from browser.served import (
+    LABELS,
+    SIDE,
+    TRAIN_TIMESTEPS,
+    Served,
+    expected,
+    same_picture,
+    save_tiny_model,
+    serve,
+)
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
+from page import common, create, edit, visit
+from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
+from pipelines.attention_maps import AttentionMaps, draw_attention
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, tokenizer, make_text_encoder, make_unet):
+def served(tmp_path_factory, tokenizer, make_text_encoder, make_unet, make_upsampler):
     folder = tmp_path_factory.mktemp("model") / "tiny-model"
-    save_tiny_model(folder, tokenizer, make_text_encoder, make_unet)
+    save_tiny_model(folder, tokenizer, make_text_encoder, make_unet, make_upsampler)
     with serve(folder, tmp_path_factory.mktemp("app")) as running:
         yield running
 
@@ -88,12 +102,12 @@ def test_every_setting_reaches_the_pipeline(client, pipe):
     assert not same_picture(picture, expected(pipe, "a cat, noto style", 123, **options))
 
 
-@pytest.mark.parametrize("style", app.STYLE_PHRASES)
+@pytest.mark.parametrize("style", common.STYLE_PHRASES)
 def test_each_style_says_what_its_training_captions_say(style):
     from training.emoji import STYLES
 
-    assert app.full_prompt("a red heart", style) == f"a red heart, {app.STYLE_PHRASES[style]}"
-    assert app.STYLE_PHRASES[style].removesuffix(" style") in STYLES.values()
+    assert common.full_prompt("a red heart", style) == f"a red heart, {common.STYLE_PHRASES[style]}"
+    assert common.STYLE_PHRASES[style].removesuffix(" style") in STYLES.values()
 
 
 def test_each_picture_of_several_can_be_drawn_again_by_its_own_seed(client, pipe):
@@ -105,8 +119,8 @@ def test_each_picture_of_several_can_be_drawn_again_by_its_own_seed(client, pipe
 
 
 def test_seeds_after_the_last_begin_again(client, pipe):
-    files, _ = generate(client, "a cat", seed=app.MAX_SEED, num_images=2)
-    assert same_picture(pixels(files[0]), expected(pipe, "a cat", app.MAX_SEED))
+    files, _ = generate(client, "a cat", seed=common.MAX_SEED, num_images=2)
+    assert same_picture(pixels(files[0]), expected(pipe, "a cat", common.MAX_SEED))
     assert same_picture(pixels(files[1]), expected(pipe, "a cat", 0))
 
 
@@ -147,16 +161,309 @@ def test_what_is_wrong_reaches_the_caller(client, options, message):
         generate(client, **{"prompt": "a cat", **options})
 
 
-def test_the_api_asks_for_a_prompt_and_nothing_else(client):
+def test_the_api_asks_for_prompt_and_picture_and_nothing_else(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert list(endpoints) == ["/generate"]
-    parameters = endpoints["/generate"]["parameters"]
-    assert parameters[0]["parameter_name"] == "prompt"
-    assert [p["parameter_name"] for p in parameters if not p["parameter_has_default"]] == ["prompt"]
+    needed = {"/generate": ["prompt"], "/edit": ["image", "prompt"], "/enlarge": ["image"]}
+    assert list(endpoints) == list(needed)
+    for name, endpoint in endpoints.items():
+        parameters = endpoint["parameters"]
+        assert parameters[0]["parameter_name"] == needed[name][0]
+        required = [p["parameter_name"] for p in parameters if not p["parameter_has_default"]]
+        assert required == needed[name]
+
+
+# ---- the guidance and sizes of /generate
+
+
+def test_every_advanced_setting_reaches_the_pipeline_and_the_file(client, pipe):
+    asked = {
+        "guidance_rescale": 0.5,
+        "guidance_from": 1,
+        "guidance_to": 9,
+        "combined_prompt": "a crown",
+        "combined_weight": -0.5,
+        "clip_guidance_scale": 4,
+        "classifier_guidance_scale": 6,
+        "class_label": LABELS[1],
+        "best_of": 2,
+    }
+    options = {
+        "guidance_rescale": 0.5,
+        "guidance_interval": (1, 9),
+        "combined_prompts": {"a crown": -0.5},
+        "clip_guidance_scale": 4,
+        "classifier_guidance_scale": 6,
+        "class_labels": LABELS[1],
+        "num_candidates": 2,
+    }
+    (file,), _ = generate(client, "a cat", seed=11, **asked)
+    picture = expected(pipe, "a cat", 11, **options)
+    assert same_picture(pixels(file), picture)
+    for name in options.keys() - {"class_labels", "classifier_guidance_scale"}:  # each of them shows
+        fewer = {key: value for key, value in options.items() if key != name}
+        assert not same_picture(picture, expected(pipe, "a cat", 11, **fewer)), name
+    assert not same_picture(picture, expected(pipe, "a cat", 11, **options | {"class_labels": LABELS[0]}))
+    with Image.open(file) as image:
+        written = {key: image.text[key] for key in ("clip_guidance", "classifier_guidance", "best_of")}
+        assert written == {"clip_guidance": "4", "classifier_guidance": "6", "best_of": "2"}
+        assert (image.text["combined_prompt"], image.text["combined_weight"]) == ("a crown", "-0.5")
+        assert (image.text["guidance_from"], image.text["guidance_to"]) == ("1", "9")
+
+
+def test_several_of_the_best_have_a_seed_each(client, pipe):
+    files, _ = generate(client, "a cat", seed=60, num_images=2, best_of=3)
+    for i, file in enumerate(files):
+        assert same_picture(pixels(file), expected(pipe, "a cat", 60 + i, num_candidates=3))
+
+
+def test_the_large_size_shows_the_small_picture_first(client, pipe):
+    job = client.submit("a cat", seed=8, num_images=2, size=4 * SIDE, api_name="/generate")
+    job.result()
+    small, large = ([Path(item["image"]) for item in pictures] for pictures, _ in job.outputs())
+    for i in range(2):
+        assert same_picture(pixels(small[i]), expected(pipe, "a cat", 8 + i))
+        both = expected(pipe, "a cat", 8 + i, height=4 * SIDE, width=4 * SIDE)
+        assert same_picture(pixels(large[i]), both)
+
+
+def test_attention_to_words_is_drawn_beside_the_pictures(client, pipe):
+    files, seed = generate(client, "a cat with a crown", attention_words="crown, cat", num_images=2)
+    generators = common.generators([seed, seed + 1])
+    with AttentionMaps(pipe, "a cat with a crown", ["cat", "crown"]) as maps:
+        images = pipe(
+            "a cat with a crown", num_images_per_prompt=2, generator=generators, callback_on_step_end=maps
+        ).images
+    drawn = [images[0], images[1]]
+    for word in ("crown", "cat"):
+        drawn += [draw_attention(image, maps[word][i]) for i, image in enumerate(images)]
+    assert len(files) == len(drawn) == 6
+    for file, picture in zip(files, drawn, strict=True):
+        assert same_picture(pixels(file), np.asarray(picture))
+
+
+# ---- /edit
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> dict[int, Path]:
+    """Pictures that no model drew, by their width: SIDE x SIDE, and larger ones that are not square."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    made = {}
+    for size in ((SIDE, SIDE), (150, 90)):
+        made[size[0]] = folder / f"{size[0]}.png"
+        small.resize(size, Image.Resampling.BICUBIC).save(made[size[0]])
+    return made
+
+
+def picture_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def mask_file(folder: Path, size: tuple[int, int], box: tuple[int, int, int, int]) -> Path:
+    """A black mask with a white box, or none where the box is empty."""
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    mask.save(folder / "mask.png")
+    return folder / "mask.png"
+
+
+def edited(client: Client, image: Path, prompt: str = "a cat", **options) -> np.ndarray:
+    if "mask" in options:
+        options["mask"] = handle_file(str(options["mask"]))
+    result, _ = client.predict(handle_file(str(image)), prompt, **options, api_name="/edit")
+    return picture_of(result)
+
+
+def test_a_part_is_repainted_and_the_rest_stays(client, pipe, photo, tmp_path):
+    box = (6, 3, 20, 25)
+    mask = mask_file(tmp_path, (SIDE, SIDE), box)
+    result = edited(client, photo[SIDE], mask=mask, seed=4, style="Noto", guidance=2.0, resampling=2)
+    paint = InpaintPipeline.from_pipe(pipe)
+    options = {"jump_n_sample": 2, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(4)}
+    with Image.open(photo[SIDE]) as image, Image.open(mask) as white:
+        drawn = paint("a cat, noto style", image=image, mask_image=white, **options).images[0]
+    assert same_picture(result, np.asarray(drawn))
+    inside = np.zeros((SIDE, SIDE), dtype=bool)
+    inside[box[1] : box[3], box[0] : box[2]] = True
+    original = picture_of(photo[SIDE])
+    assert np.array_equal(result[~inside], original[~inside])
+    assert (result[inside] != original[inside]).mean() > 0.5
+
+
+@pytest.mark.parametrize("context", [0, 100])
+def test_a_larger_picture_is_repainted_at_its_own_size(client, photo, tmp_path, context):
+    box = (20, 10, 110, 70)  # larger than the model's picture
+    mask = mask_file(tmp_path, (150, 90), box)
+    result, original = edited(client, photo[150], mask=mask, context=context), picture_of(photo[150])
+    inside = np.zeros((90, 150), dtype=bool)
+    inside[box[1] : box[3], box[0] : box[2]] = True
+    assert np.array_equal(result[~inside], original[~inside])
+    assert (result[inside] != original[inside]).mean() > 0.5
+
+
+def test_the_canvas_grows_around_the_picture(client, pipe, photo):
+    sides = {"left": 5, "right": 0, "top": 17, "bottom": 1}
+    result = edited(client, photo[SIDE], mode="extend", seed=2, **sides)
+    paint = InpaintPipeline.from_pipe(pipe)
+    with Image.open(photo[SIDE]) as image:
+        drawn = paint.outpaint("a cat", image, generator=torch.Generator().manual_seed(2), **sides).images[0]
+    assert same_picture(result, np.asarray(drawn))
+    assert np.array_equal(result[17 : 17 + SIDE, 5:], picture_of(photo[SIDE]))
+
+
+@pytest.mark.parametrize("sides", [(0, 33, 0, 0), (7, 1, 100, 3)])
+def test_the_canvas_of_a_larger_picture_grows_by_the_pixels_that_were_asked_for(client, photo, sides):
+    left, right, top, bottom = sides
+    result = edited(
+        client, photo[150], mode="extend", left=left, right=right, top=top, bottom=bottom, steps=2
+    )
+    assert result.shape == (90 + top + bottom, 150 + left + right, 3)
+    assert np.array_equal(result[top : top + 90, left : left + 150], picture_of(photo[150]))
+
+
+def test_restyling_is_image_to_image(client, pipe, photo):
+    result = edited(client, photo[SIDE], mode="restyle", style="Flat", strength=0.5, seed=9)
+    redraw = ImageToImagePipeline.from_pipe(pipe)
+    options = {"strength": 0.5, "generator": torch.Generator().manual_seed(9)}
+    with Image.open(photo[SIDE]) as image:
+        drawn = redraw("a cat, flat style", image=image, **options).images[0]
+    assert same_picture(result, np.asarray(drawn))
+    large = edited(client, photo[150], mode="restyle")  # drawn within 32 x 32, enlarged by 4
+    assert large.shape == (76, 128, 3)
+
+
+# ---- /enlarge, and pictures of every kind
+
+
+def enlarged(client: Client, image: Path, **options) -> np.ndarray:
+    return picture_of(client.predict(handle_file(str(image)), **options, api_name="/enlarge")[0])
+
+
+def test_a_picture_is_enlarged_with_its_settings(client, pipe, photo):
+    result = enlarged(client, photo[SIDE], noise_level=150, steps=2, seed=3)
+    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(3)}
+    with Image.open(photo[SIDE]) as image:
+        drawn = pipe.upsampler(image=image, noise_level=150, **options).images[0]
+    assert same_picture(result, np.asarray(drawn))
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "CMYK", "I;16", "lying"])
+def test_pictures_of_every_mode_are_taken_as_a_person_sees_them(client, photo, tmp_path, kind):
+    colour = Image.open(photo[SIDE])
+    seen = np.asarray(colour)
+    if kind == "RGBA":  # transparent parts are white, whatever colour hides there
+        shown = np.zeros((SIDE, SIDE), dtype=bool)
+        shown[:, 8:] = True
+        seen = np.where(shown[..., None], seen, 255).astype(np.uint8)
+        colour.putalpha(Image.fromarray(shown))
+        colour.save(tmp_path / "picture.png")
+    elif kind == "CMYK":
+        colour.convert("CMYK").save(tmp_path / "picture.tif")
+    elif kind == "I;16":
+        grey = np.asarray(colour.convert("L"))
+        seen = np.repeat(grey[..., None], 3, axis=2)
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "picture.png")
+    else:  # a camera's, held upright: EXIF says to turn it by a quarter
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        colour.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "picture.png", exif=exif)
+    (given,) = tmp_path.iterdir()
+    Image.fromarray(seen).save(tmp_path / "seen.png")
+    assert np.array_equal(
+        enlarged(client, given, seed=1, steps=1), enlarged(client, tmp_path / "seen.png", seed=1, steps=1)
+    )
+
+
+def test_a_picture_of_100_megapixels_is_refused_with_the_limit(client, tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    for job in (
+        lambda: enlarged(client, tmp_path / "huge.png"),
+        lambda: edited(client, tmp_path / "huge.png"),
+    ):
+        with pytest.raises(AppError, match="100 million; at most 67 million are taken"):
+            job()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Nothing is painted over"),
+        ({"mask": (0, 0, 0, 0)}, "is black everywhere"),
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"mode": "restyle", "strength": 0.1, "steps": 1}, "strength"),
+        (
+            {"mode": "extend", "left": 65},
+            "“Left” must be 0 to 64 pixels for this picture of 32 × 32; it is 65",
+        ),
+        ({"mode": "extend", "left": 0, "right": 0, "top": 0, "bottom": 0}, "at least one side above 0"),
+        (
+            {"mode": "extend", "top": None},
+            "“Top” must be 0 to 64 pixels for this picture of 32 × 32; it is empty",
+        ),
+        ({"mode": "cubist"}, "cubist"),
+        ({"mode": "extend", "steps": TRAIN_TIMESTEPS + 1}, str(TRAIN_TIMESTEPS)),
+    ],
+)
+def test_what_is_wrong_with_an_edit_reaches_the_caller(client, photo, tmp_path, options, message):
+    if "mask" in options:
+        options = options | {"mask": mask_file(tmp_path, (SIDE, SIDE), options["mask"])}
+    with pytest.raises(AppError, match=re.escape(message)):
+        edited(client, photo[SIDE], **options)
+
+
+def test_what_cannot_be_enlarged_is_told(client, tmp_path):
+    (tmp_path / "words.png").write_text("no picture")
+    Image.new("RGB", (513, 512)).save(tmp_path / "large.png")
+    with pytest.raises(AppError, match="This file cannot be read as a picture"):
+        enlarged(client, tmp_path / "words.png")
+    with pytest.raises(AppError, match="513 × 512 pixels; at most 512 × 512"):
+        enlarged(client, tmp_path / "large.png")
+    with pytest.raises(AppError, match="There is no picture yet"):
+        client.predict(None, api_name="/enlarge")
+
+
+# ---- without a server
+
+
+def test_words_and_style_come_apart_as_they_were_put_together():
+    for style in [common.ANY_STYLE, *common.STYLE_PHRASES]:
+        assert common.split_prompt(common.full_prompt("a red heart, big", style)) == (
+            "a red heart, big",
+            style,
+        )
+
+
+def test_a_mask_is_white_where_half_a_pixel_is_painted():
+    layer = Image.new("RGBA", (512, 512))
+    layer.paste((255, 90, 0, 255), (100, 0, 304, 512))  # of pixels 16 wide: 6 and a quarter .. 19
+    layer.paste((255, 90, 0, 100), (400, 0, 512, 512))  # the brush's soft edge does not count
+    columns = np.asarray(edit.painted([layer], (32, 32))).max(axis=0)
+    assert np.flatnonzero(columns).tolist() == list(range(6, 19))
+    assert set(np.unique(edit.painted([layer], (700, 300)))) == {0, 255}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": "251"}, "steps is 251"),
+        ({"steps": "many"}, "steps is 'many', not a number"),
+        ({"seed": "nan"}, "seed is nan"),
+        ({"Software": "Another"}, "carries no settings"),
+    ],
+)
+def test_settings_that_the_page_does_not_have_are_told(pipe, tmp_path, settings, message):
+    about = {"prompt": "a cat", "Software": "Corgi", **settings}
+    file = common.save_png(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
+    with app.gr.Blocks():
+        tab, _row = create.create_tab(pipe, app.gr.State([]))
+    with pytest.raises(app.gr.Error, match=message):
+        visit.restore(str(file), {"create": tab}, "tiny-model")
 
 
 def test_the_queue_turns_people_away_when_it_is_full(client):
-    first = client.submit("a cat", steps=40, num_images=app.MAX_IMAGES, api_name="/generate")
+    first = client.submit("a cat", steps=40, num_images=create.MAX_IMAGES, api_name="/generate")
     jobs = [client.submit("a cat", steps=1, api_name="/generate") for _ in range(app.MAX_WAITING + 5)]
     problems = [job.exception() for job in jobs]
     turned_away = [str(problem) for problem in problems if problem is not None]
@@ -166,13 +473,22 @@ def test_the_queue_turns_people_away_when_it_is_full(client):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no second loopback address")
-def test_host_and_port_are_gradios_own_variables(pipe, monkeypatch):
+def test_host_and_port_are_gradios_own_variables_and_a_model_alone_will_do(served, monkeypatch):
     monkeypatch.setenv("GRADIO_SERVER_NAME", "127.0.0.2")
-    demo = app.build_demo(pipe)
+    demo = app.build_demo(TextToImagePipeline.from_pretrained(served.folder))
     app.launch(demo, prevent_thread_lock=True, quiet=True)
     try:
         assert demo.local_url.startswith("http://127.0.0.2:")
-        assert urllib.request.urlopen(demo.local_url, timeout=20).status == 200
+        config = json.load(urllib.request.urlopen(f"{demo.local_url}config", timeout=20))
+        said = json.dumps(config, ensure_ascii=False)
+        for variable in (
+            "CORGI_UPSAMPLER to the folder of one",
+            "noisy_clip in it",
+            "noisy_classifier in it",
+        ):
+            assert variable in said
+        names = [one["api_name"] for one in config["dependencies"] if one["api_visibility"] == "public"]
+        assert names == ["generate", "edit"]
     finally:
         demo.close()
 

@@ -18,11 +18,11 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, tokenizer, make_text_encoder, make_unet):
+def served(tmp_path_factory, tokenizer, make_text_encoder, make_unet, make_upsampler):
     from browser.served import save_tiny_model, serve
 
     folder = tmp_path_factory.mktemp("model") / "tiny-model"
-    save_tiny_model(folder, tokenizer, make_text_encoder, make_unet)
+    save_tiny_model(folder, tokenizer, make_text_encoder, make_unet, make_upsampler)
     with serve(folder, tmp_path_factory.mktemp("app")) as running:
         yield running
 

@@ -20,11 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines import (
+    DDPMScheduler,
+    NoisyClassifier,
+    NoisyCLIP,
+    SuperResolutionPipeline,
+    TextToImagePipeline,
+)
 
 ROOT = Path(__file__).parents[2]
 TRAIN_TIMESTEPS = 200  # fewer than the page's slider goes to, so that the pipeline has something to refuse
 SIDE = 32
+LABELS = ["animals", "food", "travel"]
 
 # Runs first in the app's process: notes every address outside the machine that Python asks for.
 WITNESS = """
@@ -53,14 +60,38 @@ class Served:
     outside: Path  # one line for each address outside the machine
 
     def load(self) -> TextToImagePipeline:
-        """The same model in this process, to tell what the page should show."""
-        pipe = TextToImagePipeline.from_pretrained(self.folder)
-        pipe.set_progress_bar_config(disable=True)
+        """The same models in this process, to tell what the page should show."""
+        guides = self.folder.with_name(f"{self.folder.name}-guidance")
+        pipe = TextToImagePipeline.from_pretrained(
+            self.folder,
+            noisy_clip=NoisyCLIP.from_pretrained(guides / "noisy_clip").eval(),
+            noisy_classifier=NoisyClassifier.from_pretrained(guides / "noisy_classifier").eval(),
+        )
+        pipe.upsampler = SuperResolutionPipeline.from_pretrained(
+            self.folder.with_name(f"{self.folder.name}-upsampler")
+        )
+        for one in (pipe, pipe.upsampler):
+            one.set_progress_bar_config(disable=True)
         return pipe
 
 
-def save_tiny_model(folder: Path, tokenizer: Any, make_text_encoder: Any, make_unet: Any) -> None:
-    """A pipeline of random weights from the fixtures of tests/conftest.py."""
+def save_tiny_model(
+    folder: Path, tokenizer: Any, make_text_encoder: Any, make_unet: Any, make_upsampler: Any
+) -> None:
+    """Pipelines of random weights from the fixtures of tests/conftest.py, and models that guide, beside each
+    other where the page looks for them."""
+    make_upsampler().save_pretrained(str(folder.with_name(f"{folder.name}-upsampler")))
+    torch.manual_seed(4)
+    guides: dict[str, Any] = {
+        "noisy_clip": NoisyCLIP(
+            sample_size=SIDE, patch_size=8, width=16, layers=1, heads=2, projection_dim=24
+        ),
+        "noisy_classifier": NoisyClassifier(LABELS, SIDE, 3, 4, (8, 16), 4, 2),
+    }
+    for name, model in guides.items():
+        for parameter in model.parameters():  # what they begin with is too small to be seen in a picture
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(str(folder.with_name(f"{folder.name}-guidance") / name))
     TextToImagePipeline(
         tokenizer=tokenizer,
         text_encoder=make_text_encoder(),

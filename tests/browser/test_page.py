@@ -1,9 +1,15 @@
 """What a person sees and does, in Chromium."""
 
+import base64
+
 import numpy as np
 import pytest
+import torch
 from browser.served import SIDE, expected, same_picture
 from PIL import Image
+
+from pipelines import ImageToImagePipeline
+from pipelines.__main__ import save_png
 
 pytestmark = pytest.mark.browser
 
@@ -38,7 +44,7 @@ def ask(page, prompt=PROMPT, seed=None, **numbers):
         page.get_by_label("New seed each time").uncheck()
         fill_in(page.locator("#seed input"), seed)
     if {"steps", "guidance"} & numbers.keys() and not page.locator("#steps").is_visible():
-        page.get_by_role("button", name="More settings").click()
+        page.get_by_role("button", name="Advanced").click()
     for name, value in numbers.items():
         fill_in(page.locator(f"#{name} input[type=number]"), value)
 
@@ -243,3 +249,175 @@ def test_dark_mode_is_dark(open_page, screenshots):
     assert brightness("body", "backgroundColor") < 60
     assert brightness("#prompt textarea", "color") > 180
     assert brightness("#header h1", "color") > 180
+
+
+# ---- editing, enlarging, and what comes back
+
+
+DROP = """([name, base64]) => {
+  const bytes = Uint8Array.from(atob(base64), character => character.charCodeAt(0));
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], name, { type: "image/png" }));
+  return transfer;
+}"""
+
+
+def drop(page, selector, path):
+    """A file let go over a part of the page."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    transfer = page.evaluate_handle(DROP, [path.name, content])
+    button = page.locator(f"{selector} button:has(input[type=file])")
+    button.dispatch_event("drop", {"dataTransfer": transfer})
+
+
+def picture_in(page, selector):
+    """The pixels of the one picture of a widget, when there is one."""
+    image = page.locator(f"{selector} img").first
+    image.wait_for()
+    height, width, data = image.evaluate(DECODE)
+    return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def open_tab(page, name):
+    page.get_by_role("tab", name=name).click()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of the model's size that no model drew."""
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_what_is_painted_over_with_the_mouse_changes_and_nothing_else(open_page, photo, screenshots):
+    page = open_page()
+    open_tab(page, "Edit")
+    drop(page, "#edit_source", photo)
+    canvas = page.locator("#edit_mask canvas").first
+    canvas.wait_for()
+    page.wait_for_timeout(500)  # the canvas takes its size
+    left, top, right, bottom = box(canvas)
+    side = (right - left) * 0.89 / SIDE  # of a pixel of the picture, which stands in the middle
+    x, y = (left + right) / 2, (top + bottom) / 2 - 6 * side
+    page.mouse.move(x - 8 * side, y)
+    page.mouse.down()
+    page.mouse.move(x + 8 * side, y, steps=20)
+    page.mouse.up()
+    page.screenshot(path=screenshots / "mask.png")
+    fill_in(page.locator("#edit_prompt textarea"), "a cat")
+    page.get_by_role("button", name="Repaint").click()
+    result = picture_in(page, "#edit_result")
+    page.screenshot(path=screenshots / "repainted.png")
+    original = np.asarray(Image.open(photo))
+    changed = (result != original).any(axis=-1)
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert changed[10, 10:22].mean() > 0.9  # along the stroke
+    # and it ends a brush's half width from it; beyond that every pixel is the picture's own
+    assert 5 <= rows[0] and rows[-1] <= 14 and 4 <= columns[0] and columns[-1] <= 27
+
+
+def test_a_picture_goes_from_tab_to_tab_and_its_visit_is_its_visitors_own(open_page, pipe, screenshots):
+    page = open_page()
+    ask(page, seed=12)
+    (picture,) = draw(page)
+    page.get_by_role("button", name="Enlarge it").click()
+    assert np.array_equal(picture_in(page, "#enlarge_source"), picture)
+    page.locator("#enlarge_new_each_time input").uncheck()
+    fill_in(page.locator("#enlarge_seed input"), 5)
+    page.get_by_role("button", name="Enlarge 4 times").click()
+    page.wait_for_function("document.querySelectorAll('#history img').length === 2")
+    page.screenshot(path=screenshots / "before_and_after.png")
+    large = pipe.upsampler(image=Image.fromarray(picture), generator=torch.Generator().manual_seed(5))
+    page.get_by_role("button", name="Edit this picture").click()
+    open_tab(page, "Edit")
+    page.get_by_text("Restyle").click()
+    assert same_picture(picture_in(page, "#edit_source"), np.asarray(large.images[0]))
+
+    # an earlier picture of the visit brings its settings back, and itself
+    open_tab(page, "Create")
+    fill_in(page.locator("#prompt textarea"), "a red heart")
+    page.locator("#history button").last.click()
+    page.wait_for_function(f"document.querySelector('#prompt textarea').value === {PROMPT!r}")
+    assert used_seed(page) == 12
+    assert np.array_equal(shown(page)[0], picture)
+
+    other = open_page()
+    assert other.locator("#history img").count() == 0
+
+
+def test_a_saved_picture_dropped_back_restores_its_settings(open_page, pipe, photo, tmp_path):
+    options = {"num_inference_steps": 8, "guidance_scale": 2.5, "guidance_rescale": 0.5}
+    settings = {
+        "prompt": "a cat, noto style",
+        "negative_prompt": "a dog",
+        "seed": 21,
+        "steps": 8,
+        "guidance_scale": 2.5,
+        "guidance_rescale": 0.5,
+        "Software": "Corgi",
+    }
+    saved = save_png(Image.new("RGB", (4 * SIDE, 4 * SIDE)), tmp_path, "cat", settings)
+    page = open_page()
+    drop(page, "#restore", photo)
+    page.get_by_text("carries no settings").wait_for()
+    assert page.locator("#gallery img").count() == 0
+
+    drop(page, "#restore", saved)
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a cat'")
+    assert used_seed(page) == 21
+    (picture,) = draw(page)
+    large = {"height": 4 * SIDE, "width": 4 * SIDE, "negative_prompt": "a dog"}
+    page.wait_for_function(
+        f"document.querySelector('#gallery .grid-container img').naturalWidth === {4 * SIDE}"
+    )
+    assert same_picture(shown(page)[0], expected(pipe, "a cat, noto style", 21, **options, **large))
+
+
+def test_the_keyboard_alone_draws_and_edits(open_page, pipe):
+    page = open_page()
+    ask(page, seed=3)
+    page.locator("#prompt textarea").focus()
+    page.keyboard.press("Enter")
+    (picture,) = shown(page)
+
+    def tab_to(selector):
+        for _ in range(25):
+            page.keyboard.press("Tab")
+            if page.evaluate("s => document.activeElement.matches(s)", selector):
+                return
+        raise AssertionError(f"Tab does not reach {selector}")
+
+    tab_to("#create_to_edit")
+    page.keyboard.press("Enter")
+    page.locator("#edit_mask canvas").first.wait_for()
+    page.get_by_role("tab", name="Edit").focus()
+    tab_to("#mode input[value=restyle]")
+    page.keyboard.press("Space")
+    page.locator("#edit_strength").wait_for()
+    tab_to("#edit_prompt textarea")
+    page.keyboard.type("a cat")
+    page.keyboard.press("Enter")
+    result = picture_in(page, "#edit_result")
+    redraw = ImageToImagePipeline.from_pipe(pipe, torch_dtype=None)
+    redraw.set_progress_bar_config(disable=True)
+    seed = int(page.locator("#edit_seed input").input_value())
+    options = {"strength": 0.7, "generator": torch.Generator().manual_seed(seed)}
+    drawn = redraw("a cat", image=Image.fromarray(picture), **options).images[0]
+    assert same_picture(result, np.asarray(drawn))
+
+
+def test_every_tab_fits_a_phone(open_page, photo, screenshots):
+    page = open_page(390, 780, is_mobile=True, has_touch=True)
+    for name in ("Edit", "Enlarge", "Create"):
+        page.get_by_role("tab", name=name).tap()
+        if name == "Create":
+            page.get_by_role("button", name="Advanced").tap()
+        elif name == "Edit":
+            drop(page, "#edit_source", photo)
+            page.locator("#edit_mask canvas").first.wait_for()
+            page.get_by_text("Extend the canvas").tap()
+            page.locator("#edit_frame img").wait_for()
+        page.wait_for_timeout(300)
+        page.screenshot(path=screenshots / f"phone_{name.lower()}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name

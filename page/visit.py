@@ -1,0 +1,104 @@
+"""What was drawn in this visit, and settings that come back from a picture."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from .common import QUIETLY, Tab, read_settings, split_prompt, user_error
+
+TABS = {"repaint": "edit", "extend": "edit", "restyle": "edit", "enlarge": "enlarge"}  # of a picture's task
+
+
+def field_value(name: str, field: Any, text: str | None) -> Any:
+    """What a widget shows for a setting of a PNG; its first value where the PNG has not this setting.
+
+    Raises gr.Error for what the widget could not be set to by hand.
+    """
+    if text is None:
+        return field.value
+    if isinstance(field, gr.Checkbox):
+        return text == "True"
+    if isinstance(field, gr.Slider | gr.Number):
+        try:
+            number = float(text)
+        except ValueError:
+            raise user_error(
+                f"The picture's settings do not fit: {name} is {text!r}, not a number."
+            ) from None
+        low, high = field.minimum, field.maximum
+        if (low is not None and number < low) or (high is not None and number > high) or number != number:
+            raise user_error(f"The picture's settings do not fit this page: {name} is {text}.")
+        return int(number) if number.is_integer() else number
+    if isinstance(field, gr.Dropdown | gr.Radio):
+        known = {str(value): value for _shown, value in field.choices}
+        return known.get(text, field.value)
+    return text
+
+
+def restore(path: str, tabs: dict[str, Tab], model: str) -> tuple[str, dict]:
+    """(the tab that a picture was made in, updates of its widgets) from what its PNG says."""
+    settings = read_settings(path)
+    name = TABS.get(settings.get("task", ""), "create")
+    if name not in tabs:
+        raise user_error("This picture was enlarged, and there is no upsampler here.")
+    tab = tabs[name]
+    settings |= {"new_each_time": "False", "size": settings["width"]}
+    if "style" in tab.fields:
+        settings["prompt"], settings["style"] = split_prompt(settings.get("prompt", ""))
+    if name == "create" and settings.get("model", model) != model:
+        gr.Warning(f"It was drawn by the model {settings['model']}; {model} draws another picture.")
+    updates = {field: field_value(key, field, settings.get(key)) for key, field in tab.fields.items()}
+    return name, updates | tab.show(path, settings)
+
+
+def visit_strip(history: gr.State, tabs: dict[str, Tab], shown: gr.Tabs, model: str) -> None:
+    """The pictures of the visit below the tabs, and where a PNG can be dropped."""
+    with gr.Row(elem_id="visit"):
+        with gr.Column(scale=4, min_width=300):
+            gr.HTML("<h2>This visit</h2>", padding=False)
+            pictures = gr.Gallery(
+                show_label=False,
+                format="png",
+                columns=8,
+                height=108,
+                object_fit="contain",
+                allow_preview=False,
+                buttons=[],
+                interactive=False,
+                elem_id="history",
+            )
+        with gr.Column(scale=1, min_width=240):
+            gr.HTML("<h2>Reopen a saved picture</h2>", padding=False)
+            dropped = gr.File(show_label=False, file_types=["image"], height=128, elem_id="restore")
+    history.change(lambda paths: paths, history, pictures, **QUIETLY)
+
+    outputs = list(
+        dict.fromkeys([shown, *(w for tab in tabs.values() for w in (*tab.fields.values(), *tab.shown))])
+    )
+
+    def bring_back(path: str) -> dict:
+        name, updates = restore(path, tabs, model)
+        return {shown: gr.Tabs(selected=name), **updates}
+
+    def choose(history: list[str], chosen: gr.SelectData) -> dict:
+        return bring_back(history[chosen.index])
+
+    pictures.select(choose, history, outputs, **QUIETLY)
+    path = gr.State(None)
+    dropped.upload(lambda path: (path, None), dropped, [path, dropped], **QUIETLY).then(
+        bring_back, path, outputs, **QUIETLY
+    )
+
+
+def send_button(text: str, tab: Tab, to: str, target: Tab, shown: gr.Tabs, elem_id: str) -> None:
+    """A button that hands the picture of one tab to another, and goes there."""
+    receive: Callable[[str], dict] | None = target.receive
+    assert receive is not None
+
+    def send(path: str | None) -> dict:
+        if path is None:
+            raise user_error("There is no picture to send yet.")
+        return {shown: gr.Tabs(selected=to), **receive(path)}
+
+    gr.Button(text, size="sm", elem_id=elem_id).click(send, tab.picture, [shown, *target.received], **QUIETLY)
