@@ -48,6 +48,8 @@ def by_hand(
     channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
     x = torch.randn(len(prompts), channels, size, size, generator=generator) * scheduler.init_noise_sigma
     kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    if isinstance(scheduler, diffusers.DDIMScheduler):
+        kwargs["use_clipped_model_output"] = True  # pixels: eps of the x0 that was clipped
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
         output = pipe.unet(scaled, t, cond, added_cond_kwargs=extra(pooled)).sample
