@@ -331,6 +331,8 @@ def test_a_picture_goes_from_tab_to_tab_and_its_visit_is_its_visitors_own(open_p
     large = pipe.upsampler(image=Image.fromarray(picture), generator=torch.Generator().manual_seed(5))
     page.get_by_role("button", name="Edit this picture").click()
     open_tab(page, "Edit")
+    page.locator("#edit_mask canvas").first.wait_for()
+    page.wait_for_timeout(500)  # Gradio's canvas complains in the console when it goes while it loads
     page.get_by_text("Restyle").click()
     assert same_picture(picture_in(page, "#edit_source"), np.asarray(large.images[0]))
 
