@@ -15,7 +15,6 @@ Widgets and events are in `page/`, the drawing in `pipelines/`; here they are pu
 
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read while gradio is imported
 
@@ -28,7 +27,7 @@ from page.edit import edit_tab
 from page.enlarge import enlarge_tab, missing_tab
 from page.looks import CSS, HEAD, HEADER, THEME
 from page.visit import send_button, visit_strip
-from pipelines import NoisyClassifier, NoisyCLIP, TextToImagePipeline
+from pipelines import TextToImagePipeline
 from pipelines.__main__ import load_upsampler
 
 MODEL = os.environ.get("CORGI_MODEL") or str(Path(__file__).parent / "models" / "emoji")
@@ -71,25 +70,15 @@ def launch(demo: gr.Blocks, **options) -> tuple:
     return demo.launch(theme=THEME, css=CSS, head=HEAD, footer_links=["api"], **options)
 
 
-def guides() -> dict[str, Any]:
-    """The models that guide, by the names of `from_pretrained`'s arguments, as far as they are there."""
-    folder = Path(GUIDANCE or f"{MODEL.rstrip('/')}-guidance")
-    if GUIDANCE and not folder.is_dir():
-        raise ValueError(f"CORGI_GUIDANCE must be a folder, got {GUIDANCE}")
-    classes = {"noisy_clip": NoisyCLIP, "noisy_classifier": NoisyClassifier}
-    parts: dict[str, Any] = {
-        name: cls.from_pretrained(folder / name).eval()
-        for name, cls in classes.items()
-        if (folder / name).is_dir()
-    }
-    return parts | ({"clip_guidance_model": CLIP} if CLIP else {})
-
-
 def load() -> TextToImagePipeline:
     """The model with its upsampler and its guides. Raises OSError or ValueError for what cannot be loaded."""
-    pipe = TextToImagePipeline.from_pretrained(MODEL, **guides())
-    if UPSAMPLER and not Path(UPSAMPLER).is_dir():
-        raise ValueError(f"CORGI_UPSAMPLER must be a folder, got {UPSAMPLER}")
+    for name, folder in (("CORGI_GUIDANCE", GUIDANCE), ("CORGI_UPSAMPLER", UPSAMPLER)):
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"{name} must be a folder, got {folder}")
+    pipe = TextToImagePipeline.from_pretrained(MODEL, **({"clip_guidance_model": CLIP} if CLIP else {}))
+    guidance = Path(GUIDANCE or f"{MODEL.rstrip('/')}-guidance")
+    if guidance.is_dir():
+        pipe.load_guides(guidance)
     pipe.upsampler = load_upsampler(Path(MODEL), Path(UPSAMPLER) if UPSAMPLER else None)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
