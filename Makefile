@@ -29,7 +29,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 generate: $(INSTALLED)  ## draw PROMPT="..."; also OUT=folder, SEED, NUM, STEPS, GUIDANCE, SIZE, MODEL=folder
-	@test -n "$$PROMPT" || { echo 'Say what to draw: make generate PROMPT="a corgi in a party hat"' >&2; exit 2; }
+	@test -n "$$PROMPT" || { echo 'Say what to draw: make generate PROMPT="a red heart"' >&2; exit 2; }
 	@$(RUN) -m pipelines \
 	  $${OUT:+--out "$$OUT"} $${SEED:+--seed "$$SEED"} $${NUM:+--num-images "$$NUM"} $${STEPS:+--steps "$$STEPS"} \
 	  $${GUIDANCE:+--guidance "$$GUIDANCE"} $${SIZE:+--size "$$SIZE"} $${MODEL:+--model "$$MODEL"} -- "$$PROMPT"

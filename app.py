@@ -66,7 +66,12 @@ def build_demo(pipe: TextToImagePipeline) -> gr.Blocks:
 
 
 def launch(demo: gr.Blocks, **options) -> tuple:
-    """Serve the page with its looks; the options are Gradio's."""
+    """Serve the page with its looks; the options are Gradio's. A port that was asked for is taken or is an
+    error: Gradio alone would go on to the next."""
+    if port := os.environ.get("GRADIO_SERVER_PORT"):
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise SystemExit(f"app.py: GRADIO_SERVER_PORT must be 1 to 65535, got {port!r}")
+        options = {"server_port": int(port)} | options
     return demo.launch(theme=THEME, css=CSS, head=HEAD, footer_links=["api"], **options)
 
 
@@ -79,7 +84,7 @@ def load() -> TextToImagePipeline:
     guidance = Path(GUIDANCE or f"{MODEL.rstrip('/')}-guidance")
     if guidance.is_dir():
         pipe.load_guides(guidance)
-    pipe.upsampler = load_upsampler(Path(MODEL), Path(UPSAMPLER) if UPSAMPLER else None)
+    pipe.upsampler = load_upsampler(pipe, Path(MODEL), Path(UPSAMPLER) if UPSAMPLER else None)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

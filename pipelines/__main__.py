@@ -4,6 +4,7 @@ Arguments are checked before torch is imported, so that a mistake is answered at
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -13,6 +14,7 @@ import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +28,17 @@ SCHEDULERS = {  # what --scheduler takes: classes of diffusers, but for DDPM, wh
 }
 # settings that a picture's text has only where they are on, and what they are otherwise
 EXTRAS = {"clip_guidance": 0, "clip_model": None, "classifier_guidance": 0, "class_label": None, "best_of": 1}
+OPTIONS = {  # what the pipeline's arguments are called here
+    "height": "--height",
+    "width": "--width",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "clip_guidance_scale": "--clip-guidance",
+    "clip_guidance": "--clip-guidance",
+    "classifier_guidance_scale": "--classifier-guidance",
+    "class_labels": "--class",
+    "num_candidates": "--best-of",
+}
 BATCH_SIZE = 8  # pictures at a time; a picture depends on its own seed alone, so this changes no picture
 
 
@@ -100,7 +113,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not isinstance(json.loads(index.read_text()), dict):
             raise ValueError("it is no JSON object")
     except FileNotFoundError:
-        raise ValueError(f"{args.model} is no model folder: it has no model_index.json") from None
+        hint = ""
+        if (args.model / "pipeline" / "model_index.json").is_file():
+            hint = f"; {args.model / 'pipeline'} has one"
+        elif (args.model / "pytorch_lora_weights.safetensors").is_file():
+            hint = ", but adapters, which pipe.load_lora_weights loads into the model they were trained on"
+        raise ValueError(f"{args.model} is no model folder: it has no model_index.json{hint}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {index}: {error}") from None
     try:
@@ -111,45 +129,55 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot write to --out {args.out}: {error.strerror}") from None
 
 
-def load_pipeline(folder: Path, scheduler: str | None, clip_model: str | None = None) -> Any:
-    """The folder's pipeline, with its scheduler's settings in another class where one is asked for, and with
-    another clean CLIP."""
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """No bars of files loaded, for which nobody waits, and one ValueError for whatever goes wrong."""
     import diffusers
-    import torch
     import transformers
 
-    import pipelines
-
-    bars = diffusers.utils.logging, transformers.utils.logging  # of files loaded: nothing a user waits for
+    bars = diffusers.utils.logging, transformers.utils.logging
     for library in bars:
         library.disable_progress_bar()
     try:
-        parts: dict[str, Any] = {} if clip_model is None else {"clip_guidance_model": clip_model}
-        pipe = pipelines.TextToImagePipeline.from_pretrained(folder, **parts)
+        yield
     except Exception as error:  # missing weights, unknown classes, broken files: each raises what it likes
         raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
     finally:
         for library in bars:
             library.enable_progress_bar()
+
+
+def load_pipeline(folder: Path, scheduler: str | None, clip_model: str | None = None) -> Any:
+    """The folder's pipeline, with its scheduler's settings in another class where one is asked for, and with
+    another clean CLIP."""
+    import diffusers
+    import torch
+
+    import pipelines
+
+    parts: dict[str, Any] = {} if clip_model is None else {"clip_guidance_model": clip_model}
+    with loading(folder):
+        pipe = pipelines.TextToImagePipeline.from_pretrained(folder, **parts)
     if scheduler is not None:
         cls = pipelines.DDPMScheduler if scheduler == "ddpm" else getattr(diffusers, SCHEDULERS[scheduler])
         pipe.scheduler = convert_scheduler(pipe.scheduler, cls)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_upsampler(model: Path, given: Path | None) -> Any:
-    """The pipeline in `given`, or in the model's folder with -upsampler added; None where there is none."""
+def load_upsampler(pipe: Any, model: Path, given: Path | None) -> Any:
+    """The pipeline in `given`; or in the model's folder with -upsampler added; or, for a model of pixels, the
+    shipped one, so that a fine-tuned model has it too. None where there is none."""
     folder = given or model.resolve().with_name(f"{model.resolve().name}-upsampler")
+    if not folder.is_dir() and pipe.vae is None:
+        folder = default_model().with_name(f"{default_model().name}-upsampler")
     if not folder.is_dir():
         return None
     import torch
 
     from pipelines.super_resolution import SuperResolutionPipeline
 
-    try:
+    with loading(folder):
         pipe = SuperResolutionPipeline.from_pretrained(folder)
-    except Exception as error:
-        raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -161,10 +189,26 @@ def load_guides(pipe: Any, args: argparse.Namespace) -> None:
     lacks_clip = by_clip and pipe.noisy_clip is None and pipe.clip_guidance_model is None
     lacks_classifier = args.classifier_guidance and pipe.noisy_classifier is None
     if (lacks_clip or lacks_classifier) and folder.is_dir():
-        try:
+        with loading(folder):
             pipe.load_guides(folder)
-        except Exception as error:
-            raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
+
+
+def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
+    """A model of pixels draws sensible shapes at the size it was trained at: say so where it will not."""
+    own = pipe.unet.config.sample_size
+    if pipe.vae is not None or not isinstance(own, int):
+        return
+    height, width = height or own, width or own
+    factor = 1 if pipe.upsampler is None else pipe.upsampler.scale
+    enlarged = factor > 1 and min(height, width) >= factor * own
+    allowed = height % pipe.size_unit == width % pipe.size_unit == 0  # else an error follows
+    if allowed and (height, width) != ((factor if enlarged else 1) * own,) * 2:
+        good = f"{own}" if factor == 1 else f"{own} or {factor * own}"
+        print(
+            f"{width} x {height}: this model was trained at {own} x {own}; at other sizes its shapes repeat or "
+            f"break. {good} is what it draws well.",
+            file=sys.stderr,
+        )
 
 
 def convert_scheduler(scheduler: Any, cls: type) -> Any:
@@ -226,7 +270,8 @@ def draw(args: argparse.Namespace) -> list[Path]:
     """Draws what checked arguments ask for, printing each path as soon as it is written."""
     pipe = load_pipeline(args.model, args.scheduler, args.clip_model)
     if args.height is not None or args.width is not None:
-        pipe.upsampler = load_upsampler(args.model, args.upsampler)
+        pipe.upsampler = load_upsampler(pipe, args.model, args.upsampler)
+        warn_of_size(pipe, args.height, args.width)
     load_guides(pipe, args)
     import torch
 
@@ -285,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         check_arguments(args)
         paths = draw(args)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(re.sub(r"`(\w+)`", lambda name: OPTIONS.get(name[1], name[0]), str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -28,7 +28,8 @@ def is_number(value: Any) -> bool:
 
 def check_size(height: Any, width: Any, unit: int) -> None:
     for name, size in {"height": height, "width": width}.items():
-        check(name, size, is_whole(size, 1) and size % unit == 0, f"a positive multiple of {unit}")
+        nearest = f"; the nearest is {max(1, round(size / unit)) * unit}" if is_number(size) else ""
+        check(name, size, is_whole(size, 1) and size % unit == 0, f"a positive multiple of {unit}{nearest}")
 
 
 def check_counts(**counts: Any) -> None:
@@ -112,11 +113,13 @@ def check_guidance_models(
 
 
 def check_part(name: str, value: Any, part: Any, wanted: str, recipe: str) -> None:
-    """ValueError for an argument whose model the pipeline has not, with the way to get one."""
+    """ValueError for an argument whose model the pipeline has not, with the ways to get one."""
     if part is None:
+        shipped = "noisy" in wanted  # models/emoji-guidance, for models/emoji
+        ways = "pipe.load_guides(folder) takes those beside a model, such as models/emoji-guidance; or train"
         raise ValueError(
-            f"`{name}`={value!r} needs a model that this pipeline has not, {wanted}: train one with {recipe} "
-            f"and pass it to from_pretrained by that name."
+            f"`{name}`={value!r} needs a model that this pipeline has not, {wanted}: "
+            f"{ways if shipped else 'train'} one with {recipe} and pass it to from_pretrained by that name."
         )
 
 

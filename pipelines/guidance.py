@@ -338,6 +338,11 @@ class GuidanceMixin:
         return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
 
     @property
+    def size_unit(self) -> int:
+        """Heights and widths are multiples of this many pixels."""
+        return self.vae_scale_factor * self.unet.config.get("patch_size", 1)
+
+    @property
     def requires_pooled_text(self) -> bool:
         """Whether the U-Net reads pooled text, so that ready `prompt_embeds` must come with theirs."""
         keys = ("pooled_text_time_embedding", "text_concat_channels")

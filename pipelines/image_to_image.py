@@ -49,7 +49,7 @@ class ImageToImagePipeline(TextToImagePipeline):
 
     def check_allowed(self, height: int, width: int, name: str) -> None:
         """ValueError with the nearest size, unless the model can draw one of height x width."""
-        unit = self.vae_scale_factor * self.unet.config.get("patch_size", 1)
+        unit = self.size_unit
         if height < 1 or width < 1 or height % unit or width % unit:
             nearest = nearest_size(height, width, unit)
             raise ValueError(
@@ -158,7 +158,7 @@ class ImageToImagePipeline(TextToImagePipeline):
             pooled_prompt_embeds, negative_pooled_prompt_embeds,
         )  # fmt: skip
         check_shares(strength=strength)
-        unit = self.vae_scale_factor * self.unet.config.get("patch_size", 1)
+        unit = self.size_unit
         batch_size = self.check_inputs(
             inputs,
             unit,  # the picture's own size is checked below

@@ -168,7 +168,7 @@ class TextToImagePipeline(
         guidance_interval: tuple[float, float] | None = None,
     ) -> int:
         """The number of prompts. Raises ValueError for whatever `__call__` cannot do."""
-        check_size(height, width, self.vae_scale_factor * self.unet.config.get("patch_size", 1))
+        check_size(height, width, self.size_unit)
         check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_shares(eta=eta, guidance_rescale=guidance_rescale)
         check_guidance(guidance_scale, guidance_interval)
@@ -360,7 +360,7 @@ class TextToImagePipeline(
         sample_height, sample_width = (sample_size,) * 2 if isinstance(sample_size, int) else sample_size
         own = sample_height * self.vae_scale_factor, sample_width * self.vae_scale_factor
         height, width = own[0] if height is None else height, own[1] if width is None else width
-        factor = self.enlargement(height, width, own, prompt is not None)
+        factor = self.enlargement(height, width, own, self.size_unit, prompt is not None)
         if factor > 1:
             height, width = height // factor, width // factor
         steps = (

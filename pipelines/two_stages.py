@@ -13,12 +13,13 @@ class TwoStageMixin:
 
     upsampler: Any = None
 
-    def enlargement(self, height: Any, width: Any, own: tuple[int, int], has_prompt: bool) -> int:
+    def enlargement(self, height: Any, width: Any, own: tuple[int, int], unit: int, has_prompt: bool) -> int:
         """By how much a picture of `height` x `width` is to be enlarged: the upsampler's factor where both
-        sides are that much larger than the model's `own`, in pixels, or more; else 1.
+        sides are that much larger than the model's `own`, in pixels, or more; else 1. The model draws
+        multiples of `unit`.
 
-        Raises ValueError for sides that the factor does not divide, and for an upsampler that reads text
-        where the call has none.
+        Raises ValueError for sides that are no multiples of factor times unit, and for an upsampler that
+        reads text where the call has none.
         """
         if self.upsampler is None:
             return 1
@@ -26,11 +27,12 @@ class TwoStageMixin:
         sides = {"height": height, "width": width}
         if not all(isinstance(a, int) and a >= factor * b for a, b in zip(sides.values(), own, strict=True)):
             return 1
+        unit *= factor
         for name, side in sides.items():
-            if side % factor:
+            if side % unit:
                 raise ValueError(
-                    f"`{name}` must be a multiple of {factor}, by which the upsampler enlarges, got {side}; "
-                    f"the nearest is {max(1, round(side / factor)) * factor}."
+                    f"`{name}` must be a multiple of {unit}, since the upsampler enlarges {factor} times, "
+                    f"got {side}; the nearest is {max(1, round(side / unit)) * unit}."
                 )
         if self.upsampler.reads_text and not has_prompt:
             raise ValueError("`prompt` is needed where the upsampler reads text, got ready embeddings alone.")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sys
 import urllib.request
 from pathlib import Path
@@ -476,6 +477,16 @@ def test_the_queue_turns_people_away_when_it_is_full(client):
 def test_host_and_port_are_gradios_own_variables_and_a_model_alone_will_do(served, monkeypatch):
     monkeypatch.setenv("GRADIO_SERVER_NAME", "127.0.0.2")
     demo = app.build_demo(TextToImagePipeline.from_pretrained(served.folder))
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "port")
+    with pytest.raises(SystemExit, match="GRADIO_SERVER_PORT must be 1 to 65535, got 'port'"):
+        app.launch(demo)
+    with socket.socket() as taken:  # no other port is taken instead
+        taken.bind(("127.0.0.2", 0))
+        taken.listen()
+        monkeypatch.setenv("GRADIO_SERVER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(OSError, match="Cannot find empty port"):
+            app.launch(demo, prevent_thread_lock=True, quiet=True)
+    monkeypatch.delenv("GRADIO_SERVER_PORT")
     app.launch(demo, prevent_thread_lock=True, quiet=True)
     try:
         assert demo.local_url.startswith("http://127.0.0.2:")

@@ -161,6 +161,21 @@ def test_large_sizes_take_the_upsampler_beside_the_model(model, make_upsampler, 
             shutil.rmtree(folder)
 
 
+def test_a_model_without_an_upsampler_takes_the_shipped_one(model, tmp_path, capsys):
+    assert run("an owl", "--model", model, "--out", tmp_path, "--seed", 3, "--size", 64) == 0
+    picture = Image.open(capsys.readouterr().out.splitlines()[0])
+    pipe = TextToImagePipeline.from_pretrained(model)
+    pipe.upsampler = SuperResolutionPipeline.from_pretrained(ROOT / "models" / "emoji-upsampler")
+    (expected,) = pipe("an owl", height=64, width=64, generator=[torch.Generator().manual_seed(3)]).images
+    assert (np.array(picture) == np.array(expected)).all()
+
+
+def test_sizes_that_the_model_was_not_trained_at_are_told(model, tmp_path, capsys):
+    for size, told in ((16, False), (20, True), (64, False), (72, True)):
+        assert run("an owl", "--model", model, "--out", tmp_path, "--steps", 1, "--size", size) == 0
+        assert ("16 or 64 is what it draws well" in capsys.readouterr().err) is told
+
+
 def test_more_pictures_than_a_batch_keep_their_seeds(model, tmp_path, capsys):
     assert (
         run("a fox", "--model", model, "--out", tmp_path, "--seed", 100, "--num-images", 10, "--steps", 2)
@@ -251,10 +266,25 @@ ERRORS = {
     "seed too large": (["x", "--seed", str(2**63)], "--seed"),
     "no pictures": (["x", "--num-images", "0"], "--num-images must be 1 or more"),
     "height 0": (["x", "--height", "0"], "--height must be 1 or more"),
-    "width not in patches": (["x", "--width", "17"], "multiple of 2"),
+    "width not in patches": (
+        ["x", "--width", "17"],
+        "--width must be a positive multiple of 2; the nearest",
+    ),
     "size and height": (["x", "--size", "64", "--height", "64"], "--size takes the place of"),
     "no upsampler": (["x", "--size", "64", "--upsampler", "nowhere"], "--upsampler must be a folder"),
     "a guidance without its model": (["x", "--clip-guidance", "2"], "noisy_clip"),
+    "a run, not its pipeline": (
+        [
+            "x",
+            "--model",
+            lambda folder: (
+                folder / "run",
+                (folder / "run" / "pipeline").mkdir(parents=True),
+                (folder / "run" / "pipeline" / "model_index.json").touch(),
+            )[0],
+        ],
+        "run/pipeline has one",
+    ),
     "a class alone": (["x", "--class", "warm"], "--classifier-guidance and --class go together"),
     "best of none": (["x", "--best-of", "0"], "--best-of must be 1 or more"),
     "unknown scheduler": (["x", "--scheduler", "magic"], "'magic' (choose from"),

@@ -391,7 +391,7 @@ def test_each_picture_is_enlarged_by_its_own_seed(two_stages: Any):
 def test_sizes_and_texts_that_two_stages_cannot_take(two_stages: Any, both: Any):
     with pytest.raises(ValueError, match="`width` must be a multiple of 4, .* got 66; the nearest is 64"):
         two_stages("a cat", height=64, width=66)
-    with pytest.raises(ValueError, match="`height` must be a positive multiple of 1"):
+    with pytest.raises(ValueError, match="`height` must be a positive multiple of 1, got 'large'"):
         two_stages("a cat", height="large", width=64)
     two_stages.upsampler = both[1]
     with pytest.raises(ValueError, match="`prompt` is needed where the upsampler reads text"):

@@ -615,5 +615,5 @@ def test_latents_have_the_vaes_size(both):
     assert ours.vae_scale_factor == 2 and isinstance(ours.vae, AutoencoderKL)
     drawn = ours(PROMPT, num_inference_steps=1, height=20, width=36, output_type="latent").images
     assert drawn.shape == (1, 4, 10, 18)
-    with pytest.raises(ValueError, match="multiple of 2"):
+    with pytest.raises(ValueError, match="a positive multiple of 2; the nearest is 20, got 21"):
         ours(PROMPT, height=21)

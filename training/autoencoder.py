@@ -116,7 +116,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(seed_for(config.seed, "latent", step, rank))
         decoded, kl = model(images, generator)
         reconstruction = reconstruction_loss(decoded.float(), images)
-        return reconstruction + config.kl_weight * kl, {"reconstruction": float(reconstruction)}
+        return reconstruction + config.kl_weight * kl, {"reconstruction": float(reconstruction.detach())}
 
     bar = tqdm(
         total=config.max_train_steps,

@@ -40,6 +40,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 2**29  # of one picture, 2 GB when decoded; Pillow's own limit is a third of it
 
 
+BUILT = {  # what training.emoji writes, and how
+    "data/emoji": "python -m training.emoji",
+    "data/emoji-256": "python -m training.emoji --output_dir data/emoji-256 --resolution 256",
+}
+
+
 class NoSuchSplit(ValueError):
     """The data set is there, the split is not."""
 
@@ -74,6 +80,10 @@ def load_pictures(
     elif path.is_dir():
         check_picture_folder(path, caption_column, strict)
         loaded = datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+    elif source in BUILT:
+        raise ValueError(
+            f"data set {source!r}: there is no such folder; {BUILT[source]} builds it (with npm)"
+        )
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"data set {source!r}: there is no such folder")
     else:
