@@ -205,8 +205,8 @@ def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
     if allowed and (height, width) != ((factor if enlarged else 1) * own,) * 2:
         good = f"{own}" if factor == 1 else f"{own} or {factor * own}"
         print(
-            f"{width} x {height}: this model was trained at {own} x {own}; at other sizes its shapes repeat or "
-            f"break. {good} is what it draws well.",
+            f"{width} x {height}: this model was trained at {own} x {own}; at other sizes its shapes repeat "
+            f"or break. {good} is what it draws well.",
             file=sys.stderr,
         )
 

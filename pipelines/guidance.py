@@ -314,6 +314,7 @@ class GuidanceMixin:
     """
 
     unet: Any
+    vae_scale_factor: int
     scheduler: Any
     noisy_clip: Any
     noisy_classifier: Any
