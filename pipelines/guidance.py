@@ -314,7 +314,6 @@ class GuidanceMixin:
     """
 
     unet: Any
-    vae_scale_factor: int
     scheduler: Any
     noisy_clip: Any
     noisy_classifier: Any
@@ -339,7 +338,7 @@ class GuidanceMixin:
         return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
 
     @property
-    def size_unit(self) -> int:
+    def size_unit(self: Any) -> int:
         """Heights and widths are multiples of this many pixels."""
         return self.vae_scale_factor * self.unet.config.get("patch_size", 1)
 
