@@ -519,7 +519,7 @@ def test_the_command_line_guides_and_keeps_the_best(guided, tmp_path, capsys):
         (["--class", "food"], "--class go together"),
         (["--best-of", "0"], "--best-of must be 1 or more"),
         (["--clip-guidance", "-1"], "--clip-guidance must be 0 or more"),
-        (["--classifier-guidance", "2", "--class", "cars"], "class_labels"),
+        (["--classifier-guidance", "2", "--class", "cars"], "--class must be one"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, *wrong])
