@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.optimization import get_scheduler
@@ -17,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from disks import small_disk
 
 from pipelines import ConditionalUNet
-from training.loop import Checkpoints, StepResult, fit, make_accelerator
+from training.loop import Checkpoints, StepResult, fit, make_accelerator, resolve_precision
 
 STEPS, PARTS, BATCH = 6, 2, 4
 
@@ -522,6 +523,19 @@ def test_a_full_disk(make_run, tmp_path):
 
 
 # ------------------------------------------------------------ processes
+
+
+def test_auto_is_bf16_only_on_hardware_that_multiplies_in_it():
+    """By what the kernel says of the CPU."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())  # of Linux; Features on Arm
+    native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) or torch.accelerator.is_available()
+    assert resolve_precision("auto") == ("bf16" if native else "no")
+    assert [resolve_precision(name) for name in (None, "no", "fp16", "bf16")] == [None, "no", "fp16", "bf16"]
+
+
+@pytest.mark.parametrize("path", sorted(Path("training/configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_recipe_asks_every_cpu_for_bf16(path):
+    assert yaml.safe_load(path.read_text()).get("mixed_precision", "no") in ("no", "auto")
 
 
 def test_a_run_in_fewer_processes_than_asked_for_is_an_error(monkeypatch):

@@ -51,7 +51,7 @@ class AutoencoderConfig:
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak of the cosine schedule."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; default accelerate's."}
+        default=None, metadata={"help": "no, fp16, bf16, or auto: bf16 if fast here; default accelerate's."}
     )
     checkpointing_steps: int = field(default=500, metadata={"help": "Save every so many steps."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a folder."})

@@ -49,7 +49,7 @@ class ClassifierConfig:
     adam_weight_decay: float = field(default=0.05, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; default accelerate's."}
+        default=None, metadata={"help": "no, fp16, bf16, or auto: bf16 if fast here; default accelerate's."}
     )
     checkpointing_steps: int = field(default=200, metadata={"help": "Save every so many steps."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a folder."})

