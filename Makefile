@@ -38,7 +38,7 @@ app: $(INSTALLED)  ## the web page, at the address it prints; MODEL, GRADIO_SERV
 	@$${MODEL:+env CORGI_MODEL="$$MODEL"} $(RUN) app.py
 
 train: $(INSTALLED) | $(EMOJI)  ## train text to image on the emoji set; ARGS="--max_train_steps 100 ..."
-	$(VENV)/bin/accelerate launch -m training.text_to_image --config training/configs/emoji.yaml $(ARGS)
+	$(VENV)/bin/accelerate launch --quiet -m training.text_to_image --config training/configs/emoji.yaml $(ARGS)
 
 bench: $(INSTALLED)  ## timings against other implementations
 	$(RUN) -m benchmarks.speed $(ARGS)

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pipelines.components import conditional_unet
 from training.autoencoder import AutoencoderConfig
 from training.clip import ClipTrainingConfig
-from training.config import parse_config, require
+from training.config import parse_config, require, run
 from training.emoji import EmojiConfig
 from training.evaluate import EvaluationConfig
 from training.export import ExportConfig
@@ -151,3 +151,14 @@ def test_accelerate_reads_its_configs(name, kind, processes, wraps):
     assert {layer for layer in named.split(",") if layer} == wraps
     assert all(hasattr(conditional_unet, layer) for layer in wraps)
     assert len(list((CONFIGS / "accelerate").iterdir())) == 4
+
+
+def test_errors_of_settings_are_one_line_and_all_others_keep_their_traceback():
+    with pytest.raises(SystemExit, match=r"^training\.mine: steps must be at least 1, got 0$"):
+        run(lambda: require(False, "steps", 0, "at least 1"), "training.mine")
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(lambda: print(int("ten")), "training.mine")
+    with pytest.raises(ValueError, match="nacceptable pattern"):  # raised in a library that ours called
+        run(lambda: print(list(Path(".").glob(""))), "training.mine")
+    with pytest.raises(KeyError):
+        run(lambda: print({}["steps"]), "training.mine")

@@ -19,7 +19,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from training.config import parse_config
+from training.config import parse_config, run
 from training.data import StepBatchSampler, cache_pictures, concept_weights, load_pictures, seed_for
 from training.loop import Checkpoints, fit, make_accelerator
 
@@ -163,4 +163,4 @@ def finish(vae: AutoencoderKL, cache: Any, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "training.autoencoder")

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from pipelines.components.noisy_classifier import NoisyClassifier
-from training.config import parse_config, require
+from training.config import parse_config, require, run
 from training.noised import NoisedPictures, train_tower
 from training.samples import load_pipeline
 
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "training.classifier")

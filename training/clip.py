@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from training.config import parse_config, require
+from training.config import parse_config, require, run
 from training.data import (
     PictureCache,
     StepBatchSampler,
@@ -398,4 +398,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "training.clip")

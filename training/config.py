@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,3 +52,18 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
     """The one kind of error that settings cause: it names the argument, the value and what is allowed."""
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def run(main: Callable[[], None], name: str) -> None:
+    """main(), with the ValueErrors that this package raises as one line, `name: what is wrong`.
+
+    Those that other libraries raise keep their traceback: they are no setting's fault that we know of.
+    """
+    home = Path(__file__).resolve().parents[1]
+    try:
+        main()
+    except ValueError as error:
+        raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if raised.parent.name in ("pipelines", "training", "components") and home in raised.parents:
+            raise SystemExit(f"{name}: {error}") from error
+        raise

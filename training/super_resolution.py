@@ -34,7 +34,7 @@ from pipelines import ConditionalUNet, DDPMScheduler
 from pipelines.back_projection import enlarge
 from pipelines.super_resolution import SuperResolutionPipeline
 from training.building import as_mapping
-from training.config import parse_config, require
+from training.config import parse_config, require, run
 from training.data import (
     PictureCache,
     StepBatchSampler,
@@ -346,4 +346,4 @@ def averaged(unet: Any, ema: EMAModel) -> ConditionalUNet:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "training.super_resolution")

@@ -32,7 +32,7 @@ from pipelines import ConditionalUNet, InpaintPipeline, TextToImagePipeline
 from pipelines.images import image_grid
 from training.building import build_pipeline
 from training.caches import LiveText, cache_latents, cache_text
-from training.config import parse_config, require
+from training.config import parse_config, require, run
 from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
 from training.denoising import DenoisingLoss, diffusion_loss, draw_noise, target_of, validation_loss
 from training.loop import PRECISIONS, Checkpoints, ModelFolder, fit, make_accelerator
@@ -488,4 +488,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "training.text_to_image")
