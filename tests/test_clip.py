@@ -379,9 +379,36 @@ def test_the_tower_learns_words_of_no_caption_from_the_teacher(
     assert distances["words"] < 0.7 * distances["captions"]
 
 
+def test_a_text_tower_that_is_given_stays_and_the_pictures_come_to_it(
+    train: Any, picture_folder: Path
+) -> None:
+    plain = {"distill": "none", "text_steps": 0}
+    first = train("first", **plain)
+    lit = {**plain, "text_encoder": first, "seed": 1, "text_width": 32}  # its own sizes count, not text_width
+    given = load_file(first / "model.safetensors")
+    steps = {"max_train_steps": 60, "learning_rate": 1e-2, "shift": 0, "noise": 0.0, "canonical_caption": 1.0}
+    folder = train("second", **lit, **steps)
+    trained = load_file(folder / "model.safetensors")
+    assert given.keys() == trained.keys()
+    for name, tensor in trained.items():
+        if name.startswith("text"):
+            assert torch.equal(tensor, given[name]), name
+    data = datasets.load_from_disk(str(picture_folder))["train"]
+    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    pictures = torch.stack([torch.from_numpy(np.array(image)) for image in data["image"]])
+    pixels = pictures.permute(0, 3, 1, 2) / 127.5 - 1
+    ids = tokenizer(list(data["caption"]), padding=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=pixels).logits_per_image
+    found = (logits.argmax(1) == torch.arange(len(data))).float().mean()
+    assert found >= 0.75, found  # 1/8 by chance
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"text_encoder": "nowhere", "distill": "none", "text_steps": 0}, "text_encoder must be .*'nowhere'"),
+        ({"text_encoder": "models/emoji"}, "distill must be none with text_encoder, got 'words'"),
         ({"distill": "glosses"}, "distill must be one of none, captions, words, got 'glosses'"),
         ({"text_steps": 8}, "text_steps must be .* fewer than max_train_steps, got 8"),
         ({"distill": "none"}, "text_steps must be 0, .*got 4"),

@@ -47,17 +47,30 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
         network["self_conditioning"] = True
     if config.inpainting:
         network.setdefault("in_channels", 7)
-    tower = Path(config.text_encoder or "")
-    of_pipeline = (tower / "model_index.json").is_file()
+    tokenizer, text_encoder = load_text_tower(config.text_encoder or "")
     return pipeline_class(
-        tokenizer=CLIPTokenizer.from_pretrained(tower / "tokenizer" if of_pipeline else tower),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(
-            tower / "text_encoder" if of_pipeline else tower, dtype=torch.float32
-        ),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
         unet=ConditionalUNet(**network),
         scheduler=DDPMScheduler(**settings),
         vae=AutoencoderKL.from_pretrained(config.vae) if config.vae else None,
     )
+
+
+def load_text_tower(folder: str) -> tuple[Any, CLIPTextModelWithProjection]:
+    """(tokenizer, text tower) of a pipeline's folder or a CLIP's. ValueError where there is none."""
+    root = Path(folder)
+    of_pipeline = (root / "model_index.json").is_file()
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer" if of_pipeline else root)
+        tower = CLIPTextModelWithProjection.from_pretrained(
+            root / "text_encoder" if of_pipeline else root, dtype=torch.float32
+        )
+    except OSError as error:
+        raise ValueError(
+            f"text_encoder must be a folder of a pipeline or a CLIP, got {folder!r}: {error}"
+        ) from error
+    return tokenizer, tower
 
 
 def inpainting_channels(pipe: Any) -> int:

@@ -9,6 +9,9 @@ only; and a judge, of another size and seed, that sees every split and only scor
 The first also learns from a sentence encoder (`--distill words`, `training.distillation`), so that words that
 stand in no caption land by those that do: for `text_steps` on text alone, then beside the contrastive loss.
 
+With `--text_encoder` an image tower is trained against a text tower that there is, which stays as it is
+(Zhai 2022, LiT): a CLIP that reads words as a pipeline of yours does, to guide it or rank what it draws.
+
 With `--noised` an image tower alone is trained, on a model's noised pictures, against the model's own text
 tower, which stays as it is (GLIDE, Nichol 2022, section 2.3): the `noisy_clip` of CLIP guidance.
 """
@@ -24,8 +27,14 @@ from accelerate.utils import set_seed
 from open_clip.loss import ClipLoss
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 
+from training.building import load_text_tower
 from training.config import parse_config, require, run
 from training.data import (
     PictureCache,
@@ -109,6 +118,10 @@ class ClipTrainingConfig:
     )
     wordnet_dir: str = field(default=WORDNET_DIR, metadata={"help": "WordNet's own files."})
     npm_dir: str = field(default="data/npm", metadata={"help": "Where training.emoji keeps its packages."})
+    text_encoder: str | None = field(
+        default=None,
+        metadata={"help": "A pipeline or CLIP whose text tower is taken, as it is; see the top."},
+    )
     noised: bool = field(
         default=False, metadata={"help": "Train a NoisyCLIP for the model below instead; see the top."}
     )
@@ -118,10 +131,12 @@ class ClipTrainingConfig:
     )
 
 
-def build_clip(config: ClipTrainingConfig) -> "Towers":
-    """A CLIP (Radford 2021) of the sizes asked for; its vocabulary is `training.tokenizer`'s."""
+def build_clip(config: ClipTrainingConfig, tower: Any = None) -> "Towers":
+    """A CLIP (Radford 2021) of the sizes asked for; its vocabulary is `training.tokenizer`'s. With a `tower`,
+    a CLIPTextModelWithProjection, its text tower is that, sizes and weights, and learns nothing."""
     vocabulary = config.num_merges + 514
-    shared: dict[str, Any] = {"hidden_act": "gelu", "projection_dim": config.projection_dim}
+    space = config.projection_dim if tower is None else tower.config.projection_dim
+    shared: dict[str, Any] = {"hidden_act": "gelu", "projection_dim": space}
     text = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=config.text_width,
@@ -143,11 +158,17 @@ def build_clip(config: ClipTrainingConfig) -> "Towers":
         patch_size=config.patch_size,
         **shared,
     )
-    return Towers(
-        CLIPConfig(
-            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=config.projection_dim
-        )
+    if tower is not None:
+        text = tower.config
+    model = Towers(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=space)
     )
+    if tower is not None:
+        for part in ("text_model", "text_projection"):
+            own = getattr(model, part)
+            own.load_state_dict(getattr(tower, part).state_dict())
+            own.requires_grad_(False)
+    return model
 
 
 def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator) -> Tensor:
@@ -298,6 +319,7 @@ def main() -> None:
         config.text_steps,
         "0, or with distill fewer than max_train_steps",
     )
+    require(not (distils and config.text_encoder), "distill", config.distill, "none with text_encoder")
     require(config.distill_batch_size >= 1, "distill_batch_size", config.distill_batch_size, "at least 1")
     require(config.distill_weight >= 0, "distill_weight", config.distill_weight, "at least 0")
     require(config.states_weight >= 0, "states_weight", config.states_weight, "at least 0")
@@ -312,13 +334,18 @@ def main() -> None:
         if accelerator.is_main_process:
             counts = ", ".join(f"{len(own)} {kind}" for kind, own in distillation.lists.items())
             print(f"distilling {counts}; the basis holds {distillation.energy:.3f} of the teacher's energy")
-    tokenizer = build_clip_tokenizer(config.num_merges, config.context_length)
-    model = build_clip(config)
+    tower = None
+    if config.text_encoder:
+        tokenizer, tower = load_text_tower(config.text_encoder)
+    else:
+        tokenizer = build_clip_tokenizer(config.num_merges, config.context_length)
+    model = build_clip(config, tower)
     if distillation is not None and config.start_from_teacher:
         distillation.start_table(model.text_model, tokenizer)
     model.set_attn_implementation(config.attention)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained_ones = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained_ones if p.ndim > 1]
+    others = [p for p in trained_ones if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.adam_weight_decay},
         {"params": others, "weight_decay": 0.0},
