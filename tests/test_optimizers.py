@@ -7,14 +7,16 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from training import optimizers
 from training.optimizers import Muon, add_decay, make_optimizer, orthogonalize
 
 SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48), (24, 8, 3, 3)])
-def test_muon_as_torch_has_it(shape):
-    """Ten steps on random gradients; a kernel of convolution as the matrix (out, rest)."""
+def test_muon_as_torch_has_it(shape, monkeypatch):
+    """Ten steps on random gradients, in bf16 as theirs are; a convolution's kernel as the matrix (out, rest)."""
+    monkeypatch.setattr(optimizers, "has_bf16", lambda device: True)
     torch.manual_seed(0)
     start = torch.randn(shape)
     ours = nn.Parameter(start.clone())
@@ -30,8 +32,10 @@ def test_muon_as_torch_has_it(shape):
     torch.testing.assert_close(ours.flatten(1), theirs, rtol=0, atol=1e-6)
 
 
-def test_orthogonalize_against_the_singular_value_decomposition():
+@pytest.mark.parametrize(("native", "tolerance"), [(True, 0.05), (False, 1e-5)], ids=["bf16", "fp32"])
+def test_orthogonalize_against_the_singular_value_decomposition(native, tolerance, monkeypatch):
     """Same singular vectors, and singular values within [0.65, 1.25]: U^T X V is nearly diagonal."""
+    monkeypatch.setattr(optimizers, "has_bf16", lambda device: native)
     torch.manual_seed(1)
     for shape in ((40, 90), (90, 40)):
         matrix = torch.randn(shape)
@@ -39,7 +43,7 @@ def test_orthogonalize_against_the_singular_value_decomposition():
         inside = u.T @ orthogonalize(matrix).float() @ vt.T
         values = inside.diagonal()
         assert values.min() > 0.65 and values.max() < 1.25
-        assert (inside - values.diag()).abs().max() < 0.05  # bf16
+        assert (inside - values.diag()).abs().max() < tolerance
 
 
 class Net(nn.Module):

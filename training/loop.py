@@ -6,6 +6,7 @@ each step, so the recipe owns what differs: logs, validation, when to save.
 
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import math
@@ -44,13 +45,17 @@ def resolve_precision(mixed_precision: str | None) -> str | None:
     """
     if mixed_precision != "auto":
         return mixed_precision
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        native = device is None or device.type != "cuda" or torch.cuda.is_bf16_supported(False)
-    else:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "bf16" if has_bf16("cpu" if device is None else device.type) else "no"
+
+
+@functools.cache
+def has_bf16(device: str) -> bool:
+    """Whether a device of that type multiplies bf16 matrices in hardware."""
+    if device == "cpu":
         able = torch.cpu.get_capabilities()
-        native = any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return "bf16" if native else "no"
+        return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def make_accelerator(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.loop import has_bf16
+
 OPTIMIZERS = ("adamw", "muon")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton-Schulz: steepest at 0 (Jordan 2024)
 MOMENTUM = 0.95
@@ -16,17 +18,18 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """About the nearest matrix with orthonormal rows or columns, whichever are fewer: U V^T for U S V^T.
 
     Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X, from X / |X|, which brings singular values to
-    about [0.7, 1.2] in five steps (Jordan 2024). In bf16, as the result need not be exact.
+    about [0.7, 1.2] in five steps (Jordan 2024). In bf16 where the hardware has it: the result need not be
+    exact.
 
     Args:
         matrix: (R, C).
 
     Returns:
-        (R, C), bfloat16.
+        (R, C), bfloat16 or float32.
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = (matrix.T if tall else matrix).to(torch.bfloat16 if has_bf16(matrix.device.type) else torch.float32)
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
