@@ -15,7 +15,7 @@ SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48), (24, 8, 3, 3)])
 def test_muon_as_torch_has_it(shape, monkeypatch):
-    """Ten steps on random gradients, in bf16 as theirs are; a convolution's kernel as the matrix (out, rest)."""
+    """Ten steps on random gradients, in bf16 as theirs; a kernel of convolution is the matrix (out, rest)."""
     monkeypatch.setattr(optimizers, "has_bf16", lambda device: True)
     torch.manual_seed(0)
     start = torch.randn(shape)
