@@ -183,6 +183,7 @@ def advanced_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Compo
             precision=0,
             label="Best of",
             info="Draws so many for each picture; CLIP keeps the best.",
+            min_width=240,  # beside another slider a phone would break its line of help at every word
             elem_id="best_of",
         )
     with gr.Row(equal_height=True, visible=bool(labels)):
