@@ -162,20 +162,18 @@ def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Ca
 
 
 def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
-    """(B, 3): the judge's score of the region for the new words, for the old ones, and the seam: the border
-    energy as a multiple of the real pictures' mean."""
+    """(B, 3): the judge's score of the region for the new words, for the old ones, and the border's energy."""
     side = case.mask.width
     left, top, right, bottom = crop_region(case.mask, 1, 1, pad=side // 16)
     embeds = judge.embed_images(edited[..., top:bottom, left:right])
     scores = [(embeds * judge.embed_texts(words)).sum(1) for words in (case.after, case.before)]
-    hole = to_hole(case.mask)
-    real = border_energy(case.pictures, hole).mean()
-    return torch.stack([*scores, border_energy(edited, hole) / real], dim=1)
+    return torch.stack([*scores, border_energy(edited, to_hole(case.mask))], dim=1)
 
 
 def editing(config: EditingConfig) -> dict[str, Any]:
     """For each way: the judge's mean score of the repainted regions for the new words and for the old, how
-    often the new ones win, and the seam's gradient energy as a multiple of real pictures'."""
+    often the new ones win, and the seam: the mean energy along the borders, as a multiple of the real
+    pictures' (of all together: where a border runs through one flat colour there is none to divide by)."""
     judge = Judge(config.judge)
     pipes = {}
     for model in config.models:
@@ -200,14 +198,14 @@ def editing(config: EditingConfig) -> dict[str, Any]:
     if config.output:
         draw_sheet(cases, results, config.output)
     figures: dict[str, Any] = {"pictures": sum(len(case.after) for case in cases)}
+    real = torch.cat([border_energy(case.pictures, to_hole(case.mask)) for case in cases]).mean()
     for way, edited in results.items():
-        measured = [measure(judge, case, part) for case, part in zip(cases, edited, strict=True)]
-        rows = torch.cat(measured)
+        rows = torch.cat([measure(judge, case, part) for case, part in zip(cases, edited, strict=True)])
         figures[way] = {
             "score of the new words": rows[:, 0].mean().item(),
             "score of the old words": rows[:, 1].mean().item(),
             "new words win": (rows[:, 0] > rows[:, 1]).float().mean().item(),
-            "seam, times real": rows[:, 2].mean().item(),
+            "seam, times real": (rows[:, 2].mean() / real).item(),
         }
     return figures
 
