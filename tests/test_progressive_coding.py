@@ -308,8 +308,8 @@ def test_progressive_costs_what_the_coder_s_theory_says(model):
 
 
 def test_an_archive_costs_its_kl_sum(model):
-    """40 pictures, initial bits included, at most 8 % above; without them within 3 %: the grid of the x_t costs
-    about one in a hundred, and what is drawn, which other processors round otherwise, varies by as much."""
+    """40 pictures, initial bits included, at most 8 % above; without them within 3 %: the grid of the
+    x_t costs about 1 %, and what is drawn, which other processors round otherwise, varies by as much."""
     pictures = [picture(seed) for seed in range(40)]
     data, cost = encode(model, pictures, [CAPTION] * 40, "lossless", steps=100, end=0)
     coded = 8 * (cost.total - cost.header)

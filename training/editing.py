@@ -162,7 +162,7 @@ def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Ca
 
 
 def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
-    """(B, 3): the judge's score of the region for the new words, for the old ones, and the border's energy."""
+    """(B, 3): the judge's score of the region for the new words, for the old, and the border's energy."""
     side = case.mask.width
     left, top, right, bottom = crop_region(case.mask, 1, 1, pad=side // 16)
     embeds = judge.embed_images(edited[..., top:bottom, left:right])
