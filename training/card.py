@@ -13,7 +13,7 @@ from typing import Any
 
 from training.config import require
 from training.files import write_file
-from training.report_page import COLUMNS, metric_rows
+from training.report_page import COLUMNS, describe_guidance, metric_rows
 from training.samples import load_pipeline, pipeline_key
 
 BEGIN = "<!-- figures: python -m training.evaluate card writes from here -->"
@@ -133,7 +133,7 @@ def figures_block(report: dict[str, Any], training: str = "") -> str:
         "## How this was measured",
         "",
         f"`python -m training.evaluate report`: {drawing['drawn']} pictures, {drawing['steps']} steps of "
-        f"{drawing['scheduler']}, guidance {drawing['guidance scale']:g}; seeds {drawing['seeds']}. Judge: "
+        f"{drawing['scheduler']}, {describe_guidance(drawing)}; seeds {drawing['seeds']}. Judge: "
         f"`{report['judge']}` ({report['judge key']}), which took no part in conditioning or guidance. Model "
         f"key {report['model key']}. {total / 60:.0f} minutes on {computed['threads']} "
         f"thread{'s' if computed['threads'] > 1 else ''}, {seconds['of these, pictures drawn anew']} of the "

@@ -40,7 +40,7 @@ from training.judge import Judge, embed_concepts
 from training.metrics import recall_at
 from training.noised import NoisedAccuracyConfig, noised_accuracy
 from training.report import ReportConfig, report
-from training.samples import draw, load_pipeline
+from training.samples import draw, with_guides
 from training.sampling_steps import SamplingStepsConfig, sampling_steps
 from training.styles import StylesConfig, styles
 from training.upscaling import UpscalingConfig, upscaling
@@ -60,6 +60,9 @@ class EvaluationConfig:
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Classifier-free guidance; the model's own by default."}
+    )
+    clip_guidance_scale: float = field(
+        default=0.0, metadata={"help": "By the noised CLIP, the model's or that beside it; 0: none."}
     )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the captions and of the first picture."})
@@ -104,8 +107,8 @@ def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
 
 def draw_captions(config: EvaluationConfig, captions: list[str]) -> Tensor:
     """What the model of `config` draws for them, by its settings."""
-    pipe = load_pipeline(config.model)
-    names = ("seed", "num_inference_steps", "guidance_scale", "batch_size")
+    pipe = with_guides(config.model)
+    names = ("seed", "num_inference_steps", "guidance_scale", "clip_guidance_scale", "batch_size")
     return draw(pipe, captions, **{name: getattr(config, name) for name in names})
 
 

@@ -24,8 +24,8 @@ from training.config import require
 from training.data import PictureCache, cache_pictures, load_pictures
 from training.judge import Judge
 from training.metrics import clip_score, frechet_distance
-from training.noised import OWN, with_guides
-from training.samples import pipeline_key, two_halves
+from training.noised import OWN
+from training.samples import pipeline_key, two_halves, with_guides
 
 # form -> the component that it needs
 FORMS = {

@@ -20,8 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines import DDPMScheduler, TextToImagePipeline
-from pipelines.components.noisy_classifier import NoisyClassifier
-from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.conditioning import context_length, encode_text
 from pipelines.images import decode_latents
 from training.bits_per_dim import new_figure, save_figure
@@ -32,7 +30,7 @@ from training.denoising import BUCKETS, draw_noise, training_scheduler
 from training.judge import Judge, embed_concepts
 from training.loop import Checkpoints, fit, make_accelerator
 from training.metrics import recall_at
-from training.samples import load_pipeline
+from training.samples import with_guides
 
 LossFunction = Callable[[list[int], int], tuple[Tensor, dict[str, Any]]]
 
@@ -202,19 +200,6 @@ class PipelineTexts:
         return embed_prompts(self.pipe, texts)
 
     embed_names = Judge.embed_names
-
-
-def with_guides(model: str, noisy_clip: str, noisy_classifier: str) -> TextToImagePipeline:
-    """The pipeline `model` with the components of these folders in place of its own, where they are given;
-    one that has none takes what the folder beside it holds."""
-    pipe, beside = load_pipeline(model), Path(f"{model.rstrip('/')}-guidance")
-    if pipe.noisy_clip is None and pipe.noisy_classifier is None and beside.is_dir():
-        pipe.load_guides(beside)
-    if noisy_clip:
-        pipe.register_modules(noisy_clip=NoisyCLIP.from_pretrained(noisy_clip))
-    if noisy_classifier:
-        pipe.register_modules(noisy_classifier=NoisyClassifier.from_pretrained(noisy_classifier))
-    return pipe
 
 
 @torch.no_grad()

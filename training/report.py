@@ -39,7 +39,7 @@ from training.metrics import (
     precision_recall,
     recall_at,
 )
-from training.samples import draw, load_pipeline, pipeline_key, two_halves
+from training.samples import draw, pipeline_key, two_halves, with_guides
 from training.text_to_image import TextToImageConfig
 
 SPLITS = {  # what the page calls them: the data set's name
@@ -71,6 +71,9 @@ class ReportConfig:
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Classifier-free guidance; the model's own by default."}
     )
+    clip_guidance_scale: float = field(
+        default=0.0, metadata={"help": "By the noised CLIP, the model's or that beside it; 0: none."}
+    )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     num_validation: int = field(
         default=256,
@@ -91,6 +94,8 @@ class ReportConfig:
         steps, scale = self.num_inference_steps, self.guidance_scale
         require(steps is None or steps >= 1, "num_inference_steps", steps, "at least 1")
         require(scale is None or scale >= 0, "guidance_scale", scale, "0 or more")
+        clip_scale = self.clip_guidance_scale
+        require(clip_scale >= 0, "clip_guidance_scale", clip_scale, "0 or more")
         find_weights(self.inception_weights)
         try:
             Path(self.output, "samples").mkdir(parents=True, exist_ok=True)
@@ -329,7 +334,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         yield
         seconds[stage] = round(time.perf_counter() - start, 1)
 
-    judge, pipe = Judge(config.judge), load_pipeline(config.model)
+    judge, pipe = Judge(config.judge), with_guides(config.model)
     with timed("reading and embedding real pictures"):
         concepts = embed_concepts(judge, config.dataset)
         parts, reference = read_parts(config, judge, pipe)
@@ -337,6 +342,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     settings = {
         "steps": pipe.config["default_num_inference_steps"] if steps is None else steps,
         "guidance scale": pipe.config["default_guidance_scale"] if scale is None else scale,
+        "CLIP guidance scale": config.clip_guidance_scale,
         "scheduler": type(pipe.scheduler).__name__,
         "seeds": f"{config.seed} on, one for each picture of a split",
     }
@@ -350,6 +356,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
                 seed=config.seed,
                 num_inference_steps=steps,
                 guidance_scale=scale,
+                clip_guidance_scale=config.clip_guidance_scale,
                 batch_size=config.batch_size,
                 folder=samples,
                 label=f"drawing {name}",
@@ -369,7 +376,10 @@ def report(config: ReportConfig) -> dict[str, Any]:
     with timed("Inception"):
         weights = find_weights(config.inception_weights)
         inception = inception_figures(weights, train.drawn, train.pictures.images(reference))
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    drawing_parts = {k: v for k, v in pipe.components.items() if k not in ("noisy_clip", "noisy_classifier")}
+    if config.clip_guidance_scale > 0:
+        drawing_parts["noisy_clip"] = pipe.noisy_clip
+    modules = [part for part in drawing_parts.values() if isinstance(part, torch.nn.Module)]
     figures = {
         "model": config.model,
         "model key": pipeline_key(pipe),

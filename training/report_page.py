@@ -183,7 +183,7 @@ def overview(report: dict[str, Any], measured: Measured) -> Any:
     drawing = report["drawing"]
     figure.suptitle(
         f"{report['model']}, judged by {report['judge']}: {drawing['drawn']} pictures, {drawing['steps']} "
-        f"steps of {drawing['scheduler']}, guidance {drawing['guidance scale']:g}; nothing picked"
+        f"steps of {drawing['scheduler']}, {describe_guidance(drawing)}; nothing picked"
     )
     return figure
 
@@ -284,6 +284,13 @@ def neighbour_section(name: str, part: Part, train: Part) -> list[str]:
     return sections
 
 
+def describe_guidance(drawing: dict[str, Any]) -> str:
+    """What guided a report's pictures."""
+    by_clip = drawing.get("CLIP guidance scale", 0)
+    further = f", and {by_clip:g} by the noised CLIP" if by_clip else ""
+    return f"guidance {drawing['guidance scale']:g}{further}"
+
+
 def page(report: dict[str, Any], measured: Measured, config: ReportConfig) -> str:
     """The whole page, pictures inside."""
     folder, drawing = Path(config.output), report["drawing"]
@@ -292,7 +299,7 @@ def page(report: dict[str, Any], measured: Measured, config: ReportConfig) -> st
                   f"key {report['model key']}"],
         ["judge", f"{report['judge']}, key {report['judge key']}; took no part in conditioning or guidance"],
         ["drawn", f"{drawing['drawn']} pictures, {drawing['steps']} steps of {drawing['scheduler']}, "
-                  f"guidance {drawing['guidance scale']:g}"],
+                  + describe_guidance(drawing)],
         ["seeds", drawing["seeds"]],
         ["data", f"{report['data']['name']}: "
                  + ", ".join(f"{split} {n}" for split, n in report["data"]["pictures"].items())],

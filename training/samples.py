@@ -10,6 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines import TextToImagePipeline
+from pipelines.components.noisy_classifier import NoisyClassifier
+from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.images import to_pil, to_tensor
 from training.caches import content_key, model_key
 from training.files import save_png
@@ -21,6 +23,19 @@ def load_pipeline(name: str) -> TextToImagePipeline:
         return TextToImagePipeline.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"model {name!r}: {error}") from error
+
+
+def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") -> TextToImagePipeline:
+    """The pipeline `model` with the components of these folders in place of its own, where they are given;
+    one that has none takes what the folder beside it holds."""
+    pipe, beside = load_pipeline(model), Path(f"{model.rstrip('/')}-guidance")
+    if pipe.noisy_clip is None and pipe.noisy_classifier is None and beside.is_dir():
+        pipe.load_guides(beside)
+    if noisy_clip:
+        pipe.register_modules(noisy_clip=NoisyCLIP.from_pretrained(noisy_clip))
+    if noisy_classifier:
+        pipe.register_modules(noisy_classifier=NoisyClassifier.from_pretrained(noisy_classifier))
+    return pipe
 
 
 def pipeline_key(pipe: TextToImagePipeline) -> str:
@@ -42,6 +57,7 @@ def draw(
     batch_size: int = 25,
     folder: str | Path | None = None,
     label: str = "drawing",
+    clip_guidance_scale: float = 0.0,
 ) -> Tensor:
     """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
 
@@ -51,6 +67,7 @@ def draw(
             of the model, the caption's tokens, the seed and both settings: a run that goes on after it was
             stopped, or wants more pictures, draws only those that are not there.
         label: of the progress bar.
+        clip_guidance_scale: of the pipeline's noised CLIP; 0 is off.
     """
     pipe.set_progress_bar_config(disable=True)
     steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
@@ -58,7 +75,9 @@ def draw(
     paths: list[Path] = []
     if folder is not None:
         key, ids = pipeline_key(pipe), pipe.tokenizer(captions, verbose=False).input_ids
-        names = [content_key(key, f"{ids[i]} {seed + i} {steps} {scale}") for i in range(len(captions))]
+        guided = f" {clip_guidance_scale} {model_key(pipe.noisy_clip)}" if clip_guidance_scale > 0 else ""
+        settings = f"{steps} {scale}{guided}"
+        names = [content_key(key, f"{ids[i]} {seed + i} {settings}") for i in range(len(captions))]
         paths = [Path(folder) / f"{name}.png" for name in names]
     missing = [i for i in range(len(captions)) if not paths or not paths[i].is_file()]
     parts = []
@@ -69,6 +88,7 @@ def draw(
                 [captions[i] for i in batch],
                 num_inference_steps=steps,
                 guidance_scale=scale,
+                clip_guidance_scale=clip_guidance_scale,
                 generator=[torch.Generator().manual_seed(seed + i) for i in batch],
                 output_type="pt",
             )

@@ -25,7 +25,7 @@ from training.judge import Judge, embed_concepts
 from training.metrics import nearest_neighbours, recall_at
 from training.report import embed_pictures
 from training.report_page import STYLE, note, pair_tags, table_tag
-from training.samples import draw, load_pipeline
+from training.samples import draw, with_guides
 
 DRAWN = ("3d", "flat", "noto", "twemoji")
 
@@ -45,6 +45,9 @@ class StylesConfig:
     num_names: int = field(default=100, metadata={"help": "Names drawn at random of those in all styles."})
     num_inference_steps: int | None = field(default=None, metadata={"help": "The model's own by default."})
     guidance_scale: float | None = field(default=None, metadata={"help": "The model's own by default."})
+    clip_guidance_scale: float = field(
+        default=0.0, metadata={"help": "By the noised CLIP, the model's or that beside it; 0: none."}
+    )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice and of the first picture."})
     output: str = field(default="styles", metadata={"help": "Folder of the page, and of what was drawn."})
@@ -88,7 +91,7 @@ def accuracies(found: list[str], truth: list[str]) -> dict[str, float]:
 def styles(config: StylesConfig) -> dict[str, Any]:
     """Accuracy of the styles, of drawn and of real held-out pictures; retrieval of the concept; writes the
     page, each drawn picture beside its nearest training picture, and sheet.png."""
-    pipe, judge = load_pipeline(config.model), Judge(config.judge)
+    pipe, judge = with_guides(config.model), Judge(config.judge)
     classifier: Any = NoisyClassifier.from_pretrained(config.classifier).eval()
     known = list(classifier.config.labels)
     require(set(config.styles) <= set(known), "styles", config.styles, f"some of the classifier's, {known}")
@@ -110,6 +113,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         seed=config.seed,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        clip_guidance_scale=config.clip_guidance_scale,
         batch_size=config.batch_size,
         folder=Path(config.output) / "samples",
     )
