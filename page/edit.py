@@ -61,8 +61,8 @@ def frame_around(picture: Image.Image, left: int, right: int, top: int, bottom: 
 
 def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]:
     """The widgets and events of editing, and the row that buttons for the result go into."""
-    paint = InpaintPipeline.from_pipe(pipe, torch_dtype=None)  # the same weights, as they are
-    redraw = ImageToImagePipeline.from_pipe(pipe, torch_dtype=None)
+    paint = InpaintPipeline.from_pipe(pipe)  # the same weights, as they are
+    redraw = ImageToImagePipeline.from_pipe(pipe)
     for other in (paint, redraw):
         other.upsampler = pipe.upsampler
         other.set_progress_bar_config(disable=True)

@@ -25,8 +25,11 @@ class ConversionMixin:
         """As diffusers', with our U-Net and scheduler in place of theirs; weights are shared, not copied.
 
         The other way, a pipeline of diffusers wants to be handed our U-Net by name:
-        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`.
+        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`. They keep their precision unless told
+        otherwise: a cast, diffusers' default, would change the given pipeline's too.
         """
+        if "torch_dtype" not in kwargs and "dtype" not in kwargs:
+            kwargs["torch_dtype"] = pipeline.dtype
         parameters = inspect.signature(cls.__init__).parameters
         for name in parameters.keys() & pipeline.components.keys():
             component = kwargs.get(name, pipeline.components[name])

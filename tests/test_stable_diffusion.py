@@ -19,7 +19,7 @@ from original_layout import original_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
 
-from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines import ConditionalUNet, DDPMScheduler, InpaintPipeline, TextToImagePipeline
 from training.tokenizer import build_clip_tokenizer
 
 PROMPT = "a corgi in a party hat"
@@ -231,6 +231,10 @@ def test_from_pipe_shares_the_weights_both_ways(make_theirs):
     blocks = {f"num_{half}_blocks": (1, 1) for half in ("encoder", "decoder")}
     ours.vae = diffusers.AutoencoderTiny(**widths, **blocks)
     assert TextToImagePipeline.from_pipe(ours).vae is ours.vae  # a kind of vae that no annotation names
+
+    ours.to(torch.bfloat16)
+    assert InpaintPipeline.from_pipe(ours).unet.dtype == ours.unet.dtype == torch.bfloat16
+    assert InpaintPipeline.from_pipe(ours, torch_dtype=torch.float32).unet.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- full size

@@ -401,7 +401,7 @@ def test_the_keyboard_alone_draws_and_edits(open_page, pipe):
     page.keyboard.type("a cat")
     page.keyboard.press("Enter")
     result = picture_in(page, "#edit_result")
-    redraw = ImageToImagePipeline.from_pipe(pipe, torch_dtype=None)
+    redraw = ImageToImagePipeline.from_pipe(pipe)
     redraw.set_progress_bar_config(disable=True)
     seed = int(page.locator("#edit_seed input").input_value())
     options = {"strength": 0.7, "generator": torch.Generator().manual_seed(seed)}
