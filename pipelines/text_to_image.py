@@ -222,8 +222,11 @@ class TextToImagePipeline(
         lora_scale: float | None = None,
     ) -> TextEmbeddings:
         """`conditioning.encode_prompt` with this pipeline's tower, textual inversions and precision."""
+        learned = self.tokenizer is not None and self.tokenizer.added_tokens_encoder.keys() - set(
+            self.tokenizer.all_special_tokens
+        )  # by textual inversion
         for name in ("prompt", "negative_prompt"):
-            if getattr(inputs, name) is not None and self.tokenizer is not None:
+            if learned and getattr(inputs, name) is not None:
                 converted = self.maybe_convert_prompt(getattr(inputs, name), self.tokenizer)
                 inputs = inputs._replace(**{name: converted})
         with text_lora_scaled(self.text_encoder, lora_scale):
