@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from training.building import load_text_tower
+from training.caches import cache_text
 from training.config import parse_config, require, run
 from training.data import (
     PictureCache,
@@ -253,7 +254,7 @@ def load_splits(config: ClipTrainingConfig) -> PictureCache:
 def train_noised(config: ClipTrainingConfig) -> None:
     """`--noised`: of the sizes only patch_size (of x_t), vision_width, vision_layers and head_dim count."""
     from pipelines.components.noisy_clip import NoisyCLIP
-    from training.noised import NoisedPictures, embed_prompts, text_width, train_tower
+    from training.noised import NoisedPictures, text_width, train_tower
     from training.samples import load_pipeline
 
     require(config.distill == "none", "distill", config.distill, "none with noised")
@@ -264,6 +265,7 @@ def train_noised(config: ClipTrainingConfig) -> None:
     fits = isinstance(side, int) and side % config.patch_size == 0
     require(fits, "patch_size", config.patch_size, f"a divisor of {side}, the side of what the U-Net sees")
     pictures = NoisedPictures(pipe, config.dataset, config.splits, config.cache_dir)
+    captions = cache_text(pictures.data.captions, pipe.tokenizer, pipe.text_encoder, config.cache_dir)
     set_seed(config.seed)
     model = NoisyCLIP(
         sample_size=side,
@@ -284,7 +286,8 @@ def train_noised(config: ClipTrainingConfig) -> None:
             generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step, rank))
             draws = torch.rand(len(indices), 2, generator=generator)
             rows = pictures.data.choose_captions(indices, draws, config.canonical_caption).tolist()
-            texts = embed_prompts(pipe, [pictures.data.captions[i] for i in rows]).to(accelerator.device)
+            pooled = captions([pictures.data.captions[i] for i in rows])[1]
+            texts = F.normalize(pooled.float(), dim=-1).to(accelerator.device)
             images = trained(x_t.to(accelerator.device), t.to(accelerator.device))
             scale = accelerator.unwrap_model(trained).scale
             return contrastive(images, texts, scale), {"scale": float(scale.detach())}
