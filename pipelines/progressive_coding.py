@@ -217,7 +217,7 @@ def encode(
         pipe: a TextToImagePipeline that draws RGB pixels.
         pictures: RGB, of the U-Net's size; one of them if progressive. captions: one for each.
         kind: "progressive" or "lossless".
-        steps, end, variance_type: see `coding_chain`; by default the end is `best_end` of the first picture.
+        steps, end, variance_type: see `coding_chain`; by default the end is `best_end` of these pictures.
         seed: of the randomness that both sides share.
 
     Raises:
@@ -231,7 +231,7 @@ def encode(
     coding_chain(pipe, steps, end or 0, variance_type)  # its errors, before work
     x0s = [to_x0(levels_of(picture, pipe)) for picture in pictures]
     if end is None:
-        end = best_end(pipe, x0s[0], captions[0], steps, variance_type, seed)
+        end = best_end(pipe, x0s, captions, steps, variance_type, seed)
     chain, cost = coding_chain(pipe, steps, end, variance_type), Cost()
     header = environment() | {"model": fingerprint(pipe), "kind": kind, "captions": captions}
     header |= {"steps": steps, "end": end, "variance": variance_type, "seed": seed}

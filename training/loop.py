@@ -112,8 +112,8 @@ def make_accelerator(
 
 
 def attention_of(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
-    """The attention kernels to train with: torch's own choice, but on a CPU in bf16 plain matrix products, for
-    there the fused kernel's backward pass took three times longer than in fp32."""
+    """The attention kernels to train with: torch's own choice, but on a CPU in bf16 plain matrix products, as
+    the backward pass of the fused kernel took three times as long there as in fp32."""
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
