@@ -38,10 +38,10 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},
     "WebP lossless": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
 }
-LOSSY: dict[str, dict[str, Any]] = {
-    "JPEG": {"format": "JPEG", "optimize": True},
+LOSSY: dict[str, dict[str, Any]] = {  # colour at full size where the format has it: flat art needs it
+    "JPEG": {"format": "JPEG", "optimize": True, "subsampling": "4:4:4"},
     "WebP": {"format": "WEBP", "method": 6},
-    "AVIF": {"format": "AVIF", "speed": 0},
+    "AVIF": {"format": "AVIF", "speed": 0, "subsampling": "4:4:4"},
 }
 QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
 CUTS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the coded bytes
