@@ -1,8 +1,10 @@
 """From diffusers' pipelines and files to our classes, on the same weights."""
 
+import contextlib
 import inspect
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,21 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 LINKS = ("https://", "http://", "huggingface.co/", "hf.co/")
+
+
+@contextlib.contextmanager
+def without_false_alarms() -> Iterator[None]:
+    """Without diffusers' warning of modules that a cast should leave in float32 where it lists none, []."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def lists_some(record: logging.LogRecord) -> bool:
+        return "in float32: []" not in record.getMessage()
+
+    logger.addFilter(lists_some)
+    try:
+        yield
+    finally:
+        logger.removeFilter(lists_some)
 
 
 class ConversionMixin:
@@ -29,14 +46,15 @@ class ConversionMixin:
         otherwise: a cast, diffusers' default, would change the given pipeline's too.
         """
         if "torch_dtype" not in kwargs and "dtype" not in kwargs:
-            kwargs["torch_dtype"] = pipeline.dtype
+            kwargs["dtype"] = pipeline.dtype
         parameters = inspect.signature(cls.__init__).parameters
         for name in parameters.keys() & pipeline.components.keys():
             component = kwargs.get(name, pipeline.components[name])
             own = cls.own_class(type(component).__name__)
             # passed by name, for else diffusers leaves out what is not exactly of an annotated class
             kwargs[name] = component if own is None else rebuild(component, own)
-        return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        with without_false_alarms():
+            return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs: Any) -> Any:

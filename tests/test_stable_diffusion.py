@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import logging
 import os
 import resource
 import time
