@@ -208,7 +208,7 @@ def test_single_file_that_cannot_be_read_says_why(tmp_path):
 # ---------------------------------------------------------------- one pipeline out of another
 
 
-def test_from_pipe_shares_the_weights_both_ways(make_theirs):
+def test_from_pipe_shares_the_weights_both_ways(make_theirs, caplog, monkeypatch):
     theirs = make_theirs(2)
     theirs.unet.conv_out.requires_grad_(False)
     expected = draw(theirs)
@@ -234,8 +234,11 @@ def test_from_pipe_shares_the_weights_both_ways(make_theirs):
     assert TextToImagePipeline.from_pipe(ours).vae is ours.vae  # a kind of vae that no annotation names
 
     ours.to(torch.bfloat16)
+    caplog.clear()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     assert InpaintPipeline.from_pipe(ours).unet.dtype == ours.unet.dtype == torch.bfloat16
     assert InpaintPipeline.from_pipe(ours, torch_dtype=torch.float32).unet.dtype == torch.float32
+    assert "float32" not in caplog.text
 
 
 # ---------------------------------------------------------------- full size
