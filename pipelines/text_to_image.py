@@ -222,9 +222,8 @@ class TextToImagePipeline(
         lora_scale: float | None = None,
     ) -> TextEmbeddings:
         """`conditioning.encode_prompt` with this pipeline's tower, textual inversions and precision."""
-        learned = self.tokenizer is not None and self.tokenizer.added_tokens_encoder.keys() - set(
-            self.tokenizer.all_special_tokens
-        )  # by textual inversion
+        tokenizer = self.tokenizer  # with tokens of textual inversion, maybe
+        learned = tokenizer and set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
         for name in ("prompt", "negative_prompt"):
             if learned and getattr(inputs, name) is not None:
                 converted = self.maybe_convert_prompt(getattr(inputs, name), self.tokenizer)

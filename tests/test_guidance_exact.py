@@ -196,6 +196,6 @@ def test_at_scale_1_the_chain_samples_the_posterior_and_beyond_it_not_the_tilted
     assert errors[-1][1] < errors[0][1]
     guided = propagated(make_scheduler(ancestral), 1000, 3.0, ancestral, classifier_free)
     aim = tilted(3.0)
-    print(f"{form}, s = 3, 1000 steps: mean {guided.mean:.3f}, variance {guided.variance:.4f}; tilted density "
-          f"{aim.mean:.3f}, {aim.variance:.4f}")  # fmt: skip
+    print(f"{form}, s = 3, 1000 steps: mean {guided.mean:.3f}, variance {guided.variance:.4f}; tilted "
+          f"density {aim.mean:.3f}, {aim.variance:.4f}")  # fmt: skip
     assert abs(guided.mean - aim.mean) > 0.02 and guided.variance < 0.9 * aim.variance
