@@ -291,6 +291,33 @@ def test_last_step_adds_no_noise(variance: str) -> None:
             assert (noisy - x0).std() > 0.01
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rule", X0_RULES, ids=str)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_less_noise_equals_diffusers_ddim(prediction: str, rule: dict[str, Any], eta: float) -> None:
+    """A whole run, noise and all, with eps taken from the clipped x0 (their use_clipped_model_output). In
+    float64: their weight of eps at the noisiest step is what is left of 1 - 1."""
+    settings = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"} | rule
+    ours = DDPMScheduler(prediction_type=prediction, eta=eta, **settings)
+    theirs = DDIMScheduler(prediction_type=prediction, **settings)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    theirs.final_alpha_cumprod = theirs.final_alpha_cumprod.double()
+    ours.set_timesteps(20)
+    theirs.set_timesteps(20)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    x, y = (gauss(*SHAPE, seed=3, dtype=torch.float64) for _ in range(2))
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    for i, t in enumerate(ours.timesteps):
+        output = torch.tanh(gauss(*SHAPE, seed=10 + i, dtype=torch.float64) + x)
+        x = ours.step(output, t, x, generator=generators[0]).prev_sample
+        output = torch.tanh(gauss(*SHAPE, seed=10 + i, dtype=torch.float64) + y)
+        theirs_step = theirs.step(output, t, y, eta, use_clipped_model_output=True, generator=generators[1])
+        y = theirs_step.prev_sample
+        assert difference(x, y) < TOLERANCE, i
+    if eta < 1:  # ancestral sampling draws on the last step too, as diffusers' DDPM does
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
 def test_without_set_timesteps_the_last_step_is_0() -> None:
     ours = DDPMScheduler(variance_type="fixed_large")
     output, x = gauss(*SHAPE, seed=3), gauss(*SHAPE, seed=4)
@@ -595,7 +622,10 @@ def test_from_config_both_ways(other: Any) -> None:
 
 
 def test_config_keys_and_defaults_are_diffusers() -> None:
-    assert dict(DDPMScheduler().config) == dict(Diffusers().config)
+    config, theirs = (
+        {k: v for k, v in cls().config.items() if k[0] != "_"} for cls in (DDPMScheduler, Diffusers)
+    )
+    assert config == theirs | {"eta": 1.0}
     ours, theirs = DDPMScheduler(), Diffusers()
     for name in ("betas", "alphas", "alphas_cumprod", "one", "timesteps"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
@@ -685,6 +715,8 @@ def test_diffusers_pipeline_draws_the_same_picture() -> None:
         {"clip_sample_range": 0.0},
         {"dynamic_thresholding_ratio": 1.5},
         {"sample_max_value": -1.0},
+        {"eta": 1.5},
+        {"eta": -0.1},
     ],
 )
 def test_wrong_config_is_named(wrong: dict) -> None:

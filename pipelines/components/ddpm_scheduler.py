@@ -9,8 +9,8 @@ Where a function takes `abar_t` or `abar_prev` it may be a float, a 0-d tensor, 
 anything that broadcasts against x, which may have any rank. Arithmetic is in float32 (float64 if x is),
 results have the dtype of x. Shapes that do not fit, and integer pictures, raise ValueError.
 
-Papers: Ho 2020 (arXiv 2006.11239), Nichol 2021 (2102.09672), Salimans 2022 (2202.00512), Imagen (2205.11487),
-Lin 2023 (2305.08891).
+Papers: Ho 2020 (arXiv 2006.11239), Song 2020 (2010.02502), Nichol 2021 (2102.09672), Salimans 2022
+(2202.00512), Imagen (2205.11487), Lin 2023 (2305.08891).
 """
 
 import math
@@ -156,16 +156,24 @@ def predict_x0(
     return x0.to(torch.result_type(x_t, model_output))
 
 
-def posterior_mean(x0: Tensor, x_t: Tensor, abar_t: Tensor | float, abar_prev: Tensor | float) -> Tensor:
+def posterior_mean(
+    x0: Tensor, x_t: Tensor, abar_t: Tensor | float, abar_prev: Tensor | float, eta: float = 1.0
+) -> Tensor:
     """Mean of q(x_prev | x_t, x0), shape of x_t; x0 itself where abar_prev = 1. Ho 2020, eq. 7.
 
     mu~ = [sqrt(abar_prev) beta_t x0 + sqrt(alpha_t) (1 - abar_prev) x_t]/(1 - abar_t)
+
+    eta < 1 is for the chain with the same q(x_t | x0) whose steps add eta^2 beta~_t. Song 2020, eq. 7:
+    mu~ = sqrt(abar_prev) x0 + w (x_t - sqrt(abar_t) x0), w^2 = (1 - abar_prev - eta^2 beta~_t)/(1 - abar_t)
     """
     abar_t, abar_prev = expand(abar_t, x_t), expand(abar_prev, x_t)
     alpha_t = abar_t / abar_prev
-    beta_t = 1 - alpha_t
-    x0_weight = abar_prev.sqrt() * beta_t / (1 - abar_t)
+    x0_weight = abar_prev.sqrt() * (1 - alpha_t) / (1 - abar_t)
     x_t_weight = alpha_t.sqrt() * (1 - abar_prev) / (1 - abar_t)
+    if eta < 1:
+        noise = 1 - abar_prev - eta**2 * posterior_variance(abar_t, abar_prev)
+        x_t_weight = (noise / (1 - abar_t)).sqrt()
+        x0_weight = abar_prev.sqrt() - x_t_weight * abar_t.sqrt()
     return (x0_weight * x0 + x_t_weight * x_t).to(torch.result_type(x0, x_t))
 
 
@@ -234,6 +242,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing, steps_offset: which timesteps `set_timesteps(n)` visits; see `spaced_timesteps`.
             `leading` never visits the noisiest one; models of ours ask for "trailing".
         rescale_betas_zero_snr: make abar_{T-1} = 0; for v_prediction or sample.
+        eta: share of sigma_t that `step` adds, in [0, 1]; 0 is DDIM with eps taken from the clipped x0.
 
     Unusable arguments raise ValueError. In float32 results are diffusers' up to rounding, save where it errs:
         - The last step adds no noise, whatever its t. diffusers adds some if t > 0: its last picture is noisy
@@ -269,6 +278,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        eta: float = 1.0,
     ) -> None:
         for name, value, allowed in (
             ("beta_schedule", beta_schedule, BETA_SCHEDULES),
@@ -285,6 +295,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         require(sample_max_value > 0, "sample_max_value", sample_max_value, "above 0")
         p = dynamic_thresholding_ratio
         require(0 <= p <= 1, "dynamic_thresholding_ratio", p, "in [0, 1]")
+        require(0 <= eta <= 1, "eta", eta, "in [0, 1]")
 
         if trained_betas is not None:
             betas = torch.tensor(trained_betas, dtype=torch.float32)
@@ -392,7 +403,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x_prev = mean + sigma_t z, z ~ N(0, I), and z = 0 on the last step. Ho 2020, algorithm 2.
+        """x_prev = mean + eta sigma_t z, z ~ N(0, I), and z = 0 on the last step. Ho 2020, algorithm 2.
 
         Tensors as for `p_mean_variance`, one timestep for all. With a list of generators, one per image (else
         ValueError), the noise of image i comes from generator i alone, whatever batch it is in.
@@ -406,7 +417,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         require(single, "timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
         prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, t, sample)
-        if t > 0:
+        eta = self.config.eta
+        if eta < 1:
+            abar_t, abar_prev = (self._abar(step, sample) for step in (t, self.previous_timestep(t)))
+            prev_sample = posterior_mean(x0, sample.to(x0.dtype), abar_t, abar_prev, eta)
+        if t > 0 and eta > 0:
             # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
             # unused, so that a generator that serves several runs goes through the same states.
             z = randn_tensor(sample.shape, generator, model_output.device, model_output.dtype)
@@ -414,7 +429,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
                 # The two ways are diffusers', so that rounding does not add up over 1000 steps.
                 root = self.config.variance_type in ("fixed_small", "fixed_large", None)
                 sigma = variance.sqrt() if root else torch.exp(0.5 * log_variance)
-                prev_sample = prev_sample + sigma * z
+                prev_sample = prev_sample + eta * sigma * z
 
         dtype = torch.result_type(model_output, sample)
         prev_sample, x0 = _saturate(prev_sample, dtype), _saturate(x0, dtype)
