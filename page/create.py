@@ -161,7 +161,7 @@ def advanced_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Compo
         clip_guidance = gr.Slider(
             0,
             10,
-            value=0,
+            value=0 if pipe.noisy_clip is None else pipe.config.default_clip_guidance_scale,
             step=0.5,
             label="CLIP guidance",
             info="Pulls towards what a CLIP finds in the words; 0 is off.",

@@ -38,7 +38,7 @@ def field_value(name: str, field: Any, text: str | None) -> Any:
 
 def restore(path: str, tabs: dict[str, Tab], model: str) -> tuple[str, dict]:
     """(the tab that a picture was made in, updates of its widgets) from what its PNG says."""
-    settings = read_settings(path)
+    settings = {"clip_guidance": "0"} | read_settings(path)  # not said where it was off, whatever it is now
     name = TABS.get(settings.get("task", ""), "create")
     if name not in tabs:
         raise user_error("This picture was enlarged, and there is no upsampler here.")

@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, metavar="N", help="picture i gets N + i; default: a random one")
     parser.add_argument("--steps", type=int, metavar="N", help=f"denoising steps; {own}")
     parser.add_argument("--guidance", type=float, metavar="G", help=f"how closely to follow, 1 is off; {own}")
-    parser.add_argument("--clip-guidance", type=float, default=0, metavar="S", help="CLIP guidance; 0 is off")
+    clip_scale = "CLIP guidance, 0 is off; default: the model's own, or 0 with --guidance"
+    parser.add_argument("--clip-guidance", type=float, metavar="S", help=clip_scale)
     clip_help = (
         "a clean CLIP for --clip-guidance and --best-of: folder or open_clip's name; default: the model's own"
     )
@@ -182,10 +183,11 @@ def load_upsampler(pipe: Any, model: Path, given: Path | None) -> Any:
 
 
 def load_guides(pipe: Any, args: argparse.Namespace) -> None:
-    """Where the call asks for guidance or a ranking that the model has no part for: the folder beside it,
-    with -guidance added to its name."""
+    """Where the call asks for guidance or a ranking that the model has no part for, or the model does by its
+    defaults: the folder beside it, with -guidance added to its name."""
     folder = args.model.resolve().with_name(f"{args.model.resolve().name}-guidance")
-    by_clip = args.clip_guidance or args.best_of > 1
+    by_default = args.clip_guidance is None and args.guidance is None and args.clip_model is None
+    by_clip = args.clip_guidance or args.best_of > 1 or by_default and pipe.config.default_clip_guidance_scale
     lacks_clip = by_clip and pipe.noisy_clip is None and pipe.clip_guidance_model is None
     lacks_classifier = args.classifier_guidance and pipe.noisy_classifier is None
     if (lacks_clip or lacks_classifier) and folder.is_dir():
@@ -212,16 +214,17 @@ def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
 
 
 def convert_scheduler(scheduler: Any, cls: type) -> Any:
-    """`cls.from_config(scheduler.config)`, with clip_sample kept where `cls` has only thresholding.
+    """`cls.from_config(scheduler.config)`, with clip_sample kept where `cls` has only thresholding, and DDPM
+    with all its noise.
 
     Thresholding with a sample_max_value of 1 is clipping to [-1, 1]. Without it a pixel model that predicts
     eps divides by a tiny sqrt(abar) at its noisiest steps, and nothing brings the picture back.
     """
     config, known = scheduler.config, inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
-    changes = {}
+    changes: dict[str, Any] = {"eta": 1.0} if "eta" in known else {}
     if clips and "clip_sample" not in known and "thresholding" in known:
-        changes = {"thresholding": True, "sample_max_value": 1.0}
+        changes |= {"thresholding": True, "sample_max_value": 1.0}
     return cls.from_config(config, **changes)  # type: ignore[attr-defined]
 
 
@@ -278,8 +281,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
     first = args.seed if args.seed is not None else secrets.randbelow(2**31)
     seeds = list(range(first, first + args.num_images))
     steps = pipe.config.default_num_inference_steps if args.steps is None else args.steps
-    guidance = pipe.config.default_guidance_scale if args.guidance is None else args.guidance
-    extra = {name: getattr(args, name) for name, off in EXTRAS.items() if getattr(args, name) != off}
+    extra = {name: getattr(args, name) for name in EXTRAS}
     if args.clip_model is not None and Path(args.clip_model).exists():
         extra["clip_model"] = Path(args.clip_model).resolve().name
     paths, size = [], BATCH_SIZE if args.best_of == 1 else 1
@@ -291,7 +293,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
             height=args.height,
             width=args.width,
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=args.guidance,
             negative_prompt=args.negative_prompt,
             num_images_per_prompt=len(batch),
             generator=generators if args.best_of == 1 else generators[0],  # one draws all its candidates
@@ -301,14 +303,15 @@ def draw(args: argparse.Namespace) -> list[Path]:
             class_labels=args.class_label,
             num_candidates=args.best_of,
         ).images
+        extra["clip_guidance"] = pipe.clip_guidance_scale  # the model's own, where none was asked for
         for seed, image in zip(batch, images, strict=True):
             settings = {
                 "prompt": args.prompt,
                 "negative_prompt": args.negative_prompt or "",
                 "seed": seed,
                 "steps": steps,
-                "guidance_scale": guidance,
-                **extra,
+                "guidance_scale": pipe.guidance_scale,
+                **{name: value for name, value in extra.items() if value != EXTRAS[name]},
                 "scheduler": type(pipe.scheduler).__name__,
                 "width": image.width,
                 "height": image.height,

@@ -206,7 +206,11 @@ def cut_outs(images: Tensor, count: int, size: int, seed: int) -> Tensor:
 
 def step_variance(scheduler: Any, model_output: Tensor, t: Any, x_t: Tensor) -> Tensor | float | None:
     """Sigma of the step from x_t: 0 for the last, which adds no noise; None for a scheduler that has no
-    `p_mean_variance` (all but our DDPMScheduler), and so no mean to shift."""
+    `p_mean_variance` (all but our DDPMScheduler), and so no mean to shift.
+
+    The same Sigma where eta < 1 adds less noise than it tells: in the prediction, the other place for a
+    gradient, x0's clipping would take away most of it on white ground.
+    """
     if not hasattr(scheduler, "p_mean_variance"):
         return None
     if int(t) == int(scheduler.timesteps[-1]):
@@ -313,6 +317,8 @@ class GuidanceMixin:
     `prepare_guidance` once and then, at each step, that object on `predict`.
     """
 
+    config: Any
+    vae_scale_factor: Any
     unet: Any
     scheduler: Any
     noisy_clip: Any
@@ -321,12 +327,30 @@ class GuidanceMixin:
     _execution_device: Any
     _cross_attention_kwargs: dict[str, Any] | None
     _guidance_scale: float
+    _clip_guidance_scale: float
     _guidance_rescale: float
     _weights: Sequence[float] = ()
 
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def clip_guidance_scale(self) -> float:
+        return self._clip_guidance_scale
+
+    def guidance_defaults(
+        self, guidance_scale: float | None, clip_guidance_scale: float | None, size: tuple[int, int] | Any
+    ) -> tuple[float, float]:
+        """(s of classifier-free, s of CLIP guidance) of a call, the folder's own where None is given:
+        the latter where both are None and its `noisy_clip` sees pictures of this (height, width), else 0."""
+        own, clip = self.config.default_clip_guidance_scale, self.noisy_clip
+        if clip_guidance_scale is None:
+            side = 0 if clip is None else clip.config.sample_size * self.vae_scale_factor
+            clip_guidance_scale = own if guidance_scale is None and size == (side, side) else 0.0
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        return guidance_scale, clip_guidance_scale
 
     @property
     def guidance_rescale(self) -> float:

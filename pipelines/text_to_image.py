@@ -65,8 +65,8 @@ class TextToImagePipeline(
         clip_guidance_model: GuidanceCLIP, or what `GuidanceCLIP.load` makes one of: a folder, open_clip's
             name. All three are for guidance beyond the U-Net's own, and saved along where they are there.
         image_encoder, requires_safety_checker: unused, kept so that such a folder saves back whole.
-        default_guidance_scale, default_num_inference_steps: what a call that does not say gets; they are
-            saved in model_index.json, so that each model folder brings its own.
+        default_guidance_scale, default_num_inference_steps, default_clip_guidance_scale: what a call that
+            does not say gets; saved in model_index.json, so that each model folder brings its own.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -93,15 +93,15 @@ class TextToImagePipeline(
         requires_safety_checker: bool = False,
         default_guidance_scale: float = 7.5,
         default_num_inference_steps: int = 50,
+        default_clip_guidance_scale: float = 0.0,
     ) -> None:
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("A `safety_checker` needs its `feature_extractor`; pass both or neither.")
         if isinstance(clip_guidance_model, str):
             clip_class: Any = own_class("GuidanceCLIP")
-            check(
-                "clip_guidance_model", clip_guidance_model, clip_class, "a GuidanceCLIP where that is no file"
-            )
+            rule = "a GuidanceCLIP where that is no file"
+            check("clip_guidance_model", clip_guidance_model, clip_class, rule)
             clip_guidance_model = clip_class.load(clip_guidance_model)
         self.register_modules(
             tokenizer=tokenizer,
@@ -120,6 +120,7 @@ class TextToImagePipeline(
             requires_safety_checker=requires_safety_checker,
             default_guidance_scale=default_guidance_scale,
             default_num_inference_steps=default_num_inference_steps,
+            default_clip_guidance_scale=default_clip_guidance_scale,
         )
 
     # what ConversionMixin takes from the other leaves
@@ -304,7 +305,7 @@ class TextToImagePipeline(
         guidance_interval: tuple[float, float] | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
-        clip_guidance_scale: float = 0.0,
+        clip_guidance_scale: float | None = None,
         clip_guidance: str = "noised",
         clip_guidance_cut_outs: int = 8,
         clip_guidance_through_unet: bool = False,
@@ -341,9 +342,8 @@ class TextToImagePipeline(
             callback_on_step_end_tensor_inputs: names out of `_callback_tensor_inputs`; default ["latents"].
             guidance_interval: (lo, hi) in noise level sigma = sqrt((1 - abar) / abar); guidance, of any kind,
                 is on where lo < sigma <= hi, elsewhere its passes are left out (Kynkaanniemi et al. 2024).
-            pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, P), needed beside ready token states by
-                models with `requires_pooled_text`.
-            clip_guidance_scale: s of CLIP guidance, 0 is off; beside classifier-free guidance, or alone.
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: (B, P), where `requires_pooled_text` is true.
+            clip_guidance_scale: s of CLIP guidance. None: the folder's own if guidance_scale is None, else 0.
             clip_guidance: "noised", by `noisy_clip`, or "clean", by `clip_guidance_model` on the predicted
                 x0, seen whole and in `clip_guidance_cut_outs` - 1 random squares; its gradient runs through
                 the U-Net with `clip_guidance_through_unet`, which takes twice the time or more.
@@ -365,10 +365,9 @@ class TextToImagePipeline(
         factor = self.enlargement(height, width, own, self.size_unit, prompt is not None)
         if factor > 1:
             height, width = height // factor, width // factor
-        steps = (
-            self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        )
-        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        steps = self.config.default_num_inference_steps if (n := num_inference_steps) is None else n
+        own_guide = clip_guidance == "noised" and prompt is not None and (height, width)
+        scale, clip_guidance_scale = self.guidance_defaults(guidance_scale, clip_guidance_scale, own_guide)
         num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
         output_type = "pil" if output_type is None else output_type
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -403,7 +402,8 @@ class TextToImagePipeline(
             callback_on_step_end_tensor_inputs,
             guidance_interval,
         )
-        self._guidance_scale, self._guidance_rescale, self._clip_skip = scale, guidance_rescale, clip_skip
+        self._guidance_scale, self._clip_guidance_scale = scale, clip_guidance_scale
+        self._guidance_rescale, self._clip_skip = guidance_rescale, clip_skip
         self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
         words, guided = plain_texts(prompt), self.do_classifier_free_guidance
         size = (height // self.vae_scale_factor, width // self.vae_scale_factor)

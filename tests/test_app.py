@@ -211,6 +211,23 @@ def test_every_advanced_setting_reaches_the_pipeline_and_the_file(client, pipe):
         assert (image.text["guidance_from"], image.text["guidance_to"]) == ("1", "9")
 
 
+def test_guidance_stands_where_the_model_has_it(pipe, tmp_path):
+    """The model's own of CLIP guidance only where it has the CLIP for it."""
+    parts = dict(pipe.components)
+    for noisy_clip, shown in ((parts.pop("noisy_clip"), 1.5), (None, 0)):
+        own = TextToImagePipeline(
+            **parts, noisy_clip=noisy_clip, default_guidance_scale=2.5, default_clip_guidance_scale=1.5
+        )
+        with app.gr.Blocks():
+            tab, _row = create.create_tab(own, app.gr.State([]))
+        fields = tab.fields
+        assert (fields["guidance_scale"].value, fields["clip_guidance"].value) == (2.5, shown)
+        about = {"prompt": "a cat", "Software": "Corgi"}  # a picture of a guidance that was off, so not said
+        file = common.save_png(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
+        _, updates = visit.restore(str(file), {"create": tab}, "tiny-model")
+        assert updates[fields["clip_guidance"]] == 0
+
+
 def test_several_of_the_best_have_a_seed_each(client, pipe):
     files, _ = generate(client, "a cat", seed=60, num_images=2, best_of=3)
     for i, file in enumerate(files):

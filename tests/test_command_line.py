@@ -1,5 +1,6 @@
 """`python -m pipelines`: what it writes, what it says, and what it refuses."""
 
+import json
 import os
 import re
 import shutil
@@ -141,6 +142,24 @@ def test_guidance_by_other_networks_and_best_of(model, tmp_path, capsys):
         shutil.rmtree(beside)
     assert run("an owl", "--model", model, "--out", tmp_path / "out", "--seed", 3) == 0
     assert not said.keys() & Image.open(capsys.readouterr().out.splitlines()[0]).text.keys()
+
+
+def test_the_models_own_clip_guidance_takes_the_guide_beside_it(model, tmp_path, capsys):
+    """Unless a guidance is given; what was used stands in the file."""
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    index = json.loads((own / "model_index.json").read_text())
+    (own / "model_index.json").write_text(json.dumps(index | {"default_clip_guidance_scale": 2.0}))
+    torch.manual_seed(0)
+    NoisyCLIP(16, 3, 8, 16, 1, 2, 24).save_pretrained(tmp_path / "own-guidance" / "noisy_clip")
+    pictures = []
+    for options in ([], ["--clip-guidance", 2], ["--guidance", 2.5], ["--clip-guidance", 0]):
+        assert run("an owl", "--model", own, "--out", tmp_path / "out", "--seed", 3, *options) == 0
+        pictures.append(Image.open(capsys.readouterr().out.splitlines()[0]))
+    assert [picture.text.get("clip_guidance") for picture in pictures] == ["2.0", "2.0", None, None]
+    assert {picture.text["guidance_scale"] for picture in pictures} == {"2.5"}
+    guided, same, plain, off = (np.array(picture).astype(int) for picture in pictures)
+    assert (guided == same).all() and (plain == off).all() and (guided != plain).any()
 
 
 def test_large_sizes_take_the_upsampler_beside_the_model(model, make_upsampler, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Classifier and CLIP guidance, combined and weighted prompts, and best of n, in the pipeline."""
 
 import copy
+import functools
 import math
 
 import diffusers
@@ -88,6 +89,11 @@ def by_hand(pipe, scheduler, score, scale=3.0, steps=5, ancestral=True, prompt=P
                 clips = {"use_clipped_model_output": True} if type(scheduler) is DDIMScheduler else {}
                 latents = scheduler.step(eps, t, latents, **clips).prev_sample
                 continue
+            if type(scheduler) is DDIMScheduler:  # the prediction's own step, then DDPM's shift
+                variance = scheduler._get_variance(t, t - 1000 // steps)
+                latents = scheduler.step(eps, t, latents, use_clipped_model_output=True).prev_sample
+                latents = latents + variance * gradient
+                continue
             variance = scheduler._get_variance(t) if i < steps - 1 else 0.0
             latents = scheduler.step(eps, t, latents, generator=generator).prev_sample + variance * gradient
     return latents
@@ -105,6 +111,7 @@ def class_score_of(pipe, scale):
 
 SCHEDULERS = {
     "ours": (DDPMScheduler, diffusers.DDPMScheduler, True),
+    "ours without noise": (functools.partial(DDPMScheduler, eta=0.0), DDIMScheduler, True),
     "DDIM": (DDIMScheduler, DDIMScheduler, False),
     "Euler": (EulerDiscreteScheduler, EulerDiscreteScheduler, False),
 }
@@ -124,6 +131,30 @@ def test_noised_clip_and_classifier_guidance_together_equal_a_loop_by_hand(guide
     )
     assert (drawn - draw(guided)).abs().max() > 0.01
     torch.testing.assert_close(drawn, hand, atol=2e-4, rtol=1e-3)
+
+
+def test_the_folders_own_clip_guidance(make_pipeline, guides, tmp_path):
+    """It is on where neither scale is said, there is a noised CLIP, and that sees what is drawn."""
+    make_pipeline(default_clip_guidance_scale=40.0, **guides).save_pretrained(tmp_path)
+    pipe = TextToImagePipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn(**call):
+        call = {"prompt": PROMPT, "output_type": "latent", "generator": seeded()} | call
+        return pipe(**call).images, pipe.clip_guidance_scale
+
+    own, both, plain = drawn(), drawn(guidance_scale=3.0, **NOISED), drawn(clip_guidance_scale=0.0)
+    assert torch.equal(own[0], both[0]) and own[1] == both[1] == 40.0
+    assert (own[0] - plain[0]).abs().max() > 0.01 and plain[1] == 0.0
+    assert torch.equal(drawn(guidance_scale=3.0)[0], plain[0])
+    assert torch.equal(drawn(clip_guidance="clean")[0], plain[0])
+    large = {"height": 20, "width": 20}
+    assert torch.equal(drawn(**large)[0], drawn(clip_guidance_scale=0.0, **large)[0])
+    embeds, negative = pipe.encode_prompt(PROMPT)
+    ready = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    assert drawn(**ready)[1] == 0.0
+    pipe.register_modules(noisy_clip=None)
+    assert torch.equal(drawn()[0], plain[0])
 
 
 def clean_score_of(pipe, scale, through, decode):

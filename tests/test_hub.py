@@ -239,6 +239,7 @@ def test_our_format_can_be_asked_for(make_latent, tmp_path):
         ({"scheduler": {"clip_sample": True}}, "scheduler.clip_sample=True"),
         ({"scheduler": {"timestep_spacing": "leading"}}, "scheduler.steps_offset=0"),
         ({"scheduler": {"variance_type": "fixed_large"}}, "scheduler.variance_type='fixed_large'"),
+        ({"scheduler": {"eta": 0.0}}, "scheduler.eta=0.0"),
         ({"scheduler": {"rescale_betas_zero_snr": True}}, "rescale_betas_zero_snr"),
         ({"vae": None}, "vae=None"),
     ],
