@@ -20,8 +20,8 @@ class Forks:
     """The test's end: `run(job, ...)` runs jobs together and returns (exit code, seconds, output) of each.
 
     A job is {"call": name of a function below, "args": its arguments, "env": additions to the environment,
-    "kill": {"seconds": s, "file": path}}: SIGKILL s seconds after that file has grown, or without one after
-    the start.
+    "kill": {"seconds": s, "file": path, "lines": n}}: SIGKILL s seconds after that file has grown by n lines
+    (1 unless said), or without a file after the start.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ def start(job: dict[str, Any]) -> tuple[int, int, float]:
     os._exit(code)
 
 
-def watch(job: dict[str, Any], process: int, size: int) -> int:
+def watch(job: dict[str, Any], process: int, lines: int) -> int:
     """The process's end, brought about if the job says so; its exit code, or minus the signal."""
     kill_at = None
     while True:
@@ -120,16 +120,17 @@ def watch(job: dict[str, Any], process: int, size: int) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         kill = job.get("kill")
-        if kill and kill_at is None and ("file" not in kill or size_of(kill["file"]) > size):
-            kill_at = time.monotonic() + job["kill"]["seconds"]
+        if kill and kill_at is None:
+            if "file" not in kill or lines_of(kill["file"]) >= lines + kill.get("lines", 1):
+                kill_at = time.monotonic() + kill["seconds"]
         if kill_at is not None and time.monotonic() >= kill_at:
             os.kill(process, signal.SIGKILL)
             kill_at = float("inf")
         time.sleep(0.002)
 
 
-def size_of(path: str) -> int:
-    return os.stat(path).st_size if os.path.exists(path) else 0
+def lines_of(path: str) -> int:
+    return Path(path).read_bytes().count(b"\n") if os.path.exists(path) else 0
 
 
 def main() -> None:
@@ -139,11 +140,11 @@ def main() -> None:
 
     for line in sys.stdin:
         jobs = json.loads(line)
-        sizes = [size_of(job.get("kill", {}).get("file", "")) for job in jobs]
+        counts = [lines_of(job.get("kill", {}).get("file", "")) for job in jobs]
         started = [start(job) for job in jobs]
         results = []
-        for job, (process, output, began), size in zip(jobs, started, sizes, strict=True):
-            code = watch(job, process, size)
+        for job, (process, output, began), before in zip(jobs, started, counts, strict=True):
+            code = watch(job, process, before)
             os.lseek(output, 0, os.SEEK_SET)
             with os.fdopen(output, "rb") as file:
                 text = file.read().decode(errors="replace")

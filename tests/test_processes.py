@@ -121,23 +121,25 @@ def finished(results: list[tuple[int, float, str]]) -> list[float]:
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(forks, sources, tmp_path):
-    """SIGKILL six times, once before training begins: every step's loss and rate, the weights, their average
-    and AdamW's moments are those of the run that was left alone, bit for bit."""
+    """SIGKILL six times at random moments, once before training begins and once before there is a checkpoint:
+    every step's loss and rate, the weights, their average and AdamW's moments are those of the run that was
+    left alone, bit for bit."""
     steps, settings = 30, {"train_batch_size": 3, "gradient_accumulation_steps": 2, "checkpointing_steps": 2}
     settings |= {"max_train_steps": steps, "unet": sources["unet"] | {"dropout": 0.2}}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     finished(forks.run(job(whole, sources, **settings)))
     lines = steps_of(whole)
-    training_time = lines[-1][3] - lines[0][3]
+    step_time = (lines[-1][3] - lines[0][3]) / (steps - 1)
 
     chance, kills, starts = random.Random(), 0, []
+    waits = [1, chance.randint(4, 6), 0, *(chance.randint(1, 4) for _ in range(3))]  # steps before each kill
     settings["resume_from_checkpoint"] = "latest"
     while kills < 6:
         before = len(steps_of(parts))
         one = job(parts, sources, **settings)
-        one["kill"] = {"seconds": chance.uniform(0, 0.3) * training_time, "file": one["args"][0]}
-        if kills == 2:
-            del one["kill"]["file"]
+        one["kill"] = {"seconds": chance.uniform(0, 2 if waits[kills] > 1 else 0.9) * step_time}
+        if waits[kills]:
+            one["kill"] |= {"file": one["args"][0], "lines": waits[kills]}
         ((code, _, output),) = forks.run(one)
         if code == 0:
             break
