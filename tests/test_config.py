@@ -75,6 +75,12 @@ def test_an_unknown_key_is_named(tmp_path):
         parse("output_dir: a\nlearning_rat: 1\n", tmp_path)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("rate", "float"), ("steps", "int"), ("flip", "bool")])
+def test_nothing_where_something_is_needed_is_named(name, kind, tmp_path):
+    with pytest.raises(SystemExit, match=f"settings.yaml: {name} must be of type {kind}, got null"):
+        parse(f"output_dir: a\n{name}: null\n", tmp_path)
+
+
 def test_an_unknown_argument_is_named():
     with pytest.raises(SystemExit, match="--nonsense"):
         parse_config(Settings, ["--output_dir", "a", "--nonsense", "1"])

@@ -94,6 +94,15 @@ def test_concept_weights_in_closed_form():
     torch.testing.assert_close(concept_weights(concepts), expected)  # 0.25 is the default
 
 
+def test_style_weights_in_closed_form():
+    """The four pictures of a are in two styles, three and one, and b in the first: sizes four and one."""
+    concepts, styles = ["a", "a", "b", "a", "a"], ["x", "x", "x", "x", "y"]
+    for style_power, x, y in ((0.0, 1 / 4, 1.0), (0.5, 1 / 2, 1.0), (1.0, 1.0, 1.0)):
+        total = (3 * x + y) / 8 + x / 2
+        expected = torch.tensor([x / 8, x / 8, x / 2, x / 8, y / 8], dtype=torch.float64) / total
+        torch.testing.assert_close(concept_weights(concepts, 0.0, styles, style_power), expected)
+
+
 # ------------------------------------------------------------ pixels
 
 

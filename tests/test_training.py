@@ -347,6 +347,7 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("caption_dropout", {"caption_dropout": 1.1}),
         ("canonical_caption", {"canonical_caption": 1.5}),
         ("concept_power", {"concept_power": -1.0}),
+        ("style_power", {"style_power": 1.5}),
         ("timestep_shift", {"timestep_shift": 0.0}),
         ("more_ema_decays", {"more_ema_decays": [0.9995]}),
         ("more_ema_decays", {"more_ema_decays": [1.5]}),

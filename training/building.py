@@ -57,19 +57,28 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
     )
 
 
-def load_text_tower(folder: str) -> tuple[Any, CLIPTextModelWithProjection]:
-    """(tokenizer, text tower) of a pipeline's folder or a CLIP's. ValueError where there is none."""
+class _TowerOfCLIP(CLIPTextModelWithProjection):
+    """That the folder of a whole CLIP holds another tower too is nothing to warn of."""
+
+    _keys_to_ignore_on_load_unexpected = ["vision_model", "visual_projection", "logit_scale"]
+
+
+def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, CLIPTextModelWithProjection]:
+    """(tokenizer, text tower) of a pipeline's folder or a CLIP's. ValueError that names the argument
+    where there is none."""
     root = Path(folder)
     of_pipeline = (root / "model_index.json").is_file()
     try:
         tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer" if of_pipeline else root)
-        tower = CLIPTextModelWithProjection.from_pretrained(
+        loaded = _TowerOfCLIP.from_pretrained(
             root / "text_encoder" if of_pipeline else root, dtype=torch.float32
         )
     except OSError as error:
         raise ValueError(
-            f"text_encoder must be a folder of a pipeline or a CLIP, got {folder!r}: {error}"
+            f"{argument} must be a folder of a pipeline or a CLIP, got {folder!r}: {error}"
         ) from error
+    tower = CLIPTextModelWithProjection(loaded.config).eval()
+    tower.load_state_dict(loaded.state_dict())
     return tokenizer, tower
 
 

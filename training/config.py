@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -34,6 +34,10 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
         unknown = sorted(set(from_file) - known)
         if unknown:
             raise SystemExit(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        kinds = get_type_hints(config_class)
+        for name, value in from_file.items():
+            if value is None and kinds[name] in (bool, int, float, str):
+                raise SystemExit(f"{path}: {name} must be of type {kinds[name].__name__}, got null")
     parser = HfArgumentParser(config_class)  # type: ignore[arg-type]
     for action in parser._actions:  # what the file sets is no longer required, and is the new default
         if action.dest in from_file:

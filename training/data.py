@@ -40,9 +40,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 2**29  # of one picture, 2 GB when decoded; Pillow's own limit is a third of it
 
 
-BUILT = {  # what training.emoji writes, and how
-    "data/emoji": "python -m training.emoji",
-    "data/emoji-256": "python -m training.emoji --output_dir data/emoji-256 --resolution 256",
+BUILT = {  # data sets that are built, and how
+    "data/emoji": "python -m training.emoji builds it (with npm)",
+    "data/emoji-256": "python -m training.emoji --output_dir data/emoji-256 --resolution 256 builds it",
+    "data/emoji-wide": "python -m training.widening builds it from data/emoji",
 }
 
 
@@ -81,9 +82,7 @@ def load_pictures(
         check_picture_folder(path, caption_column, strict)
         loaded = datasets.load_dataset("imagefolder", data_dir=str(path), **options)
     elif source in BUILT:
-        raise ValueError(
-            f"data set {source!r}: there is no such folder; {BUILT[source]} builds it (with npm)"
-        )
+        raise ValueError(f"data set {source!r}: there is no such folder; {BUILT[source]}")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"data set {source!r}: there is no such folder")
     else:
@@ -258,14 +257,21 @@ def draw_row(
 # ------------------------------------------------------------ batches
 
 
-def concept_weights(concepts: list[str], power: float = 0.25) -> Tensor:
+def concept_weights(
+    concepts: list[str], power: float = 0.25, styles: list[str] | None = None, style_power: float = 1.0
+) -> Tensor:
     """Sampling weight of each picture, (N,), summing to 1: a concept with n pictures gets n^power in all.
 
     At power 1 every picture counts the same and people in six skin tones drown the rest; at 0 every concept
-    does and each of those tones is rarely seen. 0.25 leans to the concepts.
+    does and each of those tones is rarely seen. 0.25 leans to the concepts. Each weight is multiplied by the
+    like of its style, m^(style_power - 1) for a style of m pictures: 1 leaves the styles as they come, at 0
+    the rare ones are seen more.
     """
     counts = Counter(concepts)
     weights = torch.tensor([counts[c] ** (power - 1.0) for c in concepts], dtype=torch.float64)
+    if styles is not None:
+        sizes = Counter(styles)
+        weights *= torch.tensor([sizes[s] ** (style_power - 1.0) for s in styles], dtype=torch.float64)
     return weights / weights.sum()
 
 

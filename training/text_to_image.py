@@ -89,6 +89,7 @@ class TextToImageConfig:
     canonical_caption: float = setting("How often the first of a picture's captions is used.", 0.5)
     caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1)
     concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25)
+    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0)
     # The loss and the optimizer
     loss: str = setting("simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple")
     train_batch_size: int = setting("Pictures for each process and micro-batch.", 32)
@@ -154,7 +155,7 @@ class TextToImageConfig:
         for name in ("text_encoder", "vae", "noise_scheduler"):
             value = getattr(self, name)
             require(saved is None or value is None, name, value, "left to pretrained_model_name_or_path")
-        for name in ("caption_dropout", "canonical_caption", "concept_power", "ema_decay"):
+        for name in ("caption_dropout", "canonical_caption", "concept_power", "style_power", "ema_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         more, rule = self.more_ema_decays, "different numbers in [0, 1], other than ema_decay"
         distinct = len({self.ema_decay, *more}) == 1 + len(more)
@@ -433,8 +434,9 @@ def main() -> None:
         train.load_state_dict(checkpoints.state or train.state_dict())
         batches = iter(train)
     else:
-        concepts = train.columns.get("concept")
-        weights = concept_weights(concepts, config.concept_power) if concepts else None
+        concepts, styles = train.columns.get("concept"), train.columns.get("style")
+        powers = config.concept_power, config.style_power
+        weights = concept_weights(concepts, powers[0], styles, powers[1]) if concepts else None
         first, size = start * config.gradient_accumulation_steps, config.train_batch_size
         batches = iter(StepBatchSampler(len(train), size, config.seed, weights, first, rank, world))
     data = None if config.streaming else train
