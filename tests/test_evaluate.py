@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from transformers import CLIPModel
 
@@ -150,12 +151,16 @@ def test_zero_shot(clip_folder, dataset_folder, tmp_path, monkeypatch, capsys):
     assert f"R@5: {figures['train']['R@5']:.3f}" in capsys.readouterr().out
 
 
-def test_retrieval(clip_folder, dataset_folder, model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("eta", [None, 0.0])
+def test_retrieval(eta, clip_folder, dataset_folder, model_folder, tmp_path, monkeypatch):
     """Real, drawn and shuffled pictures of the same captions, each drawn again alone and ranked directly."""
     folders = ["--model", model_folder, "--judge", clip_folder, "--dataset", dataset_folder]
     numbers = ["--num_pictures", 11, "--num_inference_steps", 3, "--seed", 5, "--batch_size", 4]
     places = ["--cache_dir", tmp_path / "cache", "--output", tmp_path / "sheet.png"]
-    command(monkeypatch, "retrieval", *folders, *numbers, *places, "--json", tmp_path / "figures.json")
+    sampler = [] if eta is None else ["--eta", eta]
+    command(
+        monkeypatch, "retrieval", *folders, *numbers, *places, *sampler, "--json", tmp_path / "figures.json"
+    )
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {key: figures[key] for key in ("split", "pictures", "concepts", "steps")} == {
         "split": "train", "pictures": 11, "concepts": 12, "steps": 3
@@ -164,6 +169,8 @@ def test_retrieval(clip_folder, dataset_folder, model_folder, tmp_path, monkeypa
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(5))[:11].tolist()
     rows = [train[i] for i in chosen]
     pipe = TextToImagePipeline.from_pretrained(model_folder)
+    if eta == 0:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     drawn = []
     for number, row in enumerate(rows):
         generator = torch.Generator().manual_seed(5 + number)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pipelines.images import image_grid, to_pil
+from pipelines.likelihood import chain_of
 from training.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
 from training.card import CardConfig, card
 from training.config import parse_config, require
@@ -50,7 +51,10 @@ from training.upscaling import UpscalingConfig, upscaling
 class EvaluationConfig:
     """Settings of `training.evaluate`."""
 
-    clip: str = field(default="models/judge", metadata={"help": "zero-shot: the CLIP to measure."})
+    clip: str = field(
+        default="models/judge",
+        metadata={"help": "zero-shot, words: the CLIP to measure; words: or a pipeline."},
+    )
     judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores pictures."})
     model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure."})
     dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
@@ -61,8 +65,12 @@ class EvaluationConfig:
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Classifier-free guidance; the model's own by default."}
     )
-    clip_guidance_scale: float = field(
-        default=0.0, metadata={"help": "By the noised CLIP, the model's or that beside it; 0: none."}
+    clip_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
+    )
+    eta: float | None = field(
+        default=None, metadata={"help": "Share of DDPM's noise, 0 .. 1; the scheduler's own by default."}
     )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the captions and of the first picture."})
@@ -108,6 +116,8 @@ def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
 def draw_captions(config: EvaluationConfig, captions: list[str]) -> Tensor:
     """What the model of `config` draws for them, by its settings."""
     pipe = with_guides(config.model)
+    if config.eta is not None:
+        pipe.scheduler = chain_of(pipe.scheduler, eta=config.eta)
     names = ("seed", "num_inference_steps", "guidance_scale", "clip_guidance_scale", "batch_size")
     return draw(pipe, captions, **{name: getattr(config, name) for name in names})
 

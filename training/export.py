@@ -38,6 +38,9 @@ class ExportConfig:
         metadata={"help": "Or what training.super_resolution, .classifier or .clip --noised saved."},
     )
     guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
+    clip_guidance_scale: float = field(
+        default=0.0, metadata={"help": "The same by a noised CLIP, where the model is given one."}
+    )
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of a call that does not say."})
     card: str | None = field(
         default=None, metadata={"help": "Markdown file that becomes the folder's model card."}
@@ -55,7 +58,9 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
         require(weights.is_dir(), "ema", config.ema, f"one that the checkpoint has, of {there}")
     pipe.unet = ConditionalUNet.from_pretrained(str(weights))
     pipe.register_to_config(
-        default_guidance_scale=config.guidance_scale, default_num_inference_steps=config.num_inference_steps
+        default_guidance_scale=config.guidance_scale,
+        default_clip_guidance_scale=config.clip_guidance_scale,
+        default_num_inference_steps=config.num_inference_steps,
     )
     pipe.to(torch.float16)
     pipe.save_pretrained(str(folder))

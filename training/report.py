@@ -39,7 +39,7 @@ from training.metrics import (
     precision_recall,
     recall_at,
 )
-from training.samples import draw, pipeline_key, two_halves, with_guides
+from training.samples import draw, own_guidance, pipeline_key, two_halves, with_guides
 from training.text_to_image import TextToImageConfig
 
 SPLITS = {  # what the page calls them: the data set's name
@@ -71,8 +71,9 @@ class ReportConfig:
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Classifier-free guidance; the model's own by default."}
     )
-    clip_guidance_scale: float = field(
-        default=0.0, metadata={"help": "By the noised CLIP, the model's or that beside it; 0: none."}
+    clip_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
     )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     num_validation: int = field(
@@ -95,7 +96,7 @@ class ReportConfig:
         require(steps is None or steps >= 1, "num_inference_steps", steps, "at least 1")
         require(scale is None or scale >= 0, "guidance_scale", scale, "0 or more")
         clip_scale = self.clip_guidance_scale
-        require(clip_scale >= 0, "clip_guidance_scale", clip_scale, "0 or more")
+        require(clip_scale is None or clip_scale >= 0, "clip_guidance_scale", clip_scale, "0 or more")
         find_weights(self.inception_weights)
         try:
             Path(self.output, "samples").mkdir(parents=True, exist_ok=True)
@@ -338,12 +339,13 @@ def report(config: ReportConfig) -> dict[str, Any]:
     with timed("reading and embedding real pictures"):
         concepts = embed_concepts(judge, config.dataset)
         parts, reference = read_parts(config, judge, pipe)
-    steps, scale = config.num_inference_steps, config.guidance_scale
+    steps, eta = config.num_inference_steps, pipe.scheduler.config.get("eta", 1.0)
+    scale, clip_scale = own_guidance(pipe, config.guidance_scale, config.clip_guidance_scale)
     settings = {
         "steps": pipe.config["default_num_inference_steps"] if steps is None else steps,
-        "guidance scale": pipe.config["default_guidance_scale"] if scale is None else scale,
-        "CLIP guidance scale": config.clip_guidance_scale,
-        "scheduler": type(pipe.scheduler).__name__,
+        "guidance scale": scale,
+        "CLIP guidance scale": clip_scale,
+        "scheduler": type(pipe.scheduler).__name__ + (f" with eta {eta:g}" if eta < 1 else ""),
         "seeds": f"{config.seed} on, one for each picture of a split",
     }
     samples = Path(config.output, "samples")
@@ -356,7 +358,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
                 seed=config.seed,
                 num_inference_steps=steps,
                 guidance_scale=scale,
-                clip_guidance_scale=config.clip_guidance_scale,
+                clip_guidance_scale=clip_scale,
                 batch_size=config.batch_size,
                 folder=samples,
                 label=f"drawing {name}",
@@ -377,7 +379,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         weights = find_weights(config.inception_weights)
         inception = inception_figures(weights, train.drawn, train.pictures.images(reference))
     drawing_parts = {k: v for k, v in pipe.components.items() if k not in ("noisy_clip", "noisy_classifier")}
-    if config.clip_guidance_scale > 0:
+    if clip_scale > 0:
         drawing_parts["noisy_clip"] = pipe.noisy_clip
     modules = [part for part in drawing_parts.values() if isinstance(part, torch.nn.Module)]
     figures = {

@@ -29,7 +29,7 @@ def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") ->
     """The pipeline `model` with the components of these folders in place of its own, where they are given;
     one that has none takes what the folder beside it holds."""
     pipe, beside = load_pipeline(model), Path(f"{model.rstrip('/')}-guidance")
-    if pipe.noisy_clip is None and pipe.noisy_classifier is None and beside.is_dir():
+    if (pipe.noisy_clip is None or pipe.noisy_classifier is None) and beside.is_dir():
         pipe.load_guides(beside)
     if noisy_clip:
         pipe.register_modules(noisy_clip=NoisyCLIP.from_pretrained(noisy_clip))
@@ -48,6 +48,15 @@ def pipeline_key(pipe: TextToImagePipeline) -> str:
     )
 
 
+def own_guidance(
+    pipe: TextToImagePipeline, guidance_scale: float | None, clip_guidance_scale: float | None
+) -> tuple[float, float]:
+    """What the pipeline takes for these where it draws at its own size; see `guidance_defaults`."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    scale, clip_scale = pipe.guidance_defaults(guidance_scale, clip_guidance_scale, (side, side))
+    return float(scale), float(clip_scale)
+
+
 def draw(
     pipe: TextToImagePipeline,
     captions: list[str],
@@ -57,21 +66,21 @@ def draw(
     batch_size: int = 25,
     folder: str | Path | None = None,
     label: str = "drawing",
-    clip_guidance_scale: float = 0.0,
+    clip_guidance_scale: float | None = None,
 ) -> Tensor:
     """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
 
     Args:
-        num_inference_steps, guidance_scale: the model's own where None.
+        num_inference_steps, guidance_scale, clip_guidance_scale: the model's own where None, the last if both
+            scales are; it is that of its noised CLIP.
         folder: where each picture is kept as a PNG, so all are rounded to 256 levels. Its name is a digest
             of the model, the caption's tokens, the seed and both settings: a run that goes on after it was
             stopped, or wants more pictures, draws only those that are not there.
         label: of the progress bar.
-        clip_guidance_scale: of the pipeline's noised CLIP; 0 is off.
     """
     pipe.set_progress_bar_config(disable=True)
     steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
-    scale = pipe.config["default_guidance_scale"] if guidance_scale is None else float(guidance_scale)
+    scale, clip_guidance_scale = own_guidance(pipe, guidance_scale, clip_guidance_scale)
     paths: list[Path] = []
     if folder is not None:
         key, ids = pipeline_key(pipe), pipe.tokenizer(captions, verbose=False).input_ids

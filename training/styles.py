@@ -45,8 +45,9 @@ class StylesConfig:
     num_names: int = field(default=100, metadata={"help": "Names drawn at random of those in all styles."})
     num_inference_steps: int | None = field(default=None, metadata={"help": "The model's own by default."})
     guidance_scale: float | None = field(default=None, metadata={"help": "The model's own by default."})
-    clip_guidance_scale: float = field(
-        default=0.0, metadata={"help": "By the noised CLIP, the model's or that beside it; 0: none."}
+    clip_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
     )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice and of the first picture."})

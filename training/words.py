@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -279,11 +280,8 @@ class StatesEmbedder:
     """Embeds by the states that a U-Net's cross-attention reads: their mean over the context, less that of
     all names, l2-normalised."""
 
-    def __init__(self, folder: str, names: list[str]):
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-
-        self.encoder = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+    def __init__(self, tokenizer: Any, encoder: Any, names: list[str]):
+        self.tokenizer, self.encoder = tokenizer, encoder
         self.center: Tensor | float = 0.0
         self.center = self._mean_states(names).mean(0)
 
@@ -307,15 +305,20 @@ def measure(config: "EvaluationConfig") -> dict[str, Any]:
     encoder's space. taught: words that no caption or tag holds, and distillation may; kept out: words that it
     may not. A word stands alone, a concept for its names in every template.
     """
+    from training.building import load_text_tower
     from training.distillation import Teacher
-    from training.judge import Judge, embed_concepts
+    from training.judge import embed_concepts
+    from training.noised import PipelineTexts
 
     wordnet = read_wordnet(config.wordnet_dir)
-    embedders: dict[str, Any] = {"tower": Judge(config.clip)}
+    tokenizer, encoder = load_text_tower(config.clip, "clip")
+    encoder.eval()
+    tower: Any = SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder)  # all of a pipeline that is read
+    embedders: dict[str, Any] = {"tower": PipelineTexts(tower)}
     if config.teacher:
         embedders["teacher"] = Teacher(cache_dir=config.cache_dir)
     taught, kept_out, names = word_lists(config.dataset, config.npm_dir, wordnet)
-    embedders["states"] = StatesEmbedder(config.clip, sorted(set().union(*names.values())))
+    embedders["states"] = StatesEmbedder(tokenizer, encoder, sorted(set().union(*names.values())))
     lists = {
         "taught synonyms": taught,
         "kept out": kept_out,

@@ -1,0 +1,306 @@
+"""More captions and more compositions than the art brings: the data set that models/emoji learned last from.
+
+    python -m training.widening                       # data/emoji -> data/emoji-wide
+
+A text tower that knows a word is of no use to a U-Net that has never read it. So the pictures here are called
+by more words, and some of them put together:
+
+- words: WordNet's nouns that mean a concept, or a kind of it, and no nearer concept ("corgi", a dog); and any
+  other word whose nearest concept by the sentence encoder is near enough. None is a word that
+  `training.evaluate words` keeps out, nor one that a caption holds.
+- hats: heads (dog face, fox, robot, ...) that wear the hats of their own style's set, or a party hat, which
+  no set has by itself and which is drawn here.
+
+The splits that are kept out of training are those of data/emoji, unchanged.
+"""
+
+import io
+import json
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from training.data import load_pictures, open_picture
+from training.emoji import TONES, unit_hash, with_article
+from training.words import (
+    SPLITS,
+    WORDNET_DIR,
+    Phrases,
+    WordNet,
+    concept_names,
+    read_wordnet,
+    word_lists,
+    zipf_frequency,
+)  # fmt: skip
+
+LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
+NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
+WORDS_EACH = 10  # of one picture; other pictures of the concept have others
+COMMON = 2.7  # Zipf frequency; rarer words would each be read once or twice in a whole training
+TEMPLATES = ("{0}, {2} style", "{0}", "{1}", "{1} in {2} style")  # as training.emoji's
+HEADS = (
+    "dog face", "cat face", "mouse face", "rabbit face", "cow face", "pig face", "tiger face", "horse face",
+    "monkey face", "dragon face", "hamster", "fox", "bear", "panda", "koala", "lion", "polar bear", "frog",
+    "wolf", "unicorn", "gorilla", "raccoon", "grinning face", "smiling face with smiling eyes", "robot",
+    "alien", "ghost", "skull", "jack-o-lantern", "snowman without snow",
+)  # fmt: skip
+HATS = (
+    "party hat", "top hat", "crown", "graduation cap", "woman's hat", "billed cap", "military helmet",
+    "rescue worker's helmet",
+)  # fmt: skip
+PARTY_COLOURS = ("#e0245e", "#f4b400", "#1da1f2", "#17bf63", "#794bc4", "#f45d22", "#ff7eb6", "#ffffff")
+
+
+@dataclass
+class WideningConfig:
+    """Settings of `training.widening`."""
+
+    dataset: str = field(default="data/emoji", metadata={"help": "What training.emoji wrote."})
+    output_dir: str = field(default="data/emoji-wide", metadata={"help": "Folder to write."})
+    npm_dir: str = field(default="data/npm", metadata={"help": "Where training.emoji's packages are."})
+    wordnet_dir: str = field(default=WORDNET_DIR, metadata={"help": "WordNet's files."})
+    cache_dir: str = field(default="data/cache", metadata={"help": "The sentence encoder's embeddings."})
+
+
+# Words
+
+
+def kinds(names: dict[str, set[str]], wordnet: WordNet, levels: int = LEVELS) -> dict[str, set[str]]:
+    """Concept -> the words that mean it or a kind of it, up to `levels` below, as their first sense.
+
+    Going down from a concept's name ends where another concept's begins: a poodle is no word for "dog" where
+    there is a picture of a poodle. "dog face" counts as "dog" here.
+    """
+    concepts_of: dict[int, set[str]] = defaultdict(set)
+    for concept, own in names.items():
+        for name in own:
+            noun = wordnet.noun(name) or wordnet.noun(name.removesuffix(" face"))
+            if noun is not None:
+                concepts_of[wordnet.senses[noun][0]].add(concept)
+    below: dict[int, list[int]] = defaultdict(list)
+    for key, synset in wordnet.synsets.items():
+        for parent in synset.hypernyms:
+            below[parent].append(key)
+    found: dict[str, set[str]] = defaultdict(set)
+    for root, concepts in concepts_of.items():
+        reached, seen = [root], {root}
+        for level in range(levels + 1):
+            for key in reached:
+                synset = wordnet.synsets[key]
+                for word in synset.words:
+                    if not synset.instance and wordnet.senses.get(word, [None])[0] == key:
+                        for concept in concepts:
+                            found[concept].add(word)
+            if level < levels:
+                next_ones = {key for parent in reached for key in below[parent]}
+                reached = sorted(next_ones - seen - concepts_of.keys())
+                seen.update(reached)
+    return dict(found)
+
+
+def nearest(words: list[str], names: dict[str, set[str]], teacher: Any) -> dict[str, set[str]]:
+    """Concept -> the words nearest to it of all concepts by the teacher, at a cosine of NEAR or more."""
+    owners = [concept for concept, own in names.items() for _ in own]
+    own_names = [name for own in names.values() for name in sorted(own)]
+    targets = teacher.embed_texts(own_names)
+    found: dict[str, set[str]] = defaultdict(set)
+    for start in range(0, len(words), 4096):
+        part = words[start : start + 4096]
+        values, places = (teacher.embed_texts(part) @ targets.T).max(1)
+        for word, value, place in zip(part, values.tolist(), places.tolist(), strict=True):
+            if value >= NEAR:
+                found[owners[place]].add(word)
+    return dict(found)
+
+
+def more_words(config: WideningConfig, names: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Concept -> single words for it that no caption holds and that the test of words has not kept out."""
+    from training.distillation import Teacher, distillation_texts
+
+    wordnet = read_wordnet(config.wordnet_dir)
+    _, kept_out, _ = word_lists(config.dataset, config.npm_dir, wordnet)
+    captions = concept_names(config.dataset)[1]
+    seen = Phrases([*captions, *(word.text + end for word in kept_out for end in ("", "s", "es"))])
+
+    def allowed(word: str) -> bool:
+        return word.isalpha() and word not in seen and zipf_frequency(word) >= COMMON
+
+    found = {concept: set(filter(allowed, own)) for concept, own in kinds(names, wordnet).items()}
+    texts = distillation_texts("words", [], wordnet, [word.text for word in kept_out])
+    taken = set().union(*found.values())
+    others = [w for w in sorted({*texts["things"], *texts["words"]} - taken) if allowed(w)]
+    for concept, own in nearest(others, names, Teacher(cache_dir=config.cache_dir)).items():
+        found.setdefault(concept, set()).update(own)
+    return {concept: sorted(own) for concept, own in found.items() if own}
+
+
+def captions_of(words: Iterable[str], row: dict[str, Any]) -> list[str]:
+    """Of WORDS_EACH of the words, chosen by the picture, each in one of the templates."""
+    key = f"{row['hexcode']} {row['style']}"
+    chosen = sorted(words, key=lambda word: unit_hash(f"{key} {word}", "words"))[:WORDS_EACH]
+    forms = (TEMPLATES[int(unit_hash(f"{key} {word}", "template") * len(TEMPLATES))] for word in chosen)
+    return [
+        form.format(word, with_article(word), row["style"]) for form, word in zip(forms, chosen, strict=True)
+    ]
+
+
+# Hats
+
+
+def cut_out(image: Image.Image) -> Image.Image:
+    """The picture without the white around it, RGBA, cropped to what remains."""
+    rgb = image.convert("RGB")
+    light = Image.fromarray((np.asarray(rgb).min(2) >= 248).astype(np.uint8) * 255)
+    framed = Image.new("L", (rgb.width + 2, rgb.height + 2), 255)
+    framed.paste(light, (1, 1))
+    ImageDraw.floodfill(framed, (0, 0), 128)
+    around = np.asarray(framed)[1:-1, 1:-1] == 128
+    result = rgb.convert("RGBA")
+    result.putalpha(Image.fromarray(np.where(around, 0, 255).astype(np.uint8)))
+    return result.crop(result.getchannel("A").getbbox())
+
+
+def party_hat(chance: random.Random, size: int = 256) -> Image.Image:
+    """A striped cone with a ball on top, RGBA, in three colours by chance."""
+    cone, stripes, ball = chance.sample(PARTY_COLOURS, 3)
+    if cone == "#ffffff":
+        cone, stripes = stripes, cone
+    image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    mask = Image.new("L", (size, size), 0)
+    top, left, right, bottom = (0.5, 0.14), (0.16, 0.97), (0.84, 0.97), 1.0
+    corners = [tuple(size * x for x in point) for point in (top, left, right)]
+    ImageDraw.Draw(mask).polygon(corners, fill=255)
+    ImageDraw.Draw(mask).ellipse([size * 0.16, size * 0.9, size * 0.84, size * bottom], fill=255)
+    painted = Image.new("RGBA", (size, size), cone)
+    pen, slant = ImageDraw.Draw(painted), chance.choice((-0.2, 0.0, 0.2))
+    for row in range(4):
+        y = size * (0.22 + 0.22 * row)
+        ends = [(0, y - slant * size), (size, y + slant * size)]
+        pen.line(ends, fill=stripes, width=size // 11)
+    image.paste(painted, (0, 0), mask)
+    ImageDraw.Draw(image).ellipse(
+        [size * 0.39, 0, size * 0.61, size * 0.22], fill=ball, outline=cone, width=4
+    )
+    return image
+
+
+def put_on(head: Image.Image, hat: Image.Image, chance: random.Random, size: int) -> Image.Image:
+    """The head at the bottom of a white square and the hat on it, a little aslant by chance."""
+    canvas = Image.new("RGBA", (size, size), "white")
+    scale = min(0.78 * size / head.width, 0.66 * size / head.height)
+    head = head.resize((round(head.width * scale), round(head.height * scale)), Image.Resampling.LANCZOS)
+    top = size - head.height - round(0.02 * size)
+    canvas.alpha_composite(head, ((size - head.width) // 2, top))
+    width = chance.uniform(0.52, 0.66) * head.width
+    scale = min(width / hat.width, (top + 0.2 * head.height) / hat.height)
+    hat = hat.resize((round(hat.width * scale), round(hat.height * scale)), Image.Resampling.LANCZOS)
+    hat = hat.rotate(chance.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
+    low = max(round(top + 0.2 * head.height) - hat.height, 0)
+    canvas.alpha_composite(hat, ((size - hat.width) // 2, low))
+    return canvas.convert("RGB")
+
+
+def worn(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
+    """A row for every head and hat of one style; three for each party hat. The concept's further words stand
+    in some captions, but not beside the party hat: "a corgi in a party hat" stays a test."""
+    pictures = {(row["style"], row["name"]): row for row in rows}
+    for style in sorted({row["style"] for row in rows}):
+        for name in HEADS:
+            for hat in HATS:
+                head, other = pictures.get((style, name)), pictures.get((style, hat))
+                if head is None or (other is None and hat != "party hat"):
+                    continue
+                for number in range(3 if hat == "party hat" else 1):
+                    chance = random.Random(f"{style} {name} {hat} {number}")
+                    face = open_picture(head["image"])
+                    thing = party_hat(chance) if other is None else cut_out(open_picture(other["image"]))
+                    picture = put_on(cut_out(face), thing, chance, face.width)
+                    own = () if hat == "party hat" else words.get(head["concept"], ())
+                    yield head | worn_row(head, hat, picture, number, own)
+
+
+def worn_row(
+    head: dict[str, Any], hat: str, picture: Image.Image, number: int, words: Iterable[str]
+) -> dict[str, Any]:
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    name, style = head["name"], head["style"]
+    short = name.removesuffix(" face") if head["group"] == "animals-nature" else name
+    captions = [f"{name} in {with_article(hat)}, {style} style"]
+    for one in dict.fromkeys((short, name)):
+        text = with_article(one)
+        captions += [f"{text} in {with_article(hat)}", f"{text} wearing {with_article(hat)}"]
+        captions += [f"{one} with {with_article(hat)}, {style} style"]
+    chosen = sorted(words, key=lambda word: unit_hash(f"{word} {hat} {style}", "hat"))[:3]
+    captions += [f"{with_article(word)} in {with_article(hat)}" for word in chosen]
+    return {
+        "image": {"bytes": png.getvalue(), "path": None}, "caption": captions[0], "captions": captions,
+        "name": f"{name} in {with_article(hat)}", "concept": f"{head['concept']} {hat}",
+        "hexcode": f"{head['hexcode']} {hat} {number}",
+    }  # fmt: skip
+
+
+def widened(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """The rows of a data set with the concepts' words among their captions, and the heads in hats after them.
+    Pictures in one of the skin tones take no words: in six tones, they are many already."""
+    result = []
+    for row in rows:
+        own = words.get(row["concept"], ()) if TONES.isdisjoint(row["hexcode"].split("-")) else ()
+        result.append(row | {"captions": [*row["captions"], *captions_of(own, row)]})
+    return result + list(worn(rows, words))
+
+
+def build(config: WideningConfig) -> dict[str, Any]:
+    """Write the data set; returns the summary that `widening.json` holds.
+
+    Raises:
+        ValueError: the data set, WordNet's files, wordfreq or the sentence encoder is missing.
+    """
+    import datasets
+
+    splits = {name: load_pictures(config.dataset, name) for name in SPLITS}
+    train = splits["train"].cast_column("image", datasets.Image(decode=False))
+    names: dict[str, set[str]] = defaultdict(set)
+    for concept, name, group in zip(train["concept"], train["name"], train["group"], strict=True):
+        if group != "flags":
+            names[concept].add(name)
+    words = more_words(config, dict(names))
+    rows = widened(list(train), words)
+    wide = datasets.Dataset.from_list(rows, features=splits["train"].features)
+    summary = {
+        "pictures": len(train), "words": len(set().union(*words.values())), "concepts with words": len(words),
+        "heads in hats": len(rows) - len(train), "words of": words,
+    }  # fmt: skip
+    output = Path(config.output_dir)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    datasets.DatasetDict(splits | {"train": wide}).save_to_disk(str(partial))
+    (partial / "widening.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    return summary
+
+
+def main() -> None:
+    from transformers import HfArgumentParser
+
+    (config,) = HfArgumentParser(WideningConfig).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    try:
+        summary = build(config)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"training.widening: {error}") from error
+    print(f"{summary['words']} words for {summary['concepts with words']} concepts")
+    print(
+        f"{summary['heads in hats']} heads in hats beside {summary['pictures']} pictures, {config.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()
