@@ -194,7 +194,7 @@ def interpolate(
     scheduler = chain_of(pipe.scheduler)
     abar = float(scheduler.alphas_cumprod[t])
     states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
-    mixed = {"prompt_embeds": torch.lerp(states[:1], states[1:], shares.reshape(-1, 1, 1))}
+    mixed: dict[str, Any] = {"prompt_embeds": torch.lerp(states[:1], states[1:], shares.reshape(-1, 1, 1))}
     if pipe.requires_pooled_text:
         mixed["pooled_prompt_embeds"] = torch.lerp(pooled[:1], pooled[1:], shares.reshape(-1, 1))
     pipe.scheduler = scheduler

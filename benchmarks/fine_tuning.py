@@ -88,9 +88,14 @@ def main(argv: list[str] | None = None) -> None:
 
     pictures = settings.output_dir / "pictures"
     count = len(write_pictures(pictures))
-    shown = [Image.open(pictures / f"corgi-{i * count // len(PROMPTS):02d}.png") for i in range(len(PROMPTS))]
+    shown: list[Image.Image] = [
+        Image.open(pictures / f"corgi-{i * count // len(PROMPTS):02d}.png") for i in range(len(PROMPTS))
+    ]
     pipe = TextToImagePipeline.from_pretrained(settings.model)
-    rows = {f"{len(PROMPTS)} of the {count}\npictures": shown, "before": draw(pipe, settings.seed)}
+    rows: dict[str, list[Image.Image]] = {
+        f"{len(PROMPTS)} of the {count}\npictures": shown,
+        "before": draw(pipe, settings.seed),
+    }
     for way in WAYS:
         output, minutes = train(way, settings, pictures)
         if way == "LoRA":

@@ -4,8 +4,9 @@
     python -m benchmarks.recipes --only baseline v-prediction
 
 All start from the same random weights and read the same shipped text tower. A trial that is done is not run
-again; one that was stopped goes on where it was. What is measured stands in `measure`; the standard error of
-R@5 over 400 pictures is 0.025, so the CLIP score, which has no threshold, tells more.
+again, here or by another process with this output_dir; one that was stopped goes on where it was. What is
+measured stands in `measure`; the standard error of R@5 over 400 pictures is 0.025, so the CLIP score, which
+has no threshold, tells more.
 """
 
 import argparse
@@ -32,14 +33,15 @@ EMA_DECAYS = [0.99, 0.995, 0.998]  # of short runs; the averages of the baseline
 SHARED = {"ema_decay": 0.997, "lr_warmup_steps": 50, "checkpointing_steps": 200, "validation_steps": 10**6}
 TRIALS: dict[str, dict[str, Any]] = {
     "baseline": {"more_ema_decays": EMA_DECAYS},
-    "v-prediction": {"prediction_type": "v_prediction", "snr_floor": None},
-    "plain loss": {"snr_gamma": None, "snr_floor": None},
-    "min-SNR without a floor": {"snr_floor": None},
+    "v-prediction": {"prediction_type": "v_prediction", "snr_floor": 0.0},
+    "plain loss": {"snr_gamma": None, "snr_floor": 0.0},
+    "min-SNR without a floor": {"snr_floor": 0.0},
     "noisier timesteps": {"timestep_shift": 2.0},
     "cleaner timesteps": {"timestep_shift": 0.5},
     "AdamW": {"optimizer": "adamw"},
     "concepts evenly": {"concept_power": 0.0},
     "pictures evenly": {"concept_power": 1.0},
+    "styles evenly": {"style_power": 0.0},
     "without self-conditioning": {"unet": {"self_conditioning": False}},
     "narrow at 16 x 16": {
         "unet": {
@@ -92,7 +94,7 @@ class Measure:
         self.judge, self.options = Judge(options.judge), options
         self.concepts = embed_concepts(self.judge, options.dataset)
         data = load_pictures(options.dataset, split="train")
-        self.pictures = cache_pictures(data, "data/cache", self.judge.image_size)
+        self.pictures = cache_pictures(data, self.judge.image_size, "data/cache")
         half_a, self.chosen = two_halves(len(self.pictures), options.num_pictures, seed=0)
         self.reference = self.judge.embed_images(self.pictures.images(half_a))
         self.captions, self.truth = (
@@ -121,9 +123,17 @@ def updates_of(run: Path) -> int:
     return max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
 
 
-def table(figures: dict[str, Any]) -> str:
-    columns = ["updates", "R@1", "R@5", "CLIP score", "Frechet distance"]
-    rows = [["recipe", *columns], ["---"] * (len(columns) + 1)]
+def written(path: Path) -> dict[str, Any]:
+    """The figures of the trials that are done, of whichever process."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+COLUMNS = ["updates", "R@1", "R@5", "CLIP score", "Frechet distance"]
+
+
+def table(figures: dict[str, Any], columns: list[str] = COLUMNS, first: str = "recipe") -> str:
+    """Markdown: a row for each entry, its values by the columns' names."""
+    rows = [[first, *columns], ["---"] * (len(columns) + 1)]
     for name, values in figures.items():
         rows.append([name, *(f"{values[c]:.4g}" if c in values else "" for c in columns)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
@@ -146,18 +156,17 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     measure = Measure(options)
     path = options.output_dir / "recipes.json"
-    figures: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for name in options.only:
-        if name in figures:
+        if name in written(path):
             continue
         run = train(name, options)
-        figures[name] = {"updates": updates_of(run)} | measure.drawn_by(run / "pipeline")
+        figures = {name: {"updates": updates_of(run)} | measure.drawn_by(run / "pipeline")}
         for decay in TRIALS[name].get("more_ema_decays", ()):
             weights = run / f"checkpoint-{updates_of(run)}" / f"unet_ema_{decay}"
             figures[f"{name}, average of {decay}"] = measure.drawn_by(run / "pipeline", weights)
-        path.with_suffix(".partial").write_text(json.dumps(figures, indent=1))
+        path.with_suffix(".partial").write_text(json.dumps(written(path) | figures, indent=1))
         path.with_suffix(".partial").rename(path)
-    figures["real pictures"] = measure.of(measure.pictures.images(measure.chosen))
+    figures = written(path) | {"real pictures": measure.of(measure.pictures.images(measure.chosen))}
     (options.output_dir / "recipes.md").write_text(table(figures))
     print(table(figures))
 

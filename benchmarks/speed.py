@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,9 +66,7 @@ def unet_lines(rounds: int) -> list[str]:
 
         for label, work in (("forward", forward), ("forward and backward", both_ways)):
             lines.append(
-                compare(
-                    f"U-Net {label}, batch {batch}", lambda w=work: w(ours), lambda w=work: w(theirs), rounds
-                )
+                compare(f"U-Net {label}, batch {batch}", partial(work, ours), partial(work, theirs), rounds)
             )
     return lines
 
@@ -79,7 +78,7 @@ def scheduler_line(rounds: int) -> str:
         scheduler.set_timesteps(1000)
         generator, x = torch.Generator().manual_seed(0), torch.zeros(1, 3, 64, 64)
         for t in scheduler.timesteps:
-            x = scheduler.step(x, t, x, generator=generator).prev_sample
+            x = scheduler.step(x, t, x, generator=generator, return_dict=False)[0]
 
     return compare(
         "scheduler, 1000 steps at 64 x 64",

@@ -1,12 +1,16 @@
 """The trials of recipes: each is one that training takes, of about the baseline's size."""
 
+from argparse import Namespace
+
 import pytest
 import yaml
 
-from benchmarks.recipes import TRIALS, settings_of, table
+from benchmarks.recipes import TRIALS, Measure, settings_of, table
 from pipelines import ConditionalUNet
 from training.config import parse_config
 from training.text_to_image import TextToImageConfig
+
+pytest_plugins = ["evaluation_folders"]
 
 
 def parameters(unet: dict) -> int:
@@ -18,12 +22,31 @@ def test_each_changes_what_it_says_and_keeps_the_size(name, tmp_path):
     settings, baseline = settings_of(name), settings_of("baseline")
     (tmp_path / "trial.yaml").write_text(yaml.safe_dump(settings))
     config = parse_config(TextToImageConfig, ["--config", str(tmp_path / "trial.yaml")])
+    config.dataset_name = str(tmp_path)  # the emoji set may not be built
+    config.check()
     for key, value in TRIALS[name].items():
         expected = baseline["unet"] | value if key == "unet" else value
         assert getattr(config, key) == expected, key
     changed = {key for key in settings if settings[key] != baseline.get(key)}
     assert changed == set(TRIALS[name]) - {"more_ema_decays"}
     assert parameters(settings["unet"]) == pytest.approx(parameters(baseline["unet"]), rel=0.1)
+
+
+def test_pictures_are_scored_as_the_judge_scores_them(clip_folder, dataset_folder, tmp_path, monkeypatch):
+    """By the judge's own similarities, and against themselves a Frechet distance of 0."""
+    monkeypatch.chdir(tmp_path)
+    measure = Measure(Namespace(judge=str(clip_folder), dataset=str(dataset_folder), num_pictures=10))
+    images = measure.pictures.images(measure.chosen)
+    embeds, texts = measure.judge.embed_images(images), measure.judge.embed_texts(measure.captions)
+    nearest = (embeds @ measure.concepts.embeds.T).argmax(1)
+    first = [measure.concepts.ids[measure.concepts.owner[i]] for i in nearest]
+    figures = measure.of(images)
+    assert figures["R@1"] == pytest.approx(
+        sum(a == b for a, b in zip(first, measure.truth, strict=True)) / 10
+    )
+    assert figures["CLIP score"] == pytest.approx(float(100 * (embeds * texts).sum(1).clamp(min=0).mean()))
+    measure.reference = embeds
+    assert measure.of(images)["Frechet distance"] == pytest.approx(0, abs=1e-4)
 
 
 def test_the_table_has_a_row_for_each():
