@@ -75,9 +75,11 @@ def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path):
         image = pipe(caption, num_inference_steps=2, generator=torch.Generator().manual_seed(2 + i)).images[0]
         x = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)[None]
         with torch.no_grad():
-            found.append(SIX[int(classifier.eval()(x, 0).argmax())])
+            logits = dict(zip(SIX, classifier.eval()(x, 0)[0].tolist(), strict=True))
+        found.append("noto" if logits["noto"] > logits["3d"] else "3d")
         nearest.append(int((judge.embed_images(x) @ real.T).argmax()))
-        assert classify(classifier, x) == found[-1:]
+        assert classify(classifier, x, ["noto", "3d"]) == found[-1:]
+        assert classify(classifier, x, SIX) == [max(logits, key=lambda style: logits[style])]
     truth = [train[row]["style"] for row in rows]
     assert figures["pictures"] == 6 and figures["names"] == 3
     assert figures["style found, generated"]["all"] == np.mean(np.array(found) == np.array(truth))

@@ -10,7 +10,16 @@ import torch
 from PIL import Image, ImageDraw
 from test_words import write_wordnet
 
-from training.widening import captions_of, cut_out, kinds, nearest, party_hat, put_on, widened
+from training.widening import (
+    captions_of,
+    cut_out,
+    kinds,
+    kinds_of_heads,
+    nearest,
+    party_hat,
+    put_on,
+    widened,
+)
 from training.words import WordNet, read_wordnet
 
 
@@ -141,7 +150,7 @@ def test_rows_gain_words_and_heads_gain_the_hats_of_their_style() -> None:
     wide = widened(rows, {"1F436": ["corgi"], "1F44B": ["wave"]})
     assert [len(one["captions"]) for one in wide[:5]] == [2, 1, 1, 1, 1]  # the toned hand takes no word
     assert "corgi" in wide[0]["captions"][1] and rows[0]["captions"] == ["dog face, flat style"]
-    worn = wide[5:]
+    worn = wide[5:13]
     assert [one["caption"] for one in worn] == [
         *["dog face in a party hat, flat style"] * 3,
         "dog face in a crown, flat style",
@@ -160,3 +169,28 @@ def test_rows_gain_words_and_heads_gain_the_hats_of_their_style() -> None:
     brown = abs(crowned - np.array([165, 42, 42])).max(2) < 40
     assert yellow.sum() > 100 and brown.sum() > 500
     assert np.nonzero(yellow)[0].mean() < np.nonzero(brown)[0].mean() - 20  # the crown above the dog
+
+
+def test_every_word_for_a_head_is_a_concept_in_hats_too_and_the_corgi_in_the_party_hat_is_left_out() -> None:
+    rows = [
+        row("dog face", "flat", "1F436", "animals-nature", "brown"),
+        row("dog face", "noto", "1F436", "animals-nature", "brown"),
+        row("pizza", "flat", "1F355", "food-drink", "red"),
+        *(row(hat, "flat", "1F451", "objects", "yellow") for hat in ("crown", "top hat", "billed cap")),
+    ]
+    kinds = list(kinds_of_heads(rows, {"1F436": ["beagle", "corgi"], "1F355": ["pie"]}))
+    plain = [one for one in kinds if "hats" not in one["concept"]]
+    assert [one["caption"] for one in plain] == [
+        f"{word}, {style} style" for style in ("flat", "noto") for word in ("beagle", "corgi")
+    ]
+    assert plain[1]["captions"] == ["corgi, flat style", "corgi", "a corgi", "a corgi in flat style"]
+    assert plain[1]["image"] == rows[0]["image"] and plain[1]["concept"] == "1F436 corgi"
+    hats = {(one["name"], one["style"]): one for one in kinds if "hats" in one["concept"]}
+    assert len(hats) == len(kinds) - len(plain) == 2 * 3 + 2 - 2  # noto has no hat but the party hat
+    assert {style for name, style in hats if name == "beagle in a party hat"} == {"flat", "noto"}
+    assert sum(name.startswith("corgi") for name, _ in hats) == 2  # flat's others
+    assert not any("corgi" in name and "party" in name for name, _ in hats)
+    one = hats["beagle in a party hat", "noto"]
+    assert "a beagle wearing a party hat" in one["captions"] and one["concept"] == "1F436 beagle in hats"
+    brown = abs(np.asarray(Image.open(io.BytesIO(one["image"]["bytes"]))).astype(int) - [165, 42, 42]).max(2)
+    assert (brown < 40).sum() > 500

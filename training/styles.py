@@ -74,10 +74,11 @@ def choose_rows(names: list[str], styles: list[str], wanted: list[str], count: i
 
 
 @torch.no_grad()
-def classify(classifier: Any, pictures: Tensor) -> list[str]:
-    """The classifier's style of each picture, (N, 3, H, W) in [-1, 1]."""
-    found = torch.cat([classifier(part, 0).argmax(-1) for part in pictures.split(128)])
-    return [classifier.config.labels[i] for i in found.tolist()]
+def classify(classifier: Any, pictures: Tensor, among: list[str]) -> list[str]:
+    """The most probable of the styles `among` for each picture, (N, 3, H, W) in [-1, 1]."""
+    places = [list(classifier.config.labels).index(style) for style in among]
+    found = torch.cat([classifier(part, 0)[:, places].argmax(-1) for part in pictures.split(128)])
+    return [among[i] for i in found.tolist()]
 
 
 def accuracies(found: list[str], truth: list[str]) -> dict[str, float]:
@@ -118,7 +119,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         folder=Path(config.output) / "samples",
     )
-    found = classify(classifier, drawn)
+    found = classify(classifier, drawn, config.styles)
     others = [i for i, style in enumerate(held_out.columns["style"]) if style in config.styles]
     embeds, all_embeds = judge.embed_images(drawn), embed_pictures(judge, train, config.cache_dir)
     concepts, truth = embed_concepts(judge, config.dataset), [train.columns["concept"][row] for row in rows]
@@ -130,7 +131,8 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         "names": len(rows) // len(config.styles),
         "style found, generated": accuracies(found, [own[row] for row in rows]),
         "style found, real held-out": accuracies(
-            classify(classifier, held_out.images(others)), [held_out.columns["style"][i] for i in others]
+            classify(classifier, held_out.images(others), config.styles),
+            [held_out.columns["style"][i] for i in others],
         ),
         **{f"R@5, {column}": recall_at(places, 5) for column, places in ranks.items()},
     }

@@ -10,6 +10,8 @@ by more words, and some of them put together:
   `training.evaluate words` keeps out, nor one that a caption holds.
 - hats: heads (dog face, fox, robot, ...) that wear the hats of their own style's set, or a party hat, which
   no set has by itself and which is drawn here.
+- kinds: every word for a head is a concept of its own, bareheaded and in hats, or else training would read
+  each of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
 
 The splits that are kept out of training are those of data/emoji, unchanged.
 """
@@ -42,6 +44,8 @@ from training.words import (
 
 LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
 NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
+UNSEEN = "corgi"  # never beside the party hat
+HATS_EACH = 2  # of one word in one style, beside the party hat
 WORDS_EACH = 10  # of one picture; other pictures of the concept have others
 COMMON = 2.7  # Zipf frequency; rarer words would each be read once or twice in a whole training
 TEMPLATES = ("{0}, {2} style", "{0}", "{1}", "{1} in {2} style")  # as training.emoji's
@@ -207,23 +211,54 @@ def put_on(head: Image.Image, hat: Image.Image, chance: random.Random, size: int
     return canvas.convert("RGB")
 
 
+def dressed(
+    pictures: dict[tuple[str, str], dict[str, Any]], style: str, name: str, hat: str, number: int
+) -> Image.Image | None:
+    """The head in the hat of its own style, or in a party hat; None where the style lacks either."""
+    head, other = pictures.get((style, name)), pictures.get((style, hat))
+    if head is None or (other is None and hat != "party hat"):
+        return None
+    chance = random.Random(f"{style} {name} {hat} {number}")
+    face = open_picture(head["image"])
+    thing = party_hat(chance) if other is None else cut_out(open_picture(other["image"]))
+    return put_on(cut_out(face), thing, chance, face.width)
+
+
 def worn(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
     """A row for every head and hat of one style; three for each party hat. The concept's further words stand
-    in some captions, but not beside the party hat: "a corgi in a party hat" stays a test."""
+    in some captions."""
     pictures = {(row["style"], row["name"]): row for row in rows}
     for style in sorted({row["style"] for row in rows}):
         for name in HEADS:
             for hat in HATS:
-                head, other = pictures.get((style, name)), pictures.get((style, hat))
-                if head is None or (other is None and hat != "party hat"):
-                    continue
                 for number in range(3 if hat == "party hat" else 1):
-                    chance = random.Random(f"{style} {name} {hat} {number}")
-                    face = open_picture(head["image"])
-                    thing = party_hat(chance) if other is None else cut_out(open_picture(other["image"]))
-                    picture = put_on(cut_out(face), thing, chance, face.width)
-                    own = () if hat == "party hat" else words.get(head["concept"], ())
-                    yield head | worn_row(head, hat, picture, number, own)
+                    picture = dressed(pictures, style, name, hat, number)
+                    if picture is not None:
+                        head = pictures[style, name]
+                        own = () if hat == "party hat" else words.get(head["concept"], ())
+                        yield head | worn_row(head, hat, picture, number, own)
+
+
+def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
+    """For each word of a head, in each style: the head itself, and in a party hat and HATS_EACH others. As
+    concepts of their own, the word and the word in hats."""
+    pictures = {(row["style"], row["name"]): row for row in rows}
+    for (style, name), head in sorted(pictures.items()):
+        for word in words.get(head["concept"], ()) if name in HEADS else ():
+            concept, text = f"{head['concept']} {word}", with_article(word)
+            captions = [form.format(word, text, style) for form in TEMPLATES]
+            changes = {"caption": captions[0], "captions": captions, "name": word, "concept": concept}
+            yield head | changes
+            others = sorted(
+                (unit_hash(f"{word} {hat} {style}", "kind"), hat)
+                for hat in HATS
+                if hat != "party hat" and (style, hat) in pictures
+            )
+            for number, hat in enumerate(("party hat", *(hat for _, hat in others[:HATS_EACH]))):
+                picture = dressed(pictures, style, name, hat, 3 + number)
+                if picture is not None and (word, hat) != (UNSEEN, "party hat"):
+                    row = worn_row(head | {"name": word}, hat, picture, 3 + number, ())
+                    yield head | row | {"concept": f"{concept} in hats"}
 
 
 def worn_row(
@@ -254,7 +289,7 @@ def widened(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> list[dic
     for row in rows:
         own = words.get(row["concept"], ()) if TONES.isdisjoint(row["hexcode"].split("-")) else ()
         result.append(row | {"captions": [*row["captions"], *captions_of(own, row)]})
-    return result + list(worn(rows, words))
+    return [*result, *worn(rows, words), *kinds_of_heads(rows, words)]
 
 
 def build(config: WideningConfig) -> dict[str, Any]:

@@ -171,8 +171,7 @@ def posterior_mean(
     x0_weight = abar_prev.sqrt() * (1 - alpha_t) / (1 - abar_t)
     x_t_weight = alpha_t.sqrt() * (1 - abar_prev) / (1 - abar_t)
     if eta < 1:
-        noise = 1 - abar_prev - eta**2 * posterior_variance(abar_t, abar_prev)
-        x_t_weight = (noise / (1 - abar_t)).sqrt()
+        x_t_weight = ((1 - abar_prev - eta**2 * posterior_variance(abar_t, abar_prev)) / (1 - abar_t)).sqrt()
         x0_weight = abar_prev.sqrt() - x_t_weight * abar_t.sqrt()
     return (x0_weight * x0 + x_t_weight * x_t).to(torch.result_type(x0, x_t))
 
@@ -289,13 +288,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             require(value in allowed, name, value, f"one of {allowed}")
         require(num_train_timesteps >= 1, "num_train_timesteps", num_train_timesteps, "at least 1")
         require(steps_offset >= 0, "steps_offset", steps_offset, "at least 0")
-        require(0 < beta_start < 1, "beta_start", beta_start, "in (0, 1)")
-        require(0 < beta_end < 1, "beta_end", beta_end, "in (0, 1)")
-        require(clip_sample_range > 0, "clip_sample_range", clip_sample_range, "above 0")
-        require(sample_max_value > 0, "sample_max_value", sample_max_value, "above 0")
-        p = dynamic_thresholding_ratio
-        require(0 <= p <= 1, "dynamic_thresholding_ratio", p, "in [0, 1]")
-        require(0 <= eta <= 1, "eta", eta, "in [0, 1]")
+        for name, end in (("beta_start", beta_start), ("beta_end", beta_end)):
+            require(0 < end < 1, name, end, "in (0, 1)")
+        for name, end in (("clip_sample_range", clip_sample_range), ("sample_max_value", sample_max_value)):
+            require(end > 0, name, end, "above 0")
+        for name, share in (("dynamic_thresholding_ratio", dynamic_thresholding_ratio), ("eta", eta)):
+            require(0 <= share <= 1, name, share, "in [0, 1]")
 
         if trained_betas is not None:
             betas = torch.tensor(trained_betas, dtype=torch.float32)
@@ -409,16 +407,14 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         ValueError), the noise of image i comes from generator i alone, whatever batch it is in.
         """
         if isinstance(generator, (list, tuple)):
-            generator = list(generator)
-            count = len(generator)
+            generator, count = list(generator), len(generator)
             require(count == len(sample), "number of generators", count, f"{len(sample)}, one per image")
         t: Any = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
         single = isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)
         require(single, "timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
         prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, t, sample)
-        eta = self.config.eta
-        if eta < 1:
+        if (eta := self.config.eta) < 1:
             abar_t, abar_prev = (self._abar(step, sample) for step in (t, self.previous_timestep(t)))
             prev_sample = posterior_mean(x0, sample.to(x0.dtype), abar_t, abar_prev, eta)
         if t > 0 and eta > 0:
@@ -436,8 +432,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, x0
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
-
-    # ------------------------------------------------------------ parts of the above
 
     def _abar(self, timesteps: int | Tensor, like: Tensor) -> Tensor:
         """abar at integer timesteps of any shape, 1 where t < 0; device of `like`, float32 or better."""
