@@ -4,10 +4,10 @@
     python -m benchmarks.recipes --only baseline v-prediction
 
 All start from the same random weights and read the same shipped text tower, at half the U-Net's width and
-half the batch, so that some hundreds of updates fit. A trial that is done is not run again, here or by another
-process with this output_dir; one that was stopped goes on where it was. What is measured stands in `Measure`:
-after minutes few pictures are found yet, and the CLIP score, which has no threshold, and the error of x0,
-which takes no sampling, tell more than R@5.
+half the batch, so that some hundreds of updates fit. A trial that is done is not run again, by another process
+of this output_dir either; one that was stopped goes on. What is measured stands in `Measure`: after minutes
+few pictures are found yet, and the CLIP score, which has no threshold, and the error of x0, which takes no
+sampling, tell more than R@5.
 """
 
 import argparse
@@ -132,8 +132,8 @@ class Measure:
 
     @torch.no_grad()
     def x0_error(self, pipe: TextToImagePipeline, batch: int = 50) -> float:
-        """Mean squared error of the x0 read from x_t at once, eps fixed and t spread over the chain: a loss in
-        one unit for every prediction_type and weight."""
+        """Mean squared error of the x0 read from x_t at once, eps fixed and t spread over the chain: the loss
+        in one unit for every prediction_type and weight."""
         chain, errors = training_scheduler(pipe.scheduler), []
         generator = torch.Generator().manual_seed(0)
         for start in range(0, len(self.chosen), batch):
