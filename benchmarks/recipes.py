@@ -4,8 +4,8 @@
     python -m benchmarks.recipes --only baseline v-prediction
 
 All start from the same random weights and read the same shipped text tower, at half the U-Net's width and
-half the batch, so that some hundreds of updates fit. A trial that is done is not run again, by another process
-of this output_dir either; one that was stopped goes on. What is measured stands in `Measure`: after minutes
+half the batch, so that some hundreds of updates fit. A trial that is done is not run again, and processes may
+share an output_dir; one that was stopped goes on. What is measured stands in `Measure`: after minutes
 few pictures are found yet, and the CLIP score, which has no threshold, and the error of x0, which takes no
 sampling, tell more than R@5.
 """
