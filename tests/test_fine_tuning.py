@@ -200,7 +200,7 @@ def lora_run(model: Path, pictures: Path, run: Path, steps: int, *more: object) 
     )  # fmt: skip
 
 
-def merged(pipe: Any, file: Path) -> Any:
+def merged(pipe: Any, file: Path, layers: tuple[str, ...] = ()) -> Any:
     """W + (alpha / rank) B A by hand, alpha 6 and rank 3, in copies of the U-Net and the text encoder."""
     saved = load_file(file)
     parts = {}
@@ -208,7 +208,8 @@ def merged(pipe: Any, file: Path) -> Any:
         model = copy.deepcopy(getattr(pipe, part))
         weights = dict(model.named_parameters())
         downs = [name for name in saved if name.startswith(part + ".") and name.endswith(DOWN)]
-        assert len(downs) == sum(name.endswith(LAYERS[part]) for name, _ in model.named_modules()) > 0
+        endings = tuple(layers) if layers and part == "unet" else LAYERS[part]
+        assert len(downs) == sum(f".{name}".endswith(endings) for name, _ in model.named_modules()) > 0
         for down in downs:
             up = next(down.replace(a, b) for a, b in PAIRS if a in down)
             layer = down.removeprefix(part + ".")
@@ -219,7 +220,8 @@ def merged(pipe: Any, file: Path) -> Any:
                 if layer + ".weight" in weights
                 else layer.removeprefix("text_model.") + ".weight"
             )
-            weights[name].data += 2 * saved[up] @ saved[down]
+            change = 2 * saved[up].flatten(1) @ saved[down].flatten(1)  # a convolution's B is 1 x 1
+            weights[name].data += change.view_as(weights[name])
         parts[part] = model
     return parts["unet"], parts["text_encoder"]
 
@@ -239,6 +241,23 @@ def answers(unet: Any, text_encoder: Any, tokenizer: Any) -> torch.Tensor:
     with torch.no_grad():
         states = encode_text(tokenizer, text_encoder, ["a sks cat", "a dog"])[0]
         return unet(x, torch.tensor([10, 700]), states).sample
+
+
+CONVOLUTIONS = ("conv1", "conv2", "time_emb_proj", "to_v")
+
+
+def test_adapters_of_named_layers(model, pictures, tmp_path):
+    """Convolutions among them: drawn with as the weights merged by hand; a name that no layer has is told."""
+    lora_run(model, pictures, tmp_path / "run", 2, "--lora_layers", *CONVOLUTIONS)
+    pipe = TextToImagePipeline.from_pretrained(model)
+    parts = merged(pipe, tmp_path / "run" / LORA, tuple(f".{name}" for name in CONVOLUTIONS))
+    expected = answers(*parts, pipe.tokenizer)
+    assert (expected - answers(pipe.unet, pipe.text_encoder, pipe.tokenizer)).abs().max() > 1e-3
+    pipe.load_lora_weights(str(tmp_path / "run"))
+    found = answers(pipe.unet, pipe.text_encoder, pipe.tokenizer)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="lora_layers must be how names .* end, got 'conv9'"):
+        lora_run(model, pictures, tmp_path / "other", 2, "--lora_layers", "conv1", "conv9")
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents"])

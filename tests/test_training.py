@@ -362,6 +362,7 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("mixed_precision", {"mixed_precision": "half"}),
         ("lr_scheduler", {"lr_scheduler": "sinus"}),
         ("rank", {"rank": 4}),
+        ("lora_layers", {"lora_layers": ["conv1"]}),
         ("rank", {"rank": 0} | SAVED | {"text_encoder": None}),
         ("lora_alpha", {"lora_alpha": 4.0} | SAVED | {"text_encoder": None}),
         ("train_text_encoder", {"train_text_encoder": True} | SAVED | {"text_encoder": None}),

@@ -185,7 +185,7 @@ def fit(
         if not math.isfinite(mean_loss) or not (accelerator.scaler or math.isfinite(grad_norm)):
             raise FloatingPointError(
                 f"step {step + 1}: the loss is {mean_loss} and its gradient's norm {grad_norm}; a lower "
-                "learning_rate may help. No checkpoint was written of it."
+                "learning_rate may help, or leaving out --compile. No checkpoint was written of it."
             )
         learning_rate = lr_scheduler.get_last_lr()[0]
         optimizer.step()

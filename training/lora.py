@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, Hu 2021) through peft, in the file format of diffusers.
 
 W x becomes W x + (alpha / rank) B A x, A (rank, in) and B (out, rank) learned, W frozen, for the projections
-of every attention. `pytorch_lora_weights.safetensors` holds all A and B: `pipe.load_lora_weights(folder)`.
+of every attention, or for layers that are named; of a convolution A is one too, as large, and B 1 x 1.
+`pytorch_lora_weights.safetensors` holds all A and B: `pipe.load_lora_weights(folder)`.
 """
 
 from pathlib import Path
@@ -14,7 +15,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Conv2d, Linear
 
+from pipelines import ConditionalUNet
+from training.config import require
 from training.loop import check_shapes, tensor_shapes
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -23,8 +27,12 @@ TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def add_lora(model: torch.nn.Module, layers: list[str], rank: int, alpha: float | None = None) -> None:
-    """Freeze the model and give each of its `layers` an adapter that changes nothing yet (B = 0); alpha None
-    is rank."""
+    """Freeze the model and give each layer whose name ends so an adapter that changes nothing yet (B = 0);
+    alpha None is rank. ValueError for an ending that no layer has."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (Linear, Conv2d))]
+    for layer in layers:
+        known = any(f".{name}".endswith(f".{layer}") for name in names)
+        require(known, "lora_layers", layer, "how names of the U-Net's linear or convolution layers end")
     model.requires_grad_(False)
     config = LoraConfig(
         r=rank,
@@ -70,8 +78,10 @@ class LoraFile:
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapted layer, under diffusers' names."""
-    return convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    """A and B of every adapted layer, under diffusers' names, which for a U-Net are peft's: diffusers' older
+    ones hold the attention's alone, and a mixture is read in part."""
+    weights = get_peft_model_state_dict(model)
+    return weights if isinstance(model, ConditionalUNet) else convert_state_dict_to_diffusers(weights)
 
 
 def settings_of(model: Any) -> dict[str, Any]:

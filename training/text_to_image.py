@@ -71,6 +71,7 @@ class TextToImageConfig:
     inpainting: bool = setting("It sees a mask and the masked picture too; a saved one is widened.", False)
     rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
     lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.")
+    lora_layers: list[str] | None = setting("The U-Net's layers that get adapters; default the attention's.")
     train_text_encoder: bool = setting("Adapters on the text encoder too.", False)
     # The data
     dataset_name: str | None = setting("Saved data set or Hub name.")
@@ -187,11 +188,12 @@ class TextToImageConfig:
         precision = self.mixed_precision
         require(precision in PRECISIONS, "mixed_precision", precision, f"one of {PRECISIONS}")
         require(self.lr_scheduler in schedules, "lr_scheduler", self.lr_scheduler, f"one of {schedules}")
-        lora, alpha, tower_too = self.rank is not None, self.lora_alpha, self.train_text_encoder
+        lora, tower_too = self.rank is not None, self.train_text_encoder
         new_inputs = "left out with rank: adapters train no new inputs"
         require(not (lora and self.inpainting), "inpainting", True, new_inputs)
         require(saved is not None or not lora, "rank", self.rank, "left out when training from scratch")
-        require(lora or alpha is None, "lora_alpha", alpha, "left out without rank")
+        for name in ("lora_alpha", "lora_layers"):
+            require(lora or getattr(self, name) is None, name, getattr(self, name), "left out without rank")
         require(lora or not tower_too, "train_text_encoder", tower_too, "left out without rank")
         epochs = self.num_train_epochs
         counted = epochs is None or self.max_train_steps is not None
@@ -374,7 +376,7 @@ def main() -> None:
     with accelerator.local_main_process_first():  # it computes the caches, the others read them
         train, held_out, text = load_all(config, pipe, accelerator)
     if config.rank is not None:
-        for model, layers in zip(models, (UNET_LAYERS, TEXT_LAYERS), strict=False):
+        for model, layers in zip(models, (config.lora_layers or UNET_LAYERS, TEXT_LAYERS), strict=False):
             add_lora(model, layers, config.rank, config.lora_alpha)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
