@@ -1,6 +1,7 @@
 """The text-to-image recipe: its loss against diffusers, its settings, and whole runs through accelerate."""
 
 import contextlib
+import copy
 import json
 import shutil
 import sys
@@ -29,7 +30,7 @@ from pipelines import (
 )
 from pipelines.conditioning import encode_text
 from training import export, text_to_image
-from training.building import as_mapping, widen_input
+from training.building import as_mapping, compile_blocks, widen_input
 from training.caches import cache_text
 from training.data import PictureCache, StepBatchSampler, seed_for
 from training.denoising import plain_attention
@@ -314,6 +315,27 @@ def test_a_network_made_self_conditioned_predicts_what_it_did(make_unet):
         unseen = wider(x, t, states, added_cond_kwargs=added).sample
     assert (moved - before).abs().mean() > 1e-3
     torch.testing.assert_close(unseen, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_blocks_learn_the_same_in_bf16(make_unet):
+    """Prediction and gradients are within the rounding of bf16 of what they are uncompiled; the names too."""
+    unet = make_unet(patch_size=2, self_conditioning=True)
+    compiled = copy.deepcopy(unet)
+    compile_blocks(compiled)
+    assert list(compiled.state_dict()) == list(unet.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    x, estimate = torch.randn(2, 4, 3, unet.config.sample_size, unet.config.sample_size, generator=generator)
+    text = torch.randn(4, 5, unet.config.cross_attention_dim, generator=generator)
+    outputs = []
+    for model in (unet, compiled):
+        with torch.autocast("cpu", torch.bfloat16), plain_attention(torch.device("cpu")):
+            output = model(x, torch.tensor([3, 400, 800, 999]), text, added_cond_kwargs={"x0_self": estimate})
+        output.sample.float().square().mean().backward()
+        outputs.append([output.sample.float(), torch.cat([p.grad.flatten() for p in model.parameters()])])
+    for expected, found in zip(*outputs, strict=True):
+        assert (found - expected).norm() <= 0.03 * expected.norm()
 
 
 def test_plain_attention_is_the_same_attention(make_unet):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from pipelines import ConditionalUNet, DDPMScheduler
 from pipelines.back_projection import enlarge
 from pipelines.super_resolution import SuperResolutionPipeline
-from training.building import as_mapping
+from training.building import as_mapping, compile_blocks
 from training.config import parse_config, require, run
 from training.data import (
     PictureCache,
@@ -258,7 +258,7 @@ def main() -> None:
         )
     unet = ConditionalUNet(**as_mapping(config.unet, "unet")).to(memory_format=torch.channels_last)
     if config.compile:
-        unet.compile()
+        compile_blocks(unet)
 
     # 3. Optimizer, schedule, average, checkpoints.
     optimizer = make_optimizer(

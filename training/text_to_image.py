@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pipelines import ConditionalUNet, InpaintPipeline, TextToImagePipeline
 from pipelines.images import image_grid
-from training.building import build_pipeline
+from training.building import build_pipeline, compile_blocks
 from training.caches import LiveText, cache_latents, cache_text
 from training.config import parse_config, require, run
 from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
@@ -381,7 +381,7 @@ def main() -> None:
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if config.compile:
-        pipe.unet.compile()
+        compile_blocks(pipe.unet)
 
     # 3. Optimizer, schedule, EMA, checkpoints.
     pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * world
