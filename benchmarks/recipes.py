@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipelines import ConditionalUNet, TextToImagePipeline
+from pipelines import TextToImagePipeline
 from pipelines.components.ddpm_scheduler import predict_x0
 from pipelines.conditioning import encode_text
 from training.data import cache_pictures, load_pictures
@@ -33,7 +33,6 @@ from training.samples import draw, two_halves
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "training/configs/emoji.yaml"
-EMA_DECAYS = [0.99, 0.995, 0.998]  # of short runs; the averages of the baseline beside its own 0.997
 WIDTHS = {"block_out_channels": [64, 128]}
 SHARED = {
     "train_batch_size": 32,
@@ -43,7 +42,7 @@ SHARED = {
     "validation_steps": 10**6,
 }
 TRIALS: dict[str, dict[str, Any]] = {
-    "baseline": {"more_ema_decays": EMA_DECAYS},
+    "baseline": {},
     "v-prediction": {"prediction_type": "v_prediction", "snr_floor": 0.0},
     "plain loss": {"snr_gamma": None, "snr_floor": 0.0},
     "min-SNR without a floor": {"snr_floor": 0.0},
@@ -122,11 +121,9 @@ class Measure:
             "Frechet distance": frechet_distance(embeds, self.reference),
         }
 
-    def drawn_by(self, folder: Path, weights: Path | None = None) -> dict[str, float]:
-        """Of the pipeline in `folder`, with a U-Net from elsewhere if given."""
+    def drawn_by(self, folder: Path) -> dict[str, float]:
+        """Of the pipeline in `folder`."""
         pipe = TextToImagePipeline.from_pretrained(folder)
-        if weights is not None:
-            pipe.unet = ConditionalUNet.from_pretrained(str(weights))
         drawn = self.of(draw(pipe, self.captions, guidance_scale=3.0, label=folder.parent.name))
         return drawn | {"x0 error": self.x0_error(pipe)}
 
@@ -193,9 +190,6 @@ def main(argv: list[str] | None = None) -> None:
             continue
         run = train(name, options)
         figures = {name: {"updates": updates_of(run)} | measure.drawn_by(run / "pipeline")}
-        for decay in TRIALS[name].get("more_ema_decays", ()):
-            weights = run / f"checkpoint-{updates_of(run)}" / f"unet_ema_{decay}"
-            figures[f"{name}, average of {decay}"] = measure.drawn_by(run / "pipeline", weights)
         path.with_suffix(".partial").write_text(json.dumps(written(path) | figures, indent=1))
         path.with_suffix(".partial").rename(path)
     figures = written(path) | {"real pictures": measure.of(measure.pictures.images(measure.chosen))}
