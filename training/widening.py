@@ -10,8 +10,8 @@ by more words, and some of them put together:
   `training.evaluate words` keeps out, nor one that a caption holds.
 - hats: heads (dog face, fox, robot, ...) that wear the hats of their own style's set, or a party hat, which
   no set has by itself and which is drawn here.
-- kinds: every word for a head is a concept of its own, bareheaded and in hats, or else training would read
-  each of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
+- kinds: every word for a head is a concept of its own in each style, bareheaded and in hats: else training
+  would read each of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
 
 The splits that are kept out of training are those of data/emoji, unchanged.
 """
@@ -240,12 +240,12 @@ def worn(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[di
 
 
 def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
-    """For each word of a head, in each style: the head itself, and in a party hat and HATS_EACH others. As
-    concepts of their own, the word and the word in hats."""
+    """For each word of a head, in each style: the head itself, and in a party hat and HATS_EACH others. Each
+    is a concept of its own, or of a whole training a word would be read a few times."""
     pictures = {(row["style"], row["name"]): row for row in rows}
     for (style, name), head in sorted(pictures.items()):
         for word in words.get(head["concept"], ()) if name in HEADS else ():
-            concept, text = f"{head['concept']} {word}", with_article(word)
+            concept, text = f"{head['concept']} {word} {style}", with_article(word)
             captions = [form.format(word, text, style) for form in TEMPLATES]
             changes = {"caption": captions[0], "captions": captions, "name": word, "concept": concept}
             yield head | changes
@@ -258,7 +258,7 @@ def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> I
                 picture = dressed(pictures, style, name, hat, 3 + number)
                 if picture is not None and (word, hat) != (UNSEEN, "party hat"):
                     row = worn_row(head | {"name": word}, hat, picture, 3 + number, ())
-                    yield head | row | {"concept": f"{concept} in hats"}
+                    yield head | row | {"concept": f"{concept} {hat}"}
 
 
 def worn_row(
