@@ -30,10 +30,9 @@ NEW = [
     "a corgi",
 ]
 PROMPTS = [*NEW, "a red heart", "dog face, noto style"]
-LAYERS = "to_q to_k to_v to_out.0 conv1 conv2 proj_in proj_out ff.net.0.proj ff.net.2".split()
 WAYS = {  # what the two runs differ in
     "whole": ["--learning_rate", "1e-4", "--train_batch_size", "16"],
-    "LoRA": ["--learning_rate", "1e-3", "--train_batch_size", "16", "--rank", "16", "--lora_layers", *LAYERS],
+    "LoRA": ["--learning_rate", "2e-3", "--train_batch_size", "16", "--rank", "8"],
 }
 
 
