@@ -10,8 +10,9 @@ by more words, and some of them put together:
   `training.evaluate words` keeps out, nor one that a caption holds.
 - hats: heads (dog face, fox, robot, ...) that wear the hats of their own style's set, or a party hat, which
   no set has by itself and which is drawn here.
-- kinds: every word for a head is a concept of its own in each style, bareheaded and in hats: else training
-  would read each of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
+- kinds: every word for a head is a concept of its own, bareheaded and in hats: else training would read each
+  of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
+- hats alone: each again, a few times in each style, or "a crown" is drawn on a head: thirty wear one.
 
 The splits that are kept out of training are those of data/emoji, unchanged.
 """
@@ -45,6 +46,7 @@ from training.words import (
 LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
 NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
 UNSEEN = "corgi"  # never beside the party hat
+HATS_ALONE = 4  # times that a hat by itself stands there again, each a concept of its own
 HATS_EACH = 2  # of one word in one style, beside the party hat
 WORDS_EACH = 10  # of one picture; other pictures of the concept have others
 COMMON = 2.7  # Zipf frequency; rarer words would each be read once or twice in a whole training
@@ -241,11 +243,11 @@ def worn(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[di
 
 def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
     """For each word of a head, in each style: the head itself, and in a party hat and HATS_EACH others. Each
-    is a concept of its own, or of a whole training a word would be read a few times."""
+    word is a concept of its own, and with each hat, or in a whole training it would be read a few times."""
     pictures = {(row["style"], row["name"]): row for row in rows}
     for (style, name), head in sorted(pictures.items()):
         for word in words.get(head["concept"], ()) if name in HEADS else ():
-            concept, text = f"{head['concept']} {word} {style}", with_article(word)
+            concept, text = f"{head['concept']} {word}", with_article(word)
             captions = [form.format(word, text, style) for form in TEMPLATES]
             changes = {"caption": captions[0], "captions": captions, "name": word, "concept": concept}
             yield head | changes
@@ -259,6 +261,13 @@ def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> I
                 if picture is not None and (word, hat) != (UNSEEN, "party hat"):
                     row = worn_row(head | {"name": word}, hat, picture, 3 + number, ())
                     yield head | row | {"concept": f"{concept} {hat}"}
+
+
+def hats_alone(rows: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Each picture of a hat HATS_ALONE times again."""
+    for row in rows:
+        for number in range(HATS_ALONE if row["name"] in HATS else 0):
+            yield row | {"concept": f"{row['concept']} {row['style']} {number}"}
 
 
 def worn_row(
@@ -283,13 +292,14 @@ def worn_row(
 
 
 def widened(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """The rows of a data set with the concepts' words among their captions, and the heads in hats after them.
+    """The rows of a data set with the concepts' words among their captions, and after them the heads in hats
+    and the hats alone.
     Pictures in one of the skin tones take no words: in six tones, they are many already."""
     result = []
     for row in rows:
         own = words.get(row["concept"], ()) if TONES.isdisjoint(row["hexcode"].split("-")) else ()
         result.append(row | {"captions": [*row["captions"], *captions_of(own, row)]})
-    return [*result, *worn(rows, words), *kinds_of_heads(rows, words)]
+    return [*result, *worn(rows, words), *kinds_of_heads(rows, words), *hats_alone(rows)]
 
 
 def build(config: WideningConfig) -> dict[str, Any]:
@@ -311,7 +321,7 @@ def build(config: WideningConfig) -> dict[str, Any]:
     wide = datasets.Dataset.from_list(rows, features=splits["train"].features)
     summary = {
         "pictures": len(train), "words": len(set().union(*words.values())), "concepts with words": len(words),
-        "heads in hats": len(rows) - len(train), "words of": words,
+        "heads and hats": len(rows) - len(train), "words of": words,
     }  # fmt: skip
     output = Path(config.output_dir)
     partial = output.with_name(output.name + ".partial")
@@ -333,7 +343,7 @@ def main() -> None:
         raise SystemExit(f"training.widening: {error}") from error
     print(f"{summary['words']} words for {summary['concepts with words']} concepts")
     print(
-        f"{summary['heads in hats']} heads in hats beside {summary['pictures']} pictures, {config.output_dir}"
+        f"{summary['heads and hats']} heads and hats beside {summary['pictures']} pictures, {config.output_dir}"
     )
 
 
