@@ -17,6 +17,7 @@ from training.losses import (
     DiffusionLoss,
     LossAwareTimesteps,
     clip_contrastive_loss,
+    detail_loss,
     min_snr_weight,
     simple_loss,
 )
@@ -131,6 +132,18 @@ def test_simple_loss_gradient():
     simple_loss(output, target, weight).mean().backward()
     expected = 2 * weight.reshape(-1, 1, 1) * (output - target).detach() / (4 * 15)
     torch.testing.assert_close(output.grad, expected)
+
+
+def test_detail_loss_by_hand():
+    """|errors| of 1, 2, 3, 6 have the mean 3, at the bound and above it; just below it nothing counts."""
+    x0_hat = torch.tensor([[1.0, -2.0, 3.0, -6.0]]).repeat(3, 1).requires_grad_()
+    losses = detail_loss(x0_hat, torch.zeros(3, 4), torch.tensor([4.99, 5.0, 80.0]), least=5.0)
+    assert losses.tolist() == [0.0, 3.0, 3.0]
+    losses.sum().backward()
+    assert x0_hat.grad.tolist() == [[0.0] * 4] + [[0.25, -0.25, 0.25, -0.25]] * 2
+    assert detail_loss(x0_hat.bfloat16(), torch.zeros(3, 4), torch.ones(3), 0.0).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"\(3, 4\) and x0 \(3, 1\)"):
+        detail_loss(x0_hat, torch.zeros(3, 1), torch.ones(3), 0.0)
 
 
 def test_simple_loss_is_computed_in_float32():

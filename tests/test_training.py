@@ -30,7 +30,7 @@ from pipelines import (
 )
 from pipelines.conditioning import encode_text
 from training import export, text_to_image
-from training.building import as_mapping, compile_blocks, widen_input
+from training.building import add_refiner, as_mapping, compile_blocks, widen_input
 from training.caches import cache_text
 from training.data import PictureCache, StepBatchSampler, seed_for
 from training.denoising import plain_attention
@@ -194,6 +194,34 @@ def test_the_loss_against_diffusers_parts(kind, snr_gamma, snr_floor, make_loss)
     pipe.unet.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_detail_weight_adds_the_error_of_x0_where_it_is_nearly_clean(kind, make_loss):
+    """x0 as diffusers reads it from the output, not clipped; t of both sides of SNR 5 occur."""
+    pictures, indices, theirs = random_pictures(), [1, 4, 4, 8], DiffusersDDPM(
+        beta_schedule="squaredcos_cap_v2", prediction_type=kind, clip_sample=False
+    )  # fmt: skip
+    x0 = pictures.images(indices)
+    settings = {"snr_gamma": 5.0, "caption_dropout": 0.0, "canonical_caption": 1.0}
+    loss, pipe = make_loss(kind, pictures, **settings, detail_weight=0.7)
+    states, _, _ = encode_text(pipe.tokenizer, pipe.text_encoder, [f"cat {i}" for i in indices])
+    sides = set()
+    for step in range(6):
+        eps, t = draw_noise(loss.config.seed, step, (4, 3, 16, 16), 1000, 0, 1)
+        with torch.no_grad():
+            found = loss(indices, step)[1]["per_sample"]
+            loss.config.detail_weight = 0.0
+            without = loss(indices, step)[1]["per_sample"]
+            loss.config.detail_weight = 0.7
+            x_t = theirs.add_noise(x0, eps, t)
+            rows = zip(pipe.unet(x_t, t, states).sample, t, x_t, strict=True)
+            x0_hat = [theirs.step(o[None], int(k), x[None]).pred_original_sample[0] for o, k, x in rows]
+        clean = theirs.alphas_cumprod[t] >= 5 / 6  # abar / (1 - abar) >= 5
+        expected = 0.7 * (torch.stack(x0_hat) - x0).abs().mean(dim=(1, 2, 3)) * clean
+        torch.testing.assert_close(found - without, expected, rtol=5e-3, atol=1e-5)
+        sides |= set(clean.tolist())
+    assert sides == {False, True}
+
+
 def test_pooled_text_and_the_null_prompt(make_loss, make_unet):
     """Dropped captions are the empty prompt through the encoder, its pooled vector too."""
     unet = make_unet(pooled_text_time_embedding=True, pooled_text_dim=24)
@@ -317,11 +345,23 @@ def test_a_network_made_self_conditioned_predicts_what_it_did(make_unet):
     torch.testing.assert_close(unseen, before, rtol=1e-5, atol=1e-6)
 
 
+def test_a_network_that_gains_a_refiner_predicts_what_it_did(make_unet):
+    plain = make_unet(patch_size=2)
+    refined = add_refiner(plain, 6).eval()
+    assert refined.config.refiner_channels == 6 and plain.config.refiner_channels is None
+    given = (torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, 7, 32))
+    with torch.no_grad():
+        assert_same(refined(*given).sample, plain(*given).sample)
+    assert all(weight.requires_grad for weight in refined.refiner.parameters())
+    with pytest.raises(ValueError, match="refiner_channels must be the 6 of the saved U-Net, got 8"):
+        add_refiner(refined, 8)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same_in_bf16(make_unet):
     """Prediction and gradients are within the rounding of bf16 of what they are uncompiled; the names too."""
-    unet = make_unet(patch_size=2, self_conditioning=True)
+    unet = make_unet(patch_size=2, self_conditioning=True, refiner_channels=6)
     compiled = copy.deepcopy(unet)
     compile_blocks(compiled)
     assert list(compiled.state_dict()) == list(unet.state_dict())
@@ -371,6 +411,10 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("concept_power", {"concept_power": -1.0}),
         ("style_power", {"style_power": 1.5}),
         ("timestep_shift", {"timestep_shift": 0.0}),
+        ("detail_weight", {"detail_weight": -0.1}),
+        ("detail_weight", {"detail_weight": 0.5, "snr_gamma": None}),
+        ("detail_weight", {"detail_weight": 0.5, "loss": "vlb"}),
+        ("refiner_channels", {"refiner_channels": 0}),
         ("more_ema_decays", {"more_ema_decays": [0.9995]}),
         ("more_ema_decays", {"more_ema_decays": [1.5]}),
         ("train_batch_size", {"train_batch_size": 0}),

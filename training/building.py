@@ -38,6 +38,9 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
             changes["in_channels"] = inpainting_channels(pipe)
         if any(pipe.unet.config.get(key) != value for key, value in changes.items()):
             pipe.unet = widen_input(pipe.unet, **changes)
+        width = config.refiner_channels
+        if width is not None and pipe.unet.config.get("refiner_channels") != width:
+            pipe.unet = add_refiner(pipe.unet, width)
         return pipe
     settings = as_mapping(config.noise_scheduler, "noise_scheduler")
     if config.prediction_type:
@@ -45,6 +48,8 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
     network = as_mapping(config.unet, "unet")
     if config.self_conditioning:
         network["self_conditioning"] = True
+    if config.refiner_channels is not None:
+        network["refiner_channels"] = config.refiner_channels
     if config.inpainting:
         network.setdefault("in_channels", 7)
     tokenizer, text_encoder = load_text_tower(config.text_encoder or "")
@@ -62,7 +67,7 @@ def compile_blocks(unet: ConditionalUNet) -> None:
 
     Not the whole at once: in bf16 on a CPU with AMX what torch 2.14 makes of that gives NaN.
     """
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.refiner):
         if block is not None:
             block.compile(dynamic=False)
 
@@ -114,6 +119,17 @@ def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
         start, end = start + old, end + new
     wider.load_state_dict(state | {"conv_in.weight": weight})
     return wider
+
+
+def add_refiner(unet: ConditionalUNet, width: int) -> ConditionalUNet:
+    """The same network with a refiner of pixels of `width` channels behind it, which adds 0 until it is
+    trained. Raises ValueError where it has one of another width."""
+    own = unet.config.get("refiner_channels")
+    if own is not None:
+        raise ValueError(f"refiner_channels must be the {own} of the saved U-Net, got {width}")
+    refined = ConditionalUNet.from_config(unet.config, refiner_channels=width)
+    refined.load_state_dict(refined.state_dict() | unet.state_dict())
+    return refined
 
 
 def input_groups(config: Any) -> tuple[int, int, int]:

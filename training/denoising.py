@@ -16,7 +16,7 @@ from training.caches import encode_latents
 from training.config import require
 from training.data import PictureCache, seed_for
 from training.inpainting import random_masks, see_mask
-from training.losses import DiffusionLoss, LossAwareTimesteps, min_snr_weight
+from training.losses import DiffusionLoss, LossAwareTimesteps, detail_loss, min_snr_weight
 
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
@@ -85,7 +85,7 @@ class DenoisingLoss:
 
     Args:
         config: TextToImageConfig, of which it reads loss, inpainting, seed, random_flip, canonical_caption,
-            caption_dropout, noise_offset, timestep_shift, snr_gamma and snr_floor.
+            caption_dropout, noise_offset, timestep_shift, snr_gamma, snr_floor and detail_weight.
         unet: what `accelerator.prepare` made of the pipeline's.
         data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
         text: captions -> states and pooled vectors, a TextCache or LiveText.
@@ -189,15 +189,21 @@ class DenoisingLoss:
             snr = self.snr.to(device)[t]
             weight = min_snr_weight(snr, kind, self.config.snr_gamma, self.config.snr_floor)
         per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
+        if weight is not None and self.config.detail_weight:
+            x0_hat = self.estimate(output.float(), x_t, t, clip=False)
+            per_sample = per_sample + self.config.detail_weight * detail_loss(
+                x0_hat, x0, snr, self.config.snr_gamma
+            )
         details = {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
         return (per_sample if share is None else share.to(device) * per_sample).mean(), details
 
-    def estimate(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def estimate(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
         """x0 as the scheduler reads it from the U-Net's output, (B, C, H, W); clipped if it clips."""
         config = self.scheduler.config
         abar = self.scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
         x0 = predict_x0(output[:, : x_t.shape[1]], x_t, abar, config.prediction_type)
-        return x0.clamp(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
+        limit = config.clip_sample_range
+        return x0.clamp(-limit, limit) if clip and config.clip_sample else x0
 
 
 def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -68,6 +68,7 @@ class TextToImageConfig:
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.")
     prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.")
     self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
+    refiner_channels: int | None = setting("Width of the U-Net's refiner of pixels; a saved one gains it.")
     inpainting: bool = setting("It sees a mask and the masked picture too; a saved one is widened.", False)
     rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
     lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.")
@@ -112,6 +113,7 @@ class TextToImageConfig:
     max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0)
     snr_gamma: float | None = setting("Min-SNR weighting of all but vlb; none is the plain loss.", 5.0)
     snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
+    detail_weight: float = setting("With snr_gamma: of |error of x0| where SNR is at least it.", 0.0)
     timestep_shift: float = setting("Above 1 draws noisier t more often (Esser 2024, eq. 23).", 1.0)
     noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
@@ -166,19 +168,17 @@ class TextToImageConfig:
         gamma, floor = self.snr_gamma, self.snr_floor
         require(gamma is None or gamma > 0, "snr_gamma", gamma, "above 0, or null for the plain loss")
         require(floor == 0 or 0 < floor <= (gamma or 0), "snr_floor", floor, "in [0, snr_gamma]")
+        detail = self.detail_weight
+        allowed = detail == 0 or (detail > 0 and gamma is not None and self.loss != "vlb")
+        require(allowed, "detail_weight", detail, "0, or above 0 with snr_gamma and a loss other than vlb")
         for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("lr_warmup_steps", "lr_decay_steps", "noise_offset", "adam_weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        counts = [
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-            "validation_steps",
-        ]
-        counts += ["shuffle_buffer", "num_validation_images"]
+        counts = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"]
+        counts += ["validation_steps", "shuffle_buffer", "num_validation_images"]
         optional = ["max_train_steps", "num_train_epochs", "rank", "resolution", "max_train_samples"]
-        optional += ["checkpoints_total_limit", "num_processes"]
+        optional += ["checkpoints_total_limit", "num_processes", "refiner_channels"]
         for name in counts + [name for name in optional if getattr(self, name) is not None]:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         kinds = (None, "epsilon", "sample", "v_prediction")

@@ -342,9 +342,8 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"training.widening: {error}") from error
     print(f"{summary['words']} words for {summary['concepts with words']} concepts")
-    print(
-        f"{summary['heads and hats']} heads and hats beside {summary['pictures']} pictures, {config.output_dir}"
-    )
+    added, pictures = summary["heads and hats"], summary["pictures"]
+    print(f"{added} heads and hats beside {pictures} pictures, {config.output_dir}")
 
 
 if __name__ == "__main__":
