@@ -597,6 +597,28 @@ def test_further_averages_are_kept_and_one_of_them_can_be_exported(runs, clip_fo
         export.main()
 
 
+def test_the_mean_of_several_networks_is_exported(runs, clip_folder, make_unet, tmp_path, monkeypatch):
+    """Of three whose weights are w, w + 0.5 and w + 2.5, exported is w + 1; another shape is refused."""
+    folders, base = [], make_unet()
+    for number, shift in enumerate((0.0, 0.5, 2.5)):
+        shifted = copy.deepcopy(base)
+        for weight in shifted.parameters():
+            weight.data += shift
+        shifted.save_pretrained(tmp_path / str(number))
+        folders.append(str(tmp_path / str(number)))
+    arguments = ["export", "--config", str(runs[0].parent / "config.yaml")]
+    arguments += ["--to", str(tmp_path / "mean"), "--unets"]
+    monkeypatch.setattr(sys, "argv", [*arguments, *folders])
+    export.main()
+    mean = load_file(tmp_path / "mean" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, weight in base.state_dict().items():
+        torch.testing.assert_close(mean[name].float(), weight + 1, rtol=1e-3, atol=1e-3)  # it is in fp16
+    make_unet(refiner_channels=4).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(sys, "argv", [*arguments, *folders, str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match=r"export: unets must be of the shape of .*0, got .*other"):
+        export.main()
+
+
 def test_upsamplers_and_guides_are_exported_in_fp16_without_code(make_upsampler, tmp_path, monkeypatch):
     make_upsampler().save_pretrained(tmp_path / "up")
     classifier = NoisyClassifier(["cold", "warm"], 16, 3, 2, (8, 16), 4, 2)

@@ -2,6 +2,8 @@
 
     python -m training.export --config training/configs/emoji.yaml \\
         --checkpoint runs/emoji/checkpoint-9000 --to models/emoji
+    python -m training.export --config training/configs/emoji_wide.yaml \\
+        --unets runs/a/unet runs/b/unet --to models/emoji
     python -m training.export --clip runs/judge/clip --to models/judge
     python -m training.export --folder runs/upsampler/pipeline --to models/emoji-upsampler
 """
@@ -32,6 +34,10 @@ class ExportConfig:
     ema: float | None = field(
         default=None, metadata={"help": "Decay of the average to take, one of more_ema_decays."}
     )
+    unets: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Or folders of U-Nets of one shape: the mean of their weights is taken."},
+    )
     clip: str | None = field(default=None, metadata={"help": "Or a CLIP that training.clip saved."})
     folder: str | None = field(
         default=None,
@@ -48,7 +54,8 @@ class ExportConfig:
 
 
 def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: Path) -> None:
-    """The run's frozen parts with the U-Net of the checkpoint, its average where there is one."""
+    """The run's frozen parts with the U-Net of the checkpoint, its average where there is one; or with the
+    mean of several."""
     pipe = build_pipeline(training)
     checkpoint = Path(config.checkpoint or "")
     weights = checkpoint / ("unet_ema" if (checkpoint / "unet_ema").is_dir() else "unet")
@@ -56,7 +63,7 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
         weights = checkpoint / f"unet_ema_{config.ema}"
         there = [path.name.removeprefix("unet_ema_") for path in sorted(checkpoint.glob("unet_ema_*"))]
         require(weights.is_dir(), "ema", config.ema, f"one that the checkpoint has, of {there}")
-    pipe.unet = ConditionalUNet.from_pretrained(str(weights))
+    pipe.unet = mean_unet(config.unets or [str(weights)])
     pipe.register_to_config(
         default_guidance_scale=config.guidance_scale,
         default_clip_guidance_scale=config.clip_guidance_scale,
@@ -66,6 +73,20 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
     pipe.save_pretrained(str(folder))
     drop_ema_keys(folder / "unet" / "config.json")
     drop_code(folder)
+
+
+def mean_unet(folders: list[str]) -> ConditionalUNet:
+    """One U-Net with the mean of the weights, good where all were trained on from one and the same ("soups",
+    Wortsman 2022, https://arxiv.org/abs/2203.05482). Raises ValueError where they differ in shape."""
+    mean = ConditionalUNet.from_pretrained(folders[0])
+    own = mean.state_dict()
+    for number, folder in enumerate(folders[1:], start=2):
+        other = ConditionalUNet.from_pretrained(folder).state_dict()
+        shapes, others = ({k: v.shape for k, v in state.items()} for state in (own, other))
+        require(shapes == others, "unets", folder, f"of the shape of {folders[0]}")
+        for name, weight in own.items():  # the running mean, in place
+            weight += (other[name] - weight) / number
+    return mean
 
 
 def drop_code(folder: Path) -> None:
@@ -131,9 +152,10 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         sources = {name: getattr(config, name) for name in ("checkpoint", "clip", "folder")}
-        given = {name: source for name, source in sources.items() if source}
-        require(len(given) == 1, "checkpoint", config.checkpoint, "given, or clip or folder instead")
-        for name, source in given.items():
+        given = [(name, source) for name, source in sources.items() if source]
+        kinds = len(given) + bool(config.unets)
+        require(kinds == 1, "checkpoint", config.checkpoint, "given, or unets, clip or folder instead")
+        for name, source in [*given, *(("unets", source) for source in config.unets)]:
             require(Path(source).is_dir(), name, source, "a folder")
         if config.clip:
             export_clip(config.clip, partial)
