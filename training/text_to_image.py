@@ -191,6 +191,8 @@ class TextToImageConfig:
         lora, tower_too = self.rank is not None, self.train_text_encoder
         new_inputs = "left out with rank: adapters train no new inputs"
         require(not (lora and self.inpainting), "inpainting", True, new_inputs)
+        allowed = not lora or self.refiner_channels is None
+        require(allowed, "refiner_channels", self.refiner_channels, "left out with rank: adapters train none")
         require(saved is not None or not lora, "rank", self.rank, "left out when training from scratch")
         for name in ("lora_alpha", "lora_layers"):
             require(lora or getattr(self, name) is None, name, getattr(self, name), "left out without rank")
