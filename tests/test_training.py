@@ -415,7 +415,7 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("detail_weight", {"detail_weight": 0.5, "snr_gamma": None}),
         ("detail_weight", {"detail_weight": 0.5, "loss": "vlb"}),
         ("refiner_channels", {"refiner_channels": 0}),
-        ("refiner_channels", {**SAVED, "rank": 4, "refiner_channels": 8}),
+        ("refiner_channels", {**SAVED, "text_encoder": None, "rank": 4, "refiner_channels": 8}),
         ("more_ema_decays", {"more_ema_decays": [0.9995]}),
         ("more_ema_decays", {"more_ema_decays": [1.5]}),
         ("train_batch_size", {"train_batch_size": 0}),
