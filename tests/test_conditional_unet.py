@@ -24,6 +24,7 @@ OWN_KEYS = {
     "pooled_text_time_embedding",
     "pooled_text_dim",
     "refiner_channels",
+    "refiner_timesteps",
 }
 
 # The published shapes at a tenth of their width, each with all four levels and their quirks.
@@ -276,6 +277,7 @@ def test_keys_and_defaults_are_those_of_diffusers() -> None:
         "pooled_text_time_embedding": False,
         "pooled_text_dim": None,
         "refiner_channels": None,
+        "refiner_timesteps": None,
     }
 
 
@@ -305,7 +307,7 @@ def test_folders_load_into_each_other(config: dict[str, Any], tmp_path: Path) ->
 
 def test_own_keys_survive_a_folder(tmp_path: Path) -> None:
     own = {"patch_size": 2, "self_conditioning": True, "text_concat_channels": 3, "pooled_text_dim": 6}
-    own["refiner_channels"] = 5
+    own |= {"refiner_channels": 5, "refiner_timesteps": 300}
     model = ConditionalUNet(**SMALL, **own, pooled_text_time_embedding=True, in_channels=3).eval()
     model.save_pretrained(str(tmp_path))
     again = ConditionalUNet.from_pretrained(str(tmp_path)).eval()
@@ -339,6 +341,7 @@ REFUSED: dict[str, list[Any]] = {
     "norm_num_groups": [None],
     "patch_size": [0, -1],
     "refiner_channels": [0, -1],
+    "refiner_timesteps": [0],
     "block_out_channels": [(16, 32, 64)],
     "layers_per_block": [(1,)],
     "attention_head_dim": [(2, 2, 2)],
@@ -551,6 +554,10 @@ def test_refiner_in_closed_form(inputs_: int, outputs: int, doubled: bool) -> No
         expected = prediction - 1.5 * prediction
         expected[:, :shared] += 1.5 * given["sample"][:, :shared]
         assert_close(model(**given).sample, expected, 1e-4)
+        refiner.timesteps = 300
+        given["timestep"] = torch.tensor([299, 300])
+        prediction, refined = plain(**given).sample, model(**given).sample
+        assert torch.equal(refined[1], prediction[1]) and (refined[0] - prediction[0]).abs().mean() > 0.1
 
 
 # ---- attention, masks, batches
@@ -652,6 +659,7 @@ def test_gradient_checkpointing(config: dict[str, Any]) -> None:
 def compiled_agrees(backend: str) -> None:
     torch._dynamo.reset()  # what other tests compiled would count as compiled before
     own = {"patch_size": 2, "self_conditioning": True, "text_concat_channels": 3, "refiner_channels": 5}
+    own["refiner_timesteps"] = 300
     model = ConditionalUNet(**SMALL, **own, pooled_text_time_embedding=True).eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     given = {

@@ -121,13 +121,14 @@ def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
     return wider
 
 
-def add_refiner(unet: ConditionalUNet, width: int) -> ConditionalUNet:
-    """The same network with a refiner of pixels of `width` channels behind it, which adds 0 until it is
-    trained. Raises ValueError where it has one of another width."""
+def add_refiner(unet: ConditionalUNet, width: int, timesteps: int | None = None) -> ConditionalUNet:
+    """The same network with a refiner of pixels of `width` channels behind it, at t below `timesteps` or all,
+    which adds 0 until it is trained. Raises ValueError where it has one of another width."""
     own = unet.config.get("refiner_channels")
     if own is not None:
         raise ValueError(f"refiner_channels must be the {own} of the saved U-Net, got {width}")
-    refined = ConditionalUNet.from_config(unet.config, refiner_channels=width)
+    added = {"refiner_channels": width, "refiner_timesteps": timesteps}
+    refined = ConditionalUNet.from_config(unet.config, **added)
     refined.load_state_dict(refined.state_dict() | unet.state_dict())
     return refined
 

@@ -43,7 +43,7 @@ class RefinerConfig:
     cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures, computed once."})
     num_samples: int = field(default=5000, metadata={"help": "Noised pictures, chosen as training does."})
     max_timestep: int = field(
-        default=320, metadata={"help": "t is even below it; above, the noise hides what a refiner sees."}
+        default=320, metadata={"help": "t is even below it; above, where noise hides the picture, it is off."}
     )
     detail_weight: float = field(default=0.5, metadata={"help": "Of |error of x0|, beside squared_weight."})
     squared_weight: float = field(default=5.0, metadata={"help": "Of the squared error: min-SNR's gamma."})
@@ -146,7 +146,7 @@ def main() -> None:
     require(fits, name, config.pretrained_model_name_or_path, "a pipeline of pixels that predicts x0")
     set_seed(config.seed)
     if pipe.unet.refiner is None:
-        pipe.unet = add_refiner(pipe.unet, config.refiner_channels)
+        pipe.unet = add_refiner(pipe.unet, config.refiner_channels, config.max_timestep)
     unet = pipe.unet.requires_grad_(False).eval()
     pictures: Any = Predictions(pipe, config)
     unet.refiner.requires_grad_(True)
@@ -162,7 +162,7 @@ def main() -> None:
                 for part in (pictures.prediction, pictures.x_t, pictures.emb, pictures.x0)
             )
             with accelerator.autocast():
-                output = trained.refiner(prediction, x_t, emb)
+                output = trained.refiner(prediction, x_t, emb, 0)
             loss = refiner_loss(output, x0, config).mean()
             error, before = (simple_loss(x.detach(), x0).mean().sqrt() for x in (output, prediction))
             return loss, {"error": float(error), "error before": float(before)}
