@@ -3,8 +3,8 @@
     python -m training.refiner --config training/configs/refiner.yaml
     python -m training.export --config training/configs/emoji_wide.yaml --unets runs/refiner/unet --to FOLDER
 
-What the frozen network predicts is computed once, for a fixed set of noised pictures, so that a step takes a
-fifteenth of the time of a step of `training.text_to_image` and the rate may be ten times as high.
+What the frozen network predicts is computed once, for a fixed set of noised pictures, so that a step costs a
+small part of a step of `training.text_to_image`.
 """
 
 from dataclasses import dataclass, field
