@@ -23,8 +23,6 @@ OWN_KEYS = {
     "text_concat_channels",
     "pooled_text_time_embedding",
     "pooled_text_dim",
-    "refiner_channels",
-    "refiner_timesteps",
 }
 
 # The published shapes at a tenth of their width, each with all four levels and their quirks.
@@ -276,8 +274,6 @@ def test_keys_and_defaults_are_those_of_diffusers() -> None:
         "text_concat_channels": 0,
         "pooled_text_time_embedding": False,
         "pooled_text_dim": None,
-        "refiner_channels": None,
-        "refiner_timesteps": None,
     }
 
 
@@ -307,7 +303,6 @@ def test_folders_load_into_each_other(config: dict[str, Any], tmp_path: Path) ->
 
 def test_own_keys_survive_a_folder(tmp_path: Path) -> None:
     own = {"patch_size": 2, "self_conditioning": True, "text_concat_channels": 3, "pooled_text_dim": 6}
-    own |= {"refiner_channels": 5, "refiner_timesteps": 300}
     model = ConditionalUNet(**SMALL, **own, pooled_text_time_embedding=True, in_channels=3).eval()
     model.save_pretrained(str(tmp_path))
     again = ConditionalUNet.from_pretrained(str(tmp_path)).eval()
@@ -340,8 +335,6 @@ REFUSED: dict[str, list[Any]] = {
     "cross_attention_norm": ["layer_norm", "group_norm"],
     "norm_num_groups": [None],
     "patch_size": [0, -1],
-    "refiner_channels": [0, -1],
-    "refiner_timesteps": [0],
     "block_out_channels": [(16, 32, 64)],
     "layers_per_block": [(1,)],
     "attention_head_dim": [(2, 2, 2)],
@@ -522,44 +515,6 @@ def test_self_conditioning(p: int) -> None:
             assert_close(ours(**given, added_cond_kwargs=added).sample, expected)
 
 
-@pytest.mark.parametrize("doubled", [False, True], ids=["one class", "classes joined to the time"])
-@pytest.mark.parametrize(("inputs_", "outputs"), [(4, 4), (7, 3), (3, 6)])
-def test_refiner_in_closed_form(inputs_: int, outputs: int, doubled: bool) -> None:
-    """Weights that pass x_t - prediction on in the middle tap, at a bias of 64 where SiLU is the identity,
-    through scale 1 + 0.5 and shift 3: the output is prediction + 1.5 (x_t - prediction)."""
-    config = {**SMALL, "in_channels": inputs_, "out_channels": outputs, "patch_size": 2}
-    if doubled:
-        config |= {"class_embed_type": "timestep", "class_embeddings_concat": True}
-    plain = ConditionalUNet(**config).eval()
-    model = ConditionalUNet(**config, refiner_channels=outputs).eval()
-    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert len(missing) == 10 and not unexpected
-    given = inputs({**SMALL, "in_channels": inputs_})
-    if doubled:
-        given["class_labels"] = torch.tensor([1, 2])
-    shared, refiner = min(inputs_, outputs), model.refiner
-    with torch.no_grad():
-        prediction = plain(**given).sample
-        assert torch.equal(model(**given).sample, prediction)  # it starts at 0
-        for weight in refiner.parameters():
-            weight.zero_()
-        for i in range(outputs):
-            refiner.conv_in.weight[i, i, 1, 1] = -1
-            for conv in (refiner.conv1, refiner.conv2, refiner.conv_out):
-                conv.weight[i, i, 1, 1] = 1
-        for i in range(shared):
-            refiner.conv_in.weight[i, outputs + i, 1, 1] = 1
-        refiner.time.bias[:outputs], refiner.time.bias[outputs:] = 0.5, 64 + 3
-        refiner.conv_out.bias[:] = -64 - 3
-        expected = prediction - 1.5 * prediction
-        expected[:, :shared] += 1.5 * given["sample"][:, :shared]
-        assert_close(model(**given).sample, expected, 1e-4)
-        refiner.timesteps = 300
-        given["timestep"] = torch.tensor([299, 300])
-        prediction, refined = plain(**given).sample, model(**given).sample
-        assert torch.equal(refined[1], prediction[1]) and (refined[0] - prediction[0]).abs().mean() > 0.1
-
-
 # ---- attention, masks, batches
 
 
@@ -658,8 +613,7 @@ def test_gradient_checkpointing(config: dict[str, Any]) -> None:
 
 def compiled_agrees(backend: str) -> None:
     torch._dynamo.reset()  # what other tests compiled would count as compiled before
-    own = {"patch_size": 2, "self_conditioning": True, "text_concat_channels": 3, "refiner_channels": 5}
-    own["refiner_timesteps"] = 300
+    own = {"patch_size": 2, "self_conditioning": True, "text_concat_channels": 3}
     model = ConditionalUNet(**SMALL, **own, pooled_text_time_embedding=True).eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     given = {

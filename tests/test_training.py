@@ -30,7 +30,7 @@ from pipelines import (
 )
 from pipelines.conditioning import encode_text
 from training import export, text_to_image
-from training.building import add_refiner, as_mapping, compile_blocks, widen_input
+from training.building import as_mapping, compile_blocks, widen_input
 from training.caches import cache_text
 from training.data import PictureCache, StepBatchSampler, seed_for
 from training.denoising import plain_attention
@@ -345,23 +345,11 @@ def test_a_network_made_self_conditioned_predicts_what_it_did(make_unet):
     torch.testing.assert_close(unseen, before, rtol=1e-5, atol=1e-6)
 
 
-def test_a_network_that_gains_a_refiner_predicts_what_it_did(make_unet):
-    plain = make_unet(patch_size=2)
-    refined = add_refiner(plain, 6).eval()
-    assert refined.config.refiner_channels == 6 and plain.config.refiner_channels is None
-    given = (torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, 7, 32))
-    with torch.no_grad():
-        assert_same(refined(*given).sample, plain(*given).sample)
-    assert all(weight.requires_grad for weight in refined.refiner.parameters())
-    with pytest.raises(ValueError, match="refiner_channels must be the 6 of the saved U-Net, got 8"):
-        add_refiner(refined, 8)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same_in_bf16(make_unet):
     """Prediction and gradients are within the rounding of bf16 of what they are uncompiled; the names too."""
-    unet = make_unet(patch_size=2, self_conditioning=True, refiner_channels=6)
+    unet = make_unet(patch_size=2, self_conditioning=True)
     compiled = copy.deepcopy(unet)
     compile_blocks(compiled)
     assert list(compiled.state_dict()) == list(unet.state_dict())
@@ -414,8 +402,6 @@ SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
         ("detail_weight", {"detail_weight": -0.1}),
         ("detail_weight", {"detail_weight": 0.5, "snr_gamma": None}),
         ("detail_weight", {"detail_weight": 0.5, "loss": "vlb"}),
-        ("refiner_channels", {"refiner_channels": 0}),
-        ("refiner_channels", {**SAVED, "text_encoder": None, "rank": 4, "refiner_channels": 8}),
         ("more_ema_decays", {"more_ema_decays": [0.9995]}),
         ("more_ema_decays", {"more_ema_decays": [1.5]}),
         ("train_batch_size", {"train_batch_size": 0}),
@@ -614,7 +600,7 @@ def test_the_mean_of_several_networks_is_exported(runs, clip_folder, make_unet, 
     mean = load_file(tmp_path / "mean" / "unet" / "diffusion_pytorch_model.safetensors")
     for name, weight in base.state_dict().items():
         torch.testing.assert_close(mean[name].float(), weight + 1, rtol=1e-3, atol=1e-3)  # it is in fp16
-    make_unet(refiner_channels=4).save_pretrained(tmp_path / "other")
+    make_unet(patch_size=2).save_pretrained(tmp_path / "other")
     monkeypatch.setattr(sys, "argv", [*arguments, *folders, str(tmp_path / "other")])
     with pytest.raises(SystemExit, match=r"export: unets must be of the shape of .*0, got .*other"):
         export.main()

@@ -38,9 +38,6 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
             changes["in_channels"] = inpainting_channels(pipe)
         if any(pipe.unet.config.get(key) != value for key, value in changes.items()):
             pipe.unet = widen_input(pipe.unet, **changes)
-        width = config.refiner_channels
-        if width is not None and pipe.unet.config.get("refiner_channels") != width:
-            pipe.unet = add_refiner(pipe.unet, width)
         return pipe
     settings = as_mapping(config.noise_scheduler, "noise_scheduler")
     if config.prediction_type:
@@ -48,8 +45,6 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
     network = as_mapping(config.unet, "unet")
     if config.self_conditioning:
         network["self_conditioning"] = True
-    if config.refiner_channels is not None:
-        network["refiner_channels"] = config.refiner_channels
     if config.inpainting:
         network.setdefault("in_channels", 7)
     tokenizer, text_encoder = load_text_tower(config.text_encoder or "")
@@ -67,7 +62,7 @@ def compile_blocks(unet: ConditionalUNet) -> None:
 
     Not the whole at once: in bf16 on a CPU with AMX what torch 2.14 makes of that gives NaN.
     """
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.refiner):
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         if block is not None:
             block.compile(dynamic=False)
 
@@ -119,18 +114,6 @@ def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
         start, end = start + old, end + new
     wider.load_state_dict(state | {"conv_in.weight": weight})
     return wider
-
-
-def add_refiner(unet: ConditionalUNet, width: int, timesteps: int | None = None) -> ConditionalUNet:
-    """The same network with a refiner of pixels of `width` channels behind it, at t below `timesteps` or all,
-    which adds 0 until it is trained. Raises ValueError where it has one of another width."""
-    own = unet.config.get("refiner_channels")
-    if own is not None:
-        raise ValueError(f"refiner_channels must be the {own} of the saved U-Net, got {width}")
-    added = {"refiner_channels": width, "refiner_timesteps": timesteps}
-    refined = ConditionalUNet.from_config(unet.config, **added)
-    refined.load_state_dict(refined.state_dict() | unet.state_dict())
-    return refined
 
 
 def input_groups(config: Any) -> tuple[int, int, int]:

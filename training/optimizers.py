@@ -88,7 +88,7 @@ def make_optimizer(
 
     Args:
         kind: "adamw"; or "muon", for every weight of two axes or more but those of the first and the last
-            layer (`conv_in`, `conv_out`), the refiner and the embeddings, which keep AdamW.
+            layer (`conv_in`, `conv_out`) and the embeddings, which keep AdamW.
         learning_rate: AdamW's.
         matrix_learning_rate: Muon's.
         settings: AdamW's betas, weight_decay (Muon's too) and eps.
@@ -100,7 +100,7 @@ def make_optimizer(
         for name, weight in model.named_parameters():
             if not weight.requires_grad:
                 continue
-            outer = name.startswith(("conv_in.", "conv_out.", "refiner.")) or id(weight) in embeddings
+            outer = name.startswith(("conv_in.", "conv_out.")) or id(weight) in embeddings
             (matrices if weight.ndim > 1 and not outer else others).append(weight)
     if kind == "adamw":
         return torch.optim.AdamW(others + matrices, lr=learning_rate, fused=True, **settings)

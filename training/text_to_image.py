@@ -68,7 +68,6 @@ class TextToImageConfig:
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.")
     prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.")
     self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
-    refiner_channels: int | None = setting("Width of the U-Net's refiner of pixels; a saved one gains it.")
     inpainting: bool = setting("It sees a mask and the masked picture too; a saved one is widened.", False)
     rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
     lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.")
@@ -178,7 +177,7 @@ class TextToImageConfig:
         counts = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"]
         counts += ["validation_steps", "shuffle_buffer", "num_validation_images"]
         optional = ["max_train_steps", "num_train_epochs", "rank", "resolution", "max_train_samples"]
-        optional += ["checkpoints_total_limit", "num_processes", "refiner_channels"]
+        optional += ["checkpoints_total_limit", "num_processes"]
         for name in counts + [name for name in optional if getattr(self, name) is not None]:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         kinds = (None, "epsilon", "sample", "v_prediction")
@@ -191,8 +190,6 @@ class TextToImageConfig:
         lora, tower_too = self.rank is not None, self.train_text_encoder
         new_inputs = "left out with rank: adapters train no new inputs"
         require(not (lora and self.inpainting), "inpainting", True, new_inputs)
-        allowed = not lora or self.refiner_channels is None
-        require(allowed, "refiner_channels", self.refiner_channels, "left out with rank: adapters train none")
         require(saved is not None or not lora, "rank", self.rank, "left out when training from scratch")
         for name in ("lora_alpha", "lora_layers"):
             require(lora or getattr(self, name) is None, name, getattr(self, name), "left out without rank")

@@ -365,7 +365,6 @@ def check_config(config: Any) -> None:
                 choice = ", ".join(map(repr, allowed))
                 raise ValueError(f"{key}={value!r} is not implemented; allowed: {choice}")
     needed = ["norm_num_groups", "patch_size"]
-    needed += [key for key in ("refiner_channels", "refiner_timesteps") if config[key] is not None]
     if config.encoder_hid_dim_type is not None:
         needed.append("encoder_hid_dim")
     if config.addition_embed_type is not None:
@@ -415,43 +414,6 @@ def lora_scaled(model: nn.Module, cross_attention_kwargs: dict[str, Any] | None)
             layer.scaling.update(scaling)
 
 
-class PixelRefiner(nn.Module):
-    """What is added to a prediction at every pixel, from the prediction and x_t around it.
-
-    A network over patches has to carry every pixel of x_t through as many channels as the patch has values,
-    and comes out with an error of its own that no noise level explains: 0.037 of [-1, 1] in models/emoji,
-    a grain on what should be one colour. Four 3x3 convolutions at the full size see x_t itself. The last
-    one starts at 0, so that a network that gains a refiner predicts what it did.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, width: int, emb_dim: int, timesteps: int | None
-    ) -> None:
-        super().__init__()
-        self.timesteps = timesteps
-        self.picture = min(in_channels, out_channels)  # x_t's own channels; others are joined behind them
-        self.conv_in = nn.Conv2d(out_channels + self.picture, width, 3, padding=1)
-        self.time = nn.Linear(emb_dim, 2 * width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
-        for weight in self.conv_out.parameters():
-            nn.init.zeros_(weight)
-
-    def forward(self, x: Tensor, sample: Tensor, emb: Tensor, timestep: Tensor | float) -> Tensor:
-        """x (B, out_channels, height, width), sample like it or with more channels, emb (B, E), t one for all
-        or (B,) -> like x."""
-        scale, shift = self.time(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # 2 x (B, C, 1, 1)
-        seen = torch.cat([x, sample[:, : self.picture].to(x.dtype)], dim=1)
-        h = F.silu(self.conv_in(seen) * (1 + scale) + shift)  # (B, C, height, width)
-        h = F.silu(self.conv2(F.silu(self.conv1(h))))
-        more = self.conv_out(h)
-        if self.timesteps is not None:
-            t = torch.as_tensor(timestep, device=x.device).reshape(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
-            more = more * (t < self.timesteps)
-        return x + more
-
-
 class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts eps, v or x0 from a noised picture x_t, the timestep t and text states.
 
@@ -478,8 +440,6 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
       the folded picture behind its own channels.
     - `pooled_text_time_embedding` (False): GLIDE's way in for the pooled text: MLP(t) + Linear(pooled text).
     - `pooled_text_dim` (None): width of the pooled text vector; None takes `cross_attention_dim`.
-    - `refiner_channels` (None): width of a `PixelRefiner` behind the way out, for what patches leave.
-    - `refiner_timesteps` (None): it is added at t below this one alone; None is at all.
 
     Raises a ValueError with the key, the value and what is allowed for any value that is not implemented.
     """
@@ -520,7 +480,6 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # our own
         patch_size: int = 1, self_conditioning: bool = False, text_concat_channels: int = 0,
         pooled_text_time_embedding: bool = False, pooled_text_dim: int | None = None,
-        refiner_channels: int | None = None, refiner_timesteps: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if encoder_hid_dim is not None:
@@ -605,11 +564,6 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.pooled_text_concat_proj = None
         if text_concat_channels:
             self.pooled_text_concat_proj = nn.Linear(pooled_dim, text_concat_channels)
-        self.refiner: PixelRefiner | None = None
-        if refiner_channels is not None:
-            emb_dim = time_dim * (2 if class_embeddings_concat else 1)
-            widths = in_channels, out_channels, refiner_channels, emb_dim
-            self.refiner = PixelRefiner(*widths, refiner_timesteps)
 
     def set_default_attn_processor(self, *_: Any) -> None:
         """Does nothing: there are no processors to replace, and no matrix is held that slicing would cut."""
@@ -743,6 +697,4 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x = self.conv_out(self.conv_act(self.conv_norm_out(x)))  # (B, out_channels * p^2, H, W)
             if self.patch_size > 1:
                 x = F.pixel_shuffle(x, self.patch_size)  # (B, out_channels, height, width)
-            if self.refiner is not None:
-                x = self.refiner(x, sample, emb, timestep)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
