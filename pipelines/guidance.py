@@ -5,8 +5,6 @@ the score of another network: both give s grad_{x_t} score, and that goes into t
 
     ancestral steps:          x_prev + Sigma s grad, x_prev ~ N(mean, Sigma)     Dhariwal 2021, algorithm 1
     deterministic schedulers: eps - sqrt(1 - abar_t) s grad                      Dhariwal 2021, algorithm 2
-
-`GradientGuidance` below holds what a call climbs and chooses the way.
 """
 
 import inspect
@@ -16,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .conditioning import clip_prediction
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -242,8 +242,7 @@ class GradientGuidance:
         to_x0: Callable[[Tensor, Tensor, float], Tensor] | None = None,
         through_unet: bool = False,
     ) -> None:
-        self.scheduler, self.channels = scheduler, channels
-        self.noised, self.clean = noised, clean
+        self.scheduler, self.channels, self.noised, self.clean = scheduler, channels, noised, clean
         self.to_x0, self.through_unet = to_x0, through_unet
 
     def __bool__(self) -> bool:
@@ -269,6 +268,7 @@ class GradientGuidance:
         prediction, learned = output[:, : self.channels], output[:, self.channels :]
         kind = self.scheduler.config.prediction_type
         prediction = shift_prediction(prediction, gradient, abar, kind).to(output.dtype)
+        prediction = clip_prediction(self.scheduler, prediction, x_t, sigma)
         return torch.cat([prediction, learned], dim=1), lambda sample: sample
 
     def _through_x0(

@@ -11,6 +11,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
 )
 
 from pipelines import DDPMScheduler
+from pipelines.components.ddpm_scheduler import predict_x0
+from pipelines.conditioning import clip_prediction
 from pipelines.guidance import (
     classifier_free_guidance,
     guidance_scale_embedding,
@@ -55,6 +57,21 @@ def test_guide_guides_the_prediction_and_keeps_the_prompts_variance():
     torch.testing.assert_close(guided[:, :3], rescale_noise_cfg(plain, cond[:, :3], 0.5))
     assert torch.equal(guided[:, 3:], cond[:, 3:])
     assert torch.equal(guide(output, 6, 4.0), uncond + 4 * (cond - uncond))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_clipped_prediction_is_that_of_the_clipped_x0(kind):
+    """At the same x_t, also for a class that has no clipping and only keeps the key."""
+    ours = DDPMScheduler(prediction_type=kind, clip_sample=True, clip_sample_range=0.8)
+    torch.manual_seed(0)
+    prediction, x_t, abar = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), 0.4
+    x0 = predict_x0(prediction, x_t, abar, kind)
+    assert (x0.abs() > 0.8).float().mean() > 0.2
+    for scheduler in (ours, diffusers.EulerDiscreteScheduler.from_config(ours.config)):
+        clipped = clip_prediction(scheduler, prediction, x_t, (1 / abar - 1) ** 0.5)
+        torch.testing.assert_close(predict_x0(clipped, x_t, abar, kind), x0.clamp(-0.8, 0.8))
+    free = DDPMScheduler(prediction_type=kind, clip_sample=False)
+    assert clip_prediction(free, prediction, x_t, 1.0) is prediction
 
 
 SCHEDULERS = [
