@@ -288,23 +288,6 @@ def estimate_x0(
     return model_output
 
 
-def clip_prediction(
-    scheduler: Any, prediction: torch.Tensor, x_t: torch.Tensor, sigma: float
-) -> torch.Tensor:
-    """The prediction of x0 clipped to clip_sample_range, x_t being what it is, where `scheduler.config` has
-    clip_sample: a class that does not clip by itself keeps the key that `from_config` brought.
-
-    A step of d in x0 is one of -d sqrt(abar / (1-abar)) in eps and -d / sqrt(1-abar) in v, 1 / sigma and
-    sqrt(1 + sigma^2) / sigma times d. All (B, C, H, W), x_t of unit variance.
-    """
-    if not scheduler.config.get("clip_sample"):
-        return prediction
-    limit, kind = scheduler.config.get("clip_sample_range", 1.0), scheduler.config.prediction_type
-    x0 = estimate_x0(None, prediction, x_t, sigma, kind)
-    factor = {"epsilon": -1 / sigma, "v_prediction": -((1 + sigma**2) ** 0.5) / sigma, "sample": 1.0}[kind]
-    return prediction + (factor * (x0.clamp(-limit, limit) - x0)).to(prediction.dtype)
-
-
 def _warn_of_cuts(tokenizer: Any, prompts: list[str], max_length: int) -> None:
     for prompt in prompts:
         ids = tokenizer(prompt, verbose=False).input_ids

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conditioning import clip_prediction
-
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # ---- classifier-free guidance
@@ -188,6 +186,15 @@ def shift_prediction(prediction: Tensor, gradient: Tensor, abar_t: float, predic
     return prediction + factor * gradient
 
 
+def clip_prediction(prediction: Tensor, x0: Tensor, limit: float, abar_t: float, kind: str) -> Tensor:
+    """The prediction, which says `x0`, of x0 clipped to [-limit, limit] at the same x_t. (B, C, ...) all.
+
+    `kind` is its prediction_type. x0 moves by d where s grad is d sqrt(abar_t) / (1 - abar_t).
+    """
+    gradient = (abar_t**0.5 / (1 - abar_t)) * (x0.clamp(-limit, limit) - x0)
+    return shift_prediction(prediction, gradient, abar_t, kind).to(prediction.dtype)
+
+
 def cut_outs(images: Tensor, count: int, size: int, seed: int) -> Tensor:
     """(B, C, H, W) -> (count, B, C, size, size): the whole picture, and squares of random place and side.
 
@@ -224,10 +231,10 @@ class GradientGuidance:
     Args:
         scheduler: its class decides how the gradient goes into the chain.
         channels: C of x_t; what a prediction has more is a learned variance.
+        to_x0: (prediction, x_t, sigma) -> predicted x0.
         noised: terms of x_t, each (x_t, t) -> s grad, as `classifier_guidance` and `clip_guidance` give it.
         clean: None, or a clean CLIP's term: its embedding of a predicted x0, (x0, seed) -> (N, B, D), and the
             remaining arguments of `clip_guidance`, (embed, text_embeds, logit_scale, scale).
-        to_x0: (prediction, x_t, sigma) -> predicted x0; for the clean CLIP.
         through_unet: whether the clean CLIP's gradient runs through the U-Net. If not, the Jacobian of x0 by
             x_t is taken to be sqrt(abar_t), which it is for independent pixels of unit variance: one backward
             pass of the U-Net less.
@@ -237,9 +244,9 @@ class GradientGuidance:
         self,
         scheduler: Any,
         channels: int,
+        to_x0: Callable[[Tensor, Tensor, float], Tensor],
         noised: Sequence[Callable[[Tensor, Any], Tensor]] = (),
         clean: tuple[Callable[[Tensor, int], Tensor], Tensor, float, float] | None = None,
-        to_x0: Callable[[Tensor, Tensor, float], Tensor] | None = None,
         through_unet: bool = False,
     ) -> None:
         self.scheduler, self.channels, self.noised, self.clean = scheduler, channels, noised, clean
@@ -262,13 +269,14 @@ class GradientGuidance:
         abar = 1 / (1 + sigma**2)
         output, gradient = self._through_x0(predict, x_t, t, sigma)
         gradient = sum((term(x_t, t) for term in self.noised), gradient)
-        variance = step_variance(self.scheduler, output, t, x_t)
-        if variance is not None:
+        if (variance := step_variance(self.scheduler, output, t, x_t)) is not None:
             return output, lambda sample: shift_mean(sample, gradient, variance).to(sample.dtype)
         prediction, learned = output[:, : self.channels], output[:, self.channels :]
-        kind = self.scheduler.config.prediction_type
-        prediction = shift_prediction(prediction, gradient, abar, kind).to(output.dtype)
-        prediction = clip_prediction(self.scheduler, prediction, x_t, sigma)
+        config = self.scheduler.config
+        prediction = shift_prediction(prediction, gradient, abar, config.prediction_type).to(output.dtype)
+        if config.get("clip_sample"):  # also of a class that only keeps the key
+            limit, x0 = config.get("clip_sample_range", 1.0), self.to_x0(prediction, x_t, sigma)
+            prediction = clip_prediction(prediction, x0, limit, abar, config.prediction_type)
         return torch.cat([prediction, learned], dim=1), lambda sample: sample
 
     def _through_x0(
@@ -278,17 +286,15 @@ class GradientGuidance:
         output: Any = None if self.clean is not None and self.through_unet else predict(x_t)
         if self.clean is None:
             return output, 0.0
-        assert self.to_x0 is not None
-        to_x0 = self.to_x0
         embed, text_embeds, logit_scale, scale = self.clean
-        held = None if output is None else to_x0(output[:, : self.channels].float(), x_t.float(), sigma)
+        held = None if output is None else self.to_x0(output[:, : self.channels].float(), x_t.float(), sigma)
 
         def embed_x0(x: Tensor) -> Tensor:
             nonlocal output
             if held is not None:
                 return embed(held + (x - x_t) / (1 + sigma**2) ** 0.5, int(t))
             output = predict(x.to(x_t.dtype))
-            return embed(to_x0(output[:, : self.channels].float(), x, sigma), int(t))
+            return embed(self.to_x0(output[:, : self.channels].float(), x, sigma), int(t))
 
         gradient = clip_guidance(embed_x0, x_t, text_embeds, logit_scale, scale)
         return output.detach(), gradient
@@ -360,11 +366,6 @@ class GuidanceMixin:
     def do_classifier_free_guidance(self) -> bool:
         """guidance_scale > 1, unless the U-Net takes the scale as an input (time_cond_proj_dim)."""
         return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
-
-    @property
-    def size_unit(self: Any) -> int:
-        """Heights and widths are multiples of this many pixels."""
-        return self.vae_scale_factor * self.unet.config.get("patch_size", 1)
 
     @property
     def requires_pooled_text(self) -> bool:
@@ -463,7 +464,7 @@ class GuidanceMixin:
             text = clip.embed_texts(words).repeat_interleave(pictures // len(words), dim=0)
             clean = (embed, text, float(clip.scale), given.clip_guidance_scale)
         through = given.clip_guidance_through_unet
-        return GradientGuidance(self.scheduler, self.unet.config.in_channels, noised, clean, to_x0, through)
+        return GradientGuidance(self.scheduler, self.unet.config.in_channels, to_x0, noised, clean, through)
 
     def rank_candidates(
         self,
@@ -488,13 +489,12 @@ class GuidanceMixin:
             assert pooled is not None
             images, text = self.noisy_clip(latents, 0), F.normalize(pooled.float(), dim=-1)
         scores = (images * text).sum(-1).unflatten(0, (-1, count))  # (prompts, candidates)
-        best = scores.topk(keep, dim=1).indices
+        best = scores.topk(keep).indices
         return (best + count * torch.arange(len(best), device=best.device)[:, None]).flatten()
 
     def _labels(self, given: Any, pictures: int) -> Tensor:
         """Class numbers or names, one or one for each prompt -> (pictures,)."""
-        names = list(self.noisy_classifier.config.labels)
-        listed = given if isinstance(given, list) else [given]
+        names, listed = [*self.noisy_classifier.config.labels], given if isinstance(given, list) else [given]
         numbers = [names.index(one) if isinstance(one, str) else int(one) for one in listed]
         labels = torch.tensor(numbers, device=self._execution_device)
         return labels.repeat_interleave(pictures // len(labels))

@@ -13,6 +13,11 @@ class TwoStageMixin:
 
     upsampler: Any = None
 
+    @property
+    def size_unit(self: Any) -> int:
+        """Heights and widths are multiples of this many pixels."""
+        return self.vae_scale_factor * self.unet.config.get("patch_size", 1)
+
     def enlargement(self, height: Any, width: Any, own: tuple[int, int], unit: int, has_prompt: bool) -> int:
         """By how much a picture of `height` x `width` is to be enlarged: the upsampler's factor where both
         sides are that much larger than the model's `own`, in pixels, or more; else 1. The model draws

@@ -12,8 +12,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
 
 from pipelines import DDPMScheduler
 from pipelines.components.ddpm_scheduler import predict_x0
-from pipelines.conditioning import clip_prediction
 from pipelines.guidance import (
+    GradientGuidance,
     classifier_free_guidance,
     guidance_scale_embedding,
     guide,
@@ -60,18 +60,21 @@ def test_guide_guides_the_prediction_and_keeps_the_prompts_variance():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_clipped_prediction_is_that_of_the_clipped_x0(kind):
-    """At the same x_t, also for a class that has no clipping and only keeps the key."""
-    ours = DDPMScheduler(prediction_type=kind, clip_sample=True, clip_sample_range=0.8)
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_a_guided_prediction_is_that_of_the_clipped_x0(kind, clip_sample):
+    """At the same x_t, for a class that has no clipping and only keeps the key; not where it says no."""
+    ours = DDPMScheduler(prediction_type=kind, clip_sample=clip_sample, clip_sample_range=0.8)
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(ours.config)
     torch.manual_seed(0)
-    prediction, x_t, abar = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), 0.4
-    x0 = predict_x0(prediction, x_t, abar, kind)
+    prediction, x_t, gradient = torch.randn(3, 2, 3, 4, 4)
+    abar = 0.4
+    to_x0 = lambda output, x, sigma: predict_x0(output, x, 1 / (1 + sigma**2), kind)  # noqa: E731
+    steer = GradientGuidance(scheduler, 3, to_x0, [lambda x, t: gradient])
+    guided, _ = steer(lambda x: prediction, x_t, 0, (1 / abar - 1) ** 0.5)
+    x0 = predict_x0(prediction, x_t, abar, kind) + (1 - abar) / abar**0.5 * gradient
     assert (x0.abs() > 0.8).float().mean() > 0.2
-    for scheduler in (ours, diffusers.EulerDiscreteScheduler.from_config(ours.config)):
-        clipped = clip_prediction(scheduler, prediction, x_t, (1 / abar - 1) ** 0.5)
-        torch.testing.assert_close(predict_x0(clipped, x_t, abar, kind), x0.clamp(-0.8, 0.8))
-    free = DDPMScheduler(prediction_type=kind, clip_sample=False)
-    assert clip_prediction(free, prediction, x_t, 1.0) is prediction
+    expected = x0.clamp(-0.8, 0.8) if clip_sample else x0
+    torch.testing.assert_close(predict_x0(guided, x_t, abar, kind), expected)
 
 
 SCHEDULERS = [

@@ -79,7 +79,9 @@ def make_guidance(form: str, scheduler, scale: float) -> GradientGuidance:
 
     text = torch.tensor([[1.0, 0.0]])
     labels = torch.zeros(COUNT, dtype=torch.long)
-    settings: dict = {"scheduler": scheduler, "channels": 1}
+    kind = scheduler.config.prediction_type
+    to_x0 = lambda output, x, sigma: estimate_x0(None, output, x, sigma, kind)  # noqa: E731
+    settings: dict = {"scheduler": scheduler, "channels": 1, "to_x0": to_x0}
     if form == "classifier":
         term = lambda x, t: classifier_guidance(lambda z: classify(z, t), x, labels, scale)  # noqa: E731
         settings["noised"] = [term]
@@ -89,8 +91,6 @@ def make_guidance(form: str, scheduler, scale: float) -> GradientGuidance:
     if form.startswith("clean CLIP"):
         settings["clean"] = (embed_x0, text / 2, 2.0, scale)
         settings["through_unet"] = form.endswith("U-Net")
-        kind = scheduler.config.prediction_type
-        settings["to_x0"] = lambda output, x, sigma: estimate_x0(None, output, x, sigma, kind)
     return GradientGuidance(**settings)
 
 
