@@ -439,6 +439,7 @@ def test_a_small_build(npm_dir, tmp_path):
     data = datasets.load_from_disk(str(tmp_path / "out"))
     written = json.loads((tmp_path / "out" / "splits.json").read_text("utf-8"))
     assert written == summary
+    assert PACKAGE_VERSIONS.keys() - summary["packages"].keys() == {"@iconify-json/openmoji"}
     assert summary["pictures"] == 12 and summary["concepts"] == 6
     assert summary["splits"] == {"train": 8, "validation": 3, "heldout_compositions": 1}
     assert summary["styles"] == {"3d": 1, "flat": 1, "noto": 7, "twemoji": 1, "emojione": 1, "fxemoji": 1}
@@ -479,6 +480,7 @@ def test_share_alike_art_comes_only_when_asked_for(npm_dir, tmp_path):
         style for style, licence in zip(train["style"], train["licence"], strict=True) if "SA" in licence
     ]
     assert shared == ["openmoji"]
+    assert summary["packages"] == PACKAGE_VERSIONS
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def figures_block(report: dict[str, Any], training: str = "") -> str:
     ]
     total = sum(value for stage, value in seconds.items() if stage != "of these, pictures drawn anew")
     computed = report["computed with"]
+    anew = seconds["of these, pictures drawn anew"]
+    drawn = f"{anew} of the pictures drawn in them" if anew else "the pictures drawn before"
     inception = report["Inception"]
     if isinstance(inception, dict):
         inception = ", ".join(f"{name} {value:.3f}" for name, value in inception.items())
@@ -128,7 +130,7 @@ def figures_block(report: dict[str, Any], training: str = "") -> str:
         "",
         *markdown_table(["t", *names], spans),
         "",
-        f"Inception: {inception}.",
+        f"FID and IS of Inception: {inception}.",
         "",
         "## How this was measured",
         "",
@@ -136,8 +138,7 @@ def figures_block(report: dict[str, Any], training: str = "") -> str:
         f"{drawing['scheduler']}, {describe_guidance(drawing)}; seeds {drawing['seeds']}. Judge: "
         f"`{report['judge']}` ({report['judge key']}), which took no part in conditioning or guidance. Model "
         f"key {report['model key']}. {total / 60:.0f} minutes on {computed['threads']} "
-        f"thread{'s' if computed['threads'] > 1 else ''}, {seconds['of these, pictures drawn anew']} of the "
-        f"pictures drawn in them; torch {computed['torch']}.",
+        f"thread{'s' if computed['threads'] > 1 else ''}, {drawn}; torch {computed['torch']}.",
         "",
         "## Data of training and evaluation",
         "",

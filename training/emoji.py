@@ -49,9 +49,8 @@ PACKAGE_VERSIONS = {  # what the shipped model was trained on
     "emojibase-data": "17.0.0",
 }
 
-INVISIBLE = {"FE0F", "FE0E", "200D"}
+INVISIBLE, GENDER_SIGNS = {"FE0F", "FE0E", "200D"}, {"2640", "2642"}
 TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
-GENDER_SIGNS = {"2640", "2642"}
 GENDERLESS = {  # man, woman -> person; boy, girl -> child; old man, old woman -> older person
     "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2",
     "1F474": "1F9D3", "1F475": "1F9D3",
@@ -70,12 +69,12 @@ FXEMOJI_NAMES = {
     "fallingleaf": "1F342", "fishcakeswirl": "1F365", "fistedhand": "270A", "floppydisk2": "1F4BE",
     "foxcrying": "1F63F", "frontfacingchick": "1F425", "frownmouth": "2639", "grinsweat": "1F605",
     "grintears": "1F602", "hampster": "1F439", "heartgreen": "1F49A", "heartyellow": "1F49B",
-    "heavyexclaimationmarksymbol": "2757",
-    "heavylatincross": "271D", "loudlycrying": "1F62D", "manltepiececlock": "1F570", "monkeyhear": "1F649",
-    "mouseside": "1F401", "nogesture": "1F645", "okgesture": "1F646", "pigside": "1F416", "pigsnout": "1F43D",
-    "rightmagnifyingglass": "1F50E", "rightspeaker": "1F508", "smiletongue": "1F61B", "tennisball": "1F3BE",
-    "tigerside": "1F405", "toykotower": "1F5FC", "turnedokhand": "1F44C", "videocasette": "1F4FC",
-    "whitestar": "2B50", "whitesun": "2600", "winking": "1F609", "eightspokedasterix": "2733",
+    "heavyexclaimationmarksymbol": "2757", "heavylatincross": "271D", "loudlycrying": "1F62D",
+    "manltepiececlock": "1F570", "monkeyhear": "1F649", "mouseside": "1F401", "nogesture": "1F645",
+    "okgesture": "1F646", "pigside": "1F416", "pigsnout": "1F43D", "rightmagnifyingglass": "1F50E",
+    "rightspeaker": "1F508", "smiletongue": "1F61B", "tennisball": "1F3BE", "tigerside": "1F405",
+    "toykotower": "1F5FC", "turnedokhand": "1F44C", "videocasette": "1F4FC", "whitestar": "2B50",
+    "whitesun": "2600", "winking": "1F609", "eightspokedasterix": "2733",
 }  # fmt: skip
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
@@ -462,13 +461,14 @@ def build(config: EmojiConfig) -> dict[str, Any]:
             rows[split].append(row)
 
     everything = [row for split in rows.values() for row in split]
+    left_out = set() if config.include_openmoji else {f"@iconify-json/{name}" for name in SHARE_ALIKE}
     summary = {
         "resolution": config.resolution,
         "pictures": len(everything),
         "concepts": len({row["concept"] for row in everything}),
         "styles": dict(per_style),
         "splits": {split: len(part) for split, part in rows.items()},
-        "packages": PACKAGE_VERSIONS,
+        "packages": {name: version for name, version in PACKAGE_VERSIONS.items() if name not in left_out},
         "validation_concepts": {c: emoji[c].name if c in emoji else c for c in sorted(unseen)},
         "heldout_compositions": {rule: {c: emoji[c].name for c in codes} for rule, codes in rules.items()},
     }
