@@ -381,6 +381,13 @@ def test_plain_attention_is_the_same_attention(make_unet):
 # ------------------------------------------------------------ settings
 
 
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path, clip_folder, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    config = write_config(tmp_path, clip_folder, train_data_dir="my_folder", max_train_steps=1)
+    with pytest.raises(ValueError, match="train_data_dir must be a folder that is there, got 'my_folder'"):
+        train(config)
+
+
 GOOD = {"output_dir": "out", "unet": {}, "text_encoder": "clip", "train_data_dir": "pictures"}
 SAVED = {"pretrained_model_name_or_path": "model", "unet": None}
 

@@ -211,7 +211,9 @@ def load_data(
     config: TextToImageConfig, pipe: TextToImagePipeline, split: str, accelerator: Accelerator
 ) -> Any:
     """Pictures in [-1, 1], or latents where the pipeline has a VAE, with captions; or a stream of them."""
-    source, column = config.train_data_dir or config.dataset_name or "", config.caption_column
+    folder, column = config.train_data_dir, config.caption_column
+    require(folder is None or Path(folder).is_dir(), "train_data_dir", folder, "a folder that is there")
+    source = folder or config.dataset_name or ""
     size, crop = resolution_of(config, pipe), config.center_crop
     strict, streaming = config.strict, config.streaming
     data = load_pictures(source, split, config.dataset_config_name, None, streaming, column, strict)
