@@ -133,6 +133,60 @@ def test_noised_clip_and_classifier_guidance_together_equal_a_loop_by_hand(guide
     torch.testing.assert_close(drawn, hand, atol=2e-4, rtol=1e-3)
 
 
+def two_questions(guided, **settings) -> tuple[NoisyClassifier, NoisyClassifier]:
+    """A classifier of three groups and of two styles, and one without sets that has its weights."""
+    torch.manual_seed(6)
+    shared = {
+        "labels": ["cat", "dog", "owl", "flat", "round"], "sample_size": 16, "patch_size": 2,
+        "block_out_channels": (8, 16), "norm_num_groups": 4, "heads": 2,
+    }  # fmt: skip
+    plain = NoisyClassifier(**shared)
+    for parameter in plain.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    both = NoisyClassifier(**shared, label_sets=[3, 2], **settings)
+    both.load_state_dict(plain.state_dict())
+    return both.eval(), plain.eval()
+
+
+def test_each_set_of_labels_has_probabilities_of_its_own(guided, tmp_path):
+    both, plain = two_questions(guided, timestep_limits=[1000, 400])
+    x, t = torch.randn(4, 3, 16, 16, generator=seeded()), torch.tensor([0, 399, 400, 999])
+    with torch.no_grad():
+        found, logits = both(x, t).exp(), plain(x, t)
+    torch.testing.assert_close(found[:, :3], logits[:, :3].softmax(1))
+    torch.testing.assert_close(found[:2, 3:], logits[:2, 3:].softmax(1))
+    torch.testing.assert_close(found[2:, 3:], torch.full((2, 2), 0.5))
+    both.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(NoisyClassifier.from_pretrained(tmp_path)(x, t).exp(), found)
+    for settings, message in (
+        ({"label_sets": [3, 1]}, r"label_sets must sum to 2, the labels, got \(3, 1\)"),
+        ({"timestep_limits": [3, 1]}, r"timestep_limits must be one for each set, got \(3, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NoisyClassifier(labels=["a", "b"], **settings)
+
+
+@pytest.mark.parametrize(("label", "among"), [("dog", slice(0, 3)), ("round", slice(3, 5))])
+def test_guidance_to_a_class_of_a_set(guided, label, among):
+    """Against a loop by hand that knows the labels of that set alone, and, of styles, t below 400 alone."""
+    both, plain = two_questions(guided, timestep_limits=[1000, 400])
+    guided.register_modules(noisy_classifier=both)
+    place = both.config.labels[among].index(label)
+
+    def classify(x, t, *_):
+        if label == "round" and int(t) >= 400:
+            return 0 * x.sum((1, 2, 3))
+        return 60.0 * plain(x, t)[:, among].log_softmax(1)[:, place]
+
+    cls, reference, ancestral = SCHEDULERS["ours without noise"]
+    guided.scheduler = cls(timestep_spacing="trailing")
+    drawn = draw(guided, classifier_guidance_scale=60.0, class_labels=label)
+    assert (drawn - draw(guided)).abs().max() > 0.01
+    hand = by_hand(guided, reference(timestep_spacing="trailing"), classify, ancestral=ancestral)
+    torch.testing.assert_close(drawn, hand, atol=2e-4, rtol=1e-3)
+
+
 def test_the_folders_own_clip_guidance(make_pipeline, guides, tmp_path):
     """It is on where neither scale is said, there is a noised CLIP, and that sees what is drawn."""
     make_pipeline(default_clip_guidance_scale=40.0, **guides).save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
@@ -92,7 +93,9 @@ def run(folder, model, tmp_path, monkeypatch) -> Any:
         own: dict[str, Any] = {"patch_size": 2}
         if recipe is clip:
             own = {"noised": True, "patch_size": 8, "vision_width": 32, "vision_layers": 1, "head_dim": 16}
+        listed = {key: settings.pop(key) for key in ("timestep_limits",) if key in settings}
         argv = [f"--{key}={value}" for key, value in (shared | own | settings).items()]
+        argv += [word for key, values in listed.items() for word in (f"--{key}", *map(str, values))]
         argv += [] if recipe is clip else ["--block_out_channels", "16", "16"]
         monkeypatch.setattr(sys, "argv", ["recipe", *argv])
         recipe.main()
@@ -168,10 +171,18 @@ def test_they_are_components_of_the_pipeline_they_were_trained_for(run, model):
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("recipe", "part"), [(clip, "noisy_clip"), (classifier, "noisy_classifier")])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, recipe, part):
+@pytest.mark.parametrize(
+    ("recipe", "part", "settings"),
+    [
+        (clip, "noisy_clip", {}),
+        (classifier, "noisy_classifier", {}),
+        (classifier, "noisy_classifier", {"ema_decay": 0.9, "flip": True, "noised": False}),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, recipe, part, settings):
     file = f"{part}/diffusion_pytorch_model.safetensors"
-    whole = load_file(run(recipe, "whole", max_train_steps=8, checkpointing_steps=3) / file)
+    settings = {"max_train_steps": 8, "checkpointing_steps": 3} | settings
+    whole = load_file(run(recipe, "whole", **settings) / file)
 
     class Stop(Exception): ...
 
@@ -183,11 +194,90 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, recipe
     with monkeypatch.context() as patch:
         patch.setattr(noised, "Checkpoints", Stopping)
         with pytest.raises(Stop):
-            run(recipe, "parts", max_train_steps=8, checkpointing_steps=3)
-    parts = load_file(
-        run(recipe, "parts", max_train_steps=8, checkpointing_steps=3, resume_from_checkpoint="latest") / file
-    )
+            run(recipe, "parts", **settings)
+    parts = load_file(run(recipe, "parts", **settings, resume_from_checkpoint="latest") / file)
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_what_is_saved_is_the_moving_average(run, monkeypatch):
+    """By hand, of three steps: decay 0 at the first, 1 - 2^(-3/4) = 0.405 at the second, then at most 0.5."""
+    seen = []
+
+    def fit(accelerator, model, *others, **settings):
+        for result in unwatched(accelerator, model, *others, **settings):
+            seen.append({key: value.clone() for key, value in model.state_dict().items()})
+            yield result
+
+    unwatched = noised.fit
+    monkeypatch.setattr(noised, "fit", fit)
+    folder = run(classifier, "averaged", max_train_steps=3, ema_decay=0.5)
+    saved = load_file(folder / "noisy_classifier/diffusion_pytorch_model.safetensors")
+    first, second, third = seen
+    decay = 1 - 2**-0.75
+    for key, value in saved.items():
+        expected = 0.5 * (decay * first[key] + (1 - decay) * second[key]) + 0.5 * third[key]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(saved["head.weight"], third["head.weight"], atol=1e-4)
+
+
+def test_two_columns_are_two_sets_and_the_loss_is_the_sum_of_theirs(run, folder, monkeypatch):
+    """Cross-entropies with torch's own class weights, the second of the pictures below its limit alone."""
+    kept: dict[str, Any] = {}
+
+    def train_tower(config, model, pictures, make_loss, name, ema_decay):
+        kept.update(config=config, model=model, pictures=pictures, make_loss=make_loss)
+
+    monkeypatch.setattr(classifier, "train_tower", train_tower)
+    run(classifier, "two", label_column="group+name", timestep_limits=[1000, 300], timestep_shift=0.4)
+    model, pictures, config = kept["model"], kept["pictures"], kept["config"]
+    names = ["cold", "warm", "blue", "green", "red", "white"]
+    assert list(model.config.labels) == names and list(model.config.label_sets) == [2, 4]
+    indices, sides = [0, 5, 2, 3, 1, 7, 30, 44], set()
+    plain = NoisyClassifier(**{k: v for k, v in model.config.items() if k[0] != "_" and "_sets" not in k
+                               and "limits" not in k})  # fmt: skip
+    plain.load_state_dict(model.state_dict())
+    for step in range(3):
+        x_t, t = pictures.batch(indices, config.seed, step, 0, 1, config.shift, timestep_shift=0.4)
+        loss, details = kept["make_loss"](Accelerator(cpu=True), model)(indices, step)
+        logits, expected = plain(x_t, t), 0.0
+        for column, labels, limit in (("group", names[:2], 1000), ("name", names[2:], 300)):
+            counts = torch.bincount(
+                torch.tensor([labels.index(value) for value in pictures.columns[column]])
+            ).double()
+            weights = (counts.sum() / (len(labels) * counts)).sqrt().float()
+            own = logits[:, [names.index(label) for label in labels]]
+            truth = torch.tensor([labels.index(pictures.columns[column][i]) for i in indices])
+            low = t < limit
+            sides |= set(low.tolist())
+            expected = expected + F.cross_entropy(own[low], truth[low], weights)
+            right = (own.argmax(1) == truth)[low].float().mean()
+            assert details[column] == pytest.approx(float(right))
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert sides == {False, True}
+
+
+def test_how_often_a_set_of_two_is_right(run, folder, model, judge, tmp_path):
+    trained = run(classifier, "sets", label_column="group+name", max_train_steps=150) / "noisy_classifier"
+    settings = {
+        "model": str(model), "judge": str(judge), "dataset": str(folder), "noisy_classifier": str(trained),
+        "cache_dir": str(tmp_path / "cache"), "num_pictures": 40, "batch_size": 16,
+    }  # fmt: skip
+    reader = NoisyClassifier.from_pretrained(trained).eval()
+    pipe = TextToImagePipeline.from_pretrained(model)
+    pictures = noised.NoisedPictures(pipe, str(folder), "validation", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(48, generator=generator)[:40].tolist()
+    eps = torch.randn((40, 3, 16, 16), generator=generator)
+    x_t = pictures.chain.add_noise(pictures.data.images(chosen), eps, torch.tensor(50))
+    for column, labels in (("group", ["cold", "warm"]), ("name", ["blue", "green", "red", "white"])):
+        figures = noised_accuracy(NoisedAccuracyConfig(**settings, label_column=column))
+        with torch.no_grad():
+            scores = reader(x_t, 50)[:, [reader.config.labels.index(label) for label in labels]]
+        found = [labels[i] for i in scores.argmax(1)]
+        right = np.mean([a == pictures.columns[column][i] for a, i in zip(found, chosen, strict=True)])
+        assert figures["classifier"]["accuracy"][0] == pytest.approx(right) and right > 0.7
+    with pytest.raises(ValueError, match="label_column must be of the classifier's classes"):
+        noised_accuracy(NoisedAccuracyConfig(**settings, label_column="caption"))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +287,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, recipe
         (clip, {"distill": "words"}, "distill must be none with noised"),
         (classifier, {"label_column": "colour"}, "label_column must be a column .*group.*got 'colour'"),
         (classifier, {"train_batch_size": 0}, "train_batch_size must be at least 1"),
+        (
+            classifier,
+            {"label_column": "name+concept"},
+            "label_column must be columns without a value",
+        ),
+        (classifier, {"timestep_limits": [0]}, "timestep_limits must be in 1 .. 1000, one for"),
+        (
+            classifier,
+            {"timestep_limits": [9, 9]},
+            "timestep_limits must be in 1 .. 1000, one for",
+        ),
+        (classifier, {"ema_decay": 1.5}, r"ema_decay must be in \[0, 1\], or none, got 1.5"),
     ],
 )
 def test_settings_that_cannot_be(run, recipe, setting, message):

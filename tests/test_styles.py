@@ -45,6 +45,68 @@ def test_clean_pictures_for_a_classifier_of_clean_pictures(model_folder, dataset
     assert not torch.equal(x, x_t) and t.max() > 0
 
 
+def test_pictures_are_mirrored_half_the_time(model_folder, dataset_folder, tmp_path):
+    pipe = TextToImagePipeline.from_pretrained(model_folder)
+    pictures = NoisedPictures(pipe, str(dataset_folder), "train", str(tmp_path))
+    rows = [i % len(pictures) for i in range(200)]
+    plain = pictures.data.images(rows)
+    x, _ = pictures.batch(rows, 0, 5, 0, 1, noised=False, flip=True)
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(x, plain, strict=True)]
+    as_is = [torch.equal(a, b) for a, b in zip(x, plain, strict=True)]
+    assert all(a or b for a, b in zip(mirrored, as_is, strict=True))
+    assert 70 <= sum(mirrored) <= 130  # four standard errors of 200 throws about a half: 28
+    again, _ = pictures.batch(rows, 0, 5, 0, 1, noised=False, flip=True)
+    other, _ = pictures.batch(rows, 0, 6, 0, 1, noised=False, flip=True)
+    assert torch.equal(x, again) and not torch.equal(x, other)
+
+
+def test_the_command_with_guidance_to_the_style(model_folder, dataset_folder, clip_folder, tmp_path):
+    """What is drawn is what the pipeline draws, told each picture's style; and not drawn twice."""
+    for seed, name in enumerate(("classifier", "guide")):
+        torch.manual_seed(seed)
+        made = NoisyClassifier(SIX, 16, 3, 2, (8, 16), 4, 2)
+        for parameter in made.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        made.save_pretrained(tmp_path / name)
+    settings = {
+        "model": str(model_folder), "classifier": str(tmp_path / "classifier"), "judge": str(clip_folder),
+        "dataset": str(dataset_folder), "cache_dir": str(tmp_path / "cache"), "num_names": 2, "seed": 2,
+        "num_inference_steps": 2, "styles": ["noto", "3d"], "output": str(tmp_path / "out"),
+        "noisy_classifier": str(tmp_path / "guide"), "classifier_guidance_scale": 200.0,
+    }  # fmt: skip
+    config = StylesConfig(**settings)
+    config.check()
+    figures = styles(config)
+    assert figures["classifier_guidance_scale"] == 200.0
+    train = datasets.load_from_disk(str(dataset_folder))["train"]
+    pipe = TextToImagePipeline.from_pretrained(model_folder)
+    pipe.register_modules(noisy_classifier=made.eval())
+    sheet = np.array(Image.open(tmp_path / "out" / "sheet.png"))
+    moved = []
+    for i, row in enumerate(choose_rows(train["name"], train["style"], ["noto", "3d"], 2, 2)):
+        style = train[row]["style"]
+        caption, drawn = f"{train[row]['name']}, {style} style", []
+        for more in ({"class_labels": style, "classifier_guidance_scale": 200.0}, {}):
+            generator = torch.Generator().manual_seed(2 + i)
+            image = pipe(caption, num_inference_steps=2, generator=generator, **more).images[0]
+            drawn.append(np.array(image))
+        guided, plain = drawn
+        assert np.array_equal(guided, sheet[2:18, 2 + 18 * i : 18 + 18 * i])
+        moved.append(int(np.abs(guided.astype(int) - plain).max()))
+    assert min(moved) > 2
+    TextToImagePipeline.__call__, kept = None, TextToImagePipeline.__call__
+    try:
+        assert styles(config) == figures
+    finally:
+        TextToImagePipeline.__call__ = kept
+    for changes, message in (
+        ({"classifier_guidance_scale": -1.0}, "classifier_guidance_scale must be 0 or more"),
+        ({"noisy_classifier": ""}, "noisy_classifier must be the folder of a trained one, got ''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StylesConfig(**(settings | changes)).check()
+
+
 def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path):
     """Styles of pictures drawn one by one, their nearest training pictures by all cosines; nothing is drawn
     twice."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,16 +66,25 @@ class NoisedPictures:
         world: int,
         shift: int = 0,
         noised: bool = True,
+        flip: bool = False,
+        timestep_shift: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """(x_t, t) of a micro-batch, of the seed, the step and the place in the global batch alone; in pixels
-        each picture is moved by up to `shift` first. Without `noised` (x_0, 0)."""
+        each picture is moved by up to `shift` first, and with `flip` mirrored half the time; t as
+        `draw_noise` draws it. Without `noised` (x_0, 0)."""
         from training.clip import augment
 
         x0 = self.data.images(indices)
-        eps, t = draw_noise(seed, step, tuple(x0.shape), len(self.chain), rank, world)
+        eps, t = draw_noise(
+            seed, step, tuple(x0.shape), len(self.chain), rank, world, timestep_shift=timestep_shift
+        )
         if shift and self.channels == 3:
             generator = torch.Generator().manual_seed(seed_for(seed, "shift", step, rank))
             x0 = augment(x0, shift, 0.0, generator)
+        if flip:
+            generator = torch.Generator().manual_seed(seed_for(seed, "flip", step, rank))
+            mirrored = torch.rand(len(x0), generator=generator) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         return (self.chain.add_noise(x0, eps, t), t) if noised else (x0, torch.zeros_like(t))
 
 
@@ -102,9 +112,10 @@ def train_tower(
     pictures: NoisedPictures,
     make_loss: Callable[[Accelerator, Any], LossFunction],
     name: str,
+    ema_decay: float | None = None,
 ) -> Path | None:
-    """Train `model`, a component of a pipeline, and save it as output_dir/name; returns the folder, None in
-    all but the main process.
+    """Train `model`, a component of a pipeline, and save it, or with `ema_decay` the moving average of its
+    weights, as output_dir/name; returns the folder, None in all but the main process.
 
     config: output_dir, mixed_precision, seed, train_batch_size, max_train_steps, learning_rate,
     lr_warmup_steps, adam_weight_decay, max_grad_norm, checkpointing_steps and resume_from_checkpoint.
@@ -117,8 +128,12 @@ def train_tower(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     steps, warm_up = config.max_train_steps, config.lr_warmup_steps
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
+    ema = EMAModel(
+        model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75,
+        model_cls=type(model), model_config=model.config,
+    ) if ema_decay is not None and accelerator.is_main_process else None  # fmt: skip
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    checkpoints = Checkpoints(accelerator, config.output_dir, name, limit=1)
+    checkpoints = Checkpoints(accelerator, config.output_dir, name, ema, limit=1)
     start = checkpoints.resume(config.resume_from_checkpoint)
     concepts = pictures.columns.get("concept")
     weights = concept_weights(concepts) if concepts else None
@@ -131,6 +146,7 @@ def train_tower(
     for result in fit(
         accelerator, model, optimizer, schedule, iter(sampler), make_loss(accelerator, model),
         max_train_steps=steps, start_step=start, max_grad_norm=config.max_grad_norm, seed=config.seed,
+        ema=ema,
     ):  # fmt: skip
         for key, value in {"loss": result.loss, **result.details}.items():
             means[key] = 0.98 * means.get(key, value) + 0.02 * value
@@ -144,6 +160,8 @@ def train_tower(
         folder = Path(config.output_dir) / name
         partial = folder.with_name(f"{name}.partial")
         trained = accelerator.unwrap_model(model)
+        if ema is not None:
+            ema.copy_to(trained.parameters())
         trained.save_pretrained(str(partial))
         for file in partial.iterdir():
             folder.mkdir(exist_ok=True)
@@ -172,7 +190,9 @@ class NoisedAccuracyConfig:
     judge: str = field(default="models/judge", metadata={"help": "The clean CLIP beside them."})
     dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
     split: str = field(default="validation", metadata={"help": "Split to take pictures from."})
-    label_column: str = field(default="group", metadata={"help": "Column of the classifier's classes."})
+    label_column: str = field(
+        default="group", metadata={"help": "Column of the classifier's classes, of one set."}
+    )
     cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
     num_pictures: int = field(default=400, metadata={"help": "Pictures drawn at random."})
     batch_size: int = field(default=100, metadata={"help": "Pictures at a time."})
@@ -228,8 +248,12 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
     figures: dict[str, Any] = {"split": config.split, "pictures": len(chosen), "t": levels}
     figures |= {reader: {"R@1": [], "R@5": []} for reader in readers}
     if classifier is not None:
+        values = pictures.columns[config.label_column]
         labels = list(classifier.config.labels)
-        classes = torch.tensor([labels.index(pictures.columns[config.label_column][i]) for i in chosen])
+        places = [i for i, label in enumerate(labels) if label in set(values)]  # of this column's classes
+        known = set(values) <= set(labels)
+        require(known, "label_column", config.label_column, f"of the classifier's classes, {labels}")
+        classes = torch.tensor([labels.index(values[i]) for i in chosen])
         figures["classifier"] = {"accuracy": []}
     x0 = pictures.data.images(chosen)
     eps = torch.randn(x0.shape, generator=generator)
@@ -240,7 +264,8 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
             for k in (1, 5):
                 figures[reader][f"R@{k}"].append(recall_at(ranks, k))
         if classifier is not None:
-            found = torch.cat([classifier(part, t).argmax(-1) for part in x_t])
+            best = torch.cat([classifier(part, t)[:, places].argmax(-1) for part in x_t])
+            found = torch.tensor(places)[best]
             figures["classifier"]["accuracy"].append(float((found == classes).double().mean()))
     if config.output:
         draw_accuracy(figures, config.output)

@@ -67,6 +67,8 @@ def draw(
     folder: str | Path | None = None,
     label: str = "drawing",
     clip_guidance_scale: float | None = None,
+    class_labels: list[str] | None = None,
+    classifier_guidance_scale: float = 0.0,
 ) -> Tensor:
     """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
 
@@ -77,6 +79,8 @@ def draw(
             of the model, the caption's tokens, the seed and both settings: a run that goes on after it was
             stopped, or wants more pictures, draws only those that are not there.
         label: of the progress bar.
+        class_labels, classifier_guidance_scale: a class for each caption, and s of guidance to it by the
+            pipeline's noised classifier, 0 is off.
     """
     pipe.set_progress_bar_config(disable=True)
     steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
@@ -85,19 +89,25 @@ def draw(
     if folder is not None:
         key, ids = pipeline_key(pipe), pipe.tokenizer(captions, verbose=False).input_ids
         guided = f" {clip_guidance_scale} {model_key(pipe.noisy_clip)}" if clip_guidance_scale > 0 else ""
-        settings = f"{steps} {scale}{guided}"
-        names = [content_key(key, f"{ids[i]} {seed + i} {settings}") for i in range(len(captions))]
+        settings = [f"{steps} {scale}{guided}"] * len(captions)
+        if classifier_guidance_scale > 0 and class_labels is not None:
+            classifier = f" {classifier_guidance_scale} {model_key(pipe.noisy_classifier)}"
+            settings = [f"{own}{classifier} {one}" for own, one in zip(settings, class_labels, strict=True)]
+        names = [content_key(key, f"{ids[i]} {seed + i} {settings[i]}") for i in range(len(captions))]
         paths = [Path(folder) / f"{name}.png" for name in names]
     missing = [i for i in range(len(captions)) if not paths or not paths[i].is_file()]
     parts = []
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc=label, unit="picture") as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
+            classes = None if class_labels is None else [class_labels[i] for i in batch]
             drawn: Any = pipe(
                 [captions[i] for i in batch],
                 num_inference_steps=steps,
                 guidance_scale=scale,
                 clip_guidance_scale=clip_guidance_scale,
+                class_labels=classes,
+                classifier_guidance_scale=classifier_guidance_scale,
                 generator=[torch.Generator().manual_seed(seed + i) for i in batch],
                 output_type="pt",
             )

@@ -49,6 +49,12 @@ class StylesConfig:
         default=None,
         metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
     )
+    noisy_classifier: str = field(
+        default="", metadata={"help": "Folder of a NoisyClassifier of styles, for classifier guidance."}
+    )
+    classifier_guidance_scale: float = field(
+        default=0.0, metadata={"help": "Of guidance to each picture's style by it, 0 is off."}
+    )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice and of the first picture."})
     output: str = field(default="styles", metadata={"help": "Folder of the page, and of what was drawn."})
@@ -61,6 +67,10 @@ class StylesConfig:
         require(len(self.styles) > 0, "styles", self.styles, "one or more")
         there = (Path(self.classifier) / "config.json").is_file()
         require(there, "classifier", self.classifier, "the folder of a NoisyClassifier")
+        scale, guide = self.classifier_guidance_scale, self.noisy_classifier
+        require(scale >= 0, "classifier_guidance_scale", scale, "0 or more")
+        there = (Path(guide) / "config.json").is_file()
+        require(there or (scale == 0 and not guide), "noisy_classifier", guide, "the folder of a trained one")
 
 
 def choose_rows(names: list[str], styles: list[str], wanted: list[str], count: int, seed: int) -> list[int]:
@@ -93,10 +103,13 @@ def accuracies(found: list[str], truth: list[str]) -> dict[str, float]:
 def styles(config: StylesConfig) -> dict[str, Any]:
     """Accuracy of the styles, of drawn and of real held-out pictures; retrieval of the concept; writes the
     page, each drawn picture beside its nearest training picture, and sheet.png."""
-    pipe, judge = with_guides(config.model), Judge(config.judge)
+    pipe, judge = with_guides(config.model, noisy_classifier=config.noisy_classifier), Judge(config.judge)
     classifier: Any = NoisyClassifier.from_pretrained(config.classifier).eval()
     known = list(classifier.config.labels)
     require(set(config.styles) <= set(known), "styles", config.styles, f"some of the classifier's, {known}")
+    guided = config.classifier_guidance_scale > 0
+    guide = list(pipe.noisy_classifier.config.labels) if guided else config.styles
+    require(set(config.styles) <= set(guide), "styles", config.styles, f"some of noisy_classifier's, {guide}")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def read(split: str) -> PictureCache:
@@ -118,6 +131,8 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         clip_guidance_scale=config.clip_guidance_scale,
         batch_size=config.batch_size,
         folder=Path(config.output) / "samples",
+        class_labels=[own[row] for row in rows] if guided else None,
+        classifier_guidance_scale=config.classifier_guidance_scale,
     )
     found = classify(classifier, drawn, config.styles)
     others = [i for i, style in enumerate(held_out.columns["style"]) if style in config.styles]
@@ -129,6 +144,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         "model": config.model,
         "pictures": len(rows),
         "names": len(rows) // len(config.styles),
+        "classifier_guidance_scale": config.classifier_guidance_scale,
         "style found, generated": accuracies(found, [own[row] for row in rows]),
         "style found, real held-out": accuracies(
             classify(classifier, held_out.images(others), config.styles),

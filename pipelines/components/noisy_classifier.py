@@ -1,5 +1,6 @@
 """A classifier of noised pictures, p(y | x_t, t): the U-Net's way down, and attention pooling over what it
-leaves (Dhariwal and Nichol 2021, section 4, https://arxiv.org/abs/2105.05233).
+leaves (Dhariwal and Nichol 2021, section 4, https://arxiv.org/abs/2105.05233). It may answer more than one
+question of a picture, what it shows and how it is drawn, each with classes of its own.
 
 The file is self-contained on purpose: it travels with the weights. In shape comments B is the batch, C
 channels, H x W positions, E the width of the time embedding.
@@ -38,7 +39,7 @@ class ResidualBlock(nn.Module):
 
 
 class NoisyClassifier(ModelMixin, ConfigMixin):
-    """Logits of p(y | x_t, t).
+    """Logits of p(y | x_t, t), or log p of each of several sets of classes.
 
     Args:
         labels: the classes' names, in the order of the logits.
@@ -48,6 +49,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         block_out_channels: width of each level; all but the first halve the side.
         norm_num_groups: groups of the norms; divides every width.
         heads: of the attention that pools; divides the last width.
+        label_sets: how many of the labels belong to each set, in their order; each set's probabilities sum to
+            1. None: all are one set.
+        timestep_limits: of each set, the t below which it was trained; from there on it tells none of its
+            classes from another, so that it does not guide. None: no limits.
     """
 
     @register_to_config
@@ -60,8 +65,14 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (48, 80, 96),
         norm_num_groups: int = 8,
         heads: int = 4,
+        label_sets: Sequence[int] | None = None,
+        timestep_limits: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if label_sets is not None and (sum(label_sets) != len(labels) or min(label_sets) < 1):
+            raise ValueError(f"label_sets must sum to {len(labels)}, the labels, got {tuple(label_sets)}")
+        if timestep_limits is not None and len(timestep_limits) != len(label_sets or [0]):
+            raise ValueError(f"timestep_limits must be one for each set, got {tuple(timestep_limits)}")
         first, last = block_out_channels[0], block_out_channels[-1]
         if any(width % norm_num_groups for width in block_out_channels) or last % heads:
             rule = f"multiples of norm_num_groups={norm_num_groups}, the last of heads={heads}"
@@ -81,6 +92,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """x_t (B, in_channels, height, width), t one for all or (B,) -> logits, (B, classes) float32.
 
+        With label_sets they are log p of each set's own classes. Over all of them a softmax divides these p
+        by the number of sets, which moves no gradient: for guidance they are logits like others.
+
         Raises ValueError for other channels, and for sides that patch_size does not divide.
         """
         channels, patch = self.config.in_channels, self.config.patch_size
@@ -97,4 +111,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             h = block(h, emb)
         h = F.silu(self.norm_out(h)).flatten(2).transpose(1, 2)  # (B, H * W, C)
         pooled = self.pool(self.query.expand(len(h), -1, -1), h, h, need_weights=False)[0][:, 0]  # (B, C)
-        return self.head(pooled).float()
+        logits = self.head(pooled).float()
+        sizes, limits = self.config.label_sets, self.config.timestep_limits
+        if sizes is None and limits is None:
+            return logits
+        sets = logits.split([*(sizes or [logits.shape[1]])], dim=1)
+        if limits is not None:  # equal logits, and no gradient, where it knows nothing
+            sets = [own * (t < limit)[:, None] for own, limit in zip(sets, limits, strict=True)]
+        return torch.cat([F.log_softmax(own, dim=1) for own in sets], dim=1)
