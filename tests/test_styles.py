@@ -101,10 +101,16 @@ def test_the_command_with_guidance_to_the_style(model_folder, dataset_folder, cl
         TextToImagePipeline.__call__ = kept
     for changes, message in (
         ({"classifier_guidance_scale": -1.0}, "classifier_guidance_scale must be 0 or more"),
-        ({"noisy_classifier": ""}, "noisy_classifier must be the folder of a trained one, got ''"),
+        ({"noisy_classifier": ""}, "noisy_classifier must be given: this model has none, got ''"),
+        (
+            {"noisy_classifier": "nowhere"},
+            "noisy_classifier must be the folder of a trained one, got 'nowhere'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            StylesConfig(**(settings | changes)).check()
+            wrong = StylesConfig(**(settings | changes))
+            wrong.check()
+            styles(wrong)
 
 
 def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path):

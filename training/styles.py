@@ -23,6 +23,7 @@ from training.data import PictureCache, cache_pictures, load_pictures
 from training.files import save_png, write_file
 from training.judge import Judge, embed_concepts
 from training.metrics import nearest_neighbours, recall_at
+from training.noised import OWN
 from training.report import embed_pictures
 from training.report_page import STYLE, note, pair_tags, table_tag
 from training.samples import draw, with_guides
@@ -50,7 +51,7 @@ class StylesConfig:
         metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
     )
     noisy_classifier: str = field(
-        default="", metadata={"help": "Folder of a NoisyClassifier of styles, for classifier guidance."}
+        default="", metadata={"help": "Folder of a NoisyClassifier that guides; " + OWN}
     )
     classifier_guidance_scale: float = field(
         default=0.0, metadata={"help": "Of guidance to each picture's style by it, 0 is off."}
@@ -69,8 +70,8 @@ class StylesConfig:
         require(there, "classifier", self.classifier, "the folder of a NoisyClassifier")
         scale, guide = self.classifier_guidance_scale, self.noisy_classifier
         require(scale >= 0, "classifier_guidance_scale", scale, "0 or more")
-        there = (Path(guide) / "config.json").is_file()
-        require(there or (scale == 0 and not guide), "noisy_classifier", guide, "the folder of a trained one")
+        there = not guide or (Path(guide) / "config.json").is_file()
+        require(there, "noisy_classifier", guide, "the folder of a trained one")
 
 
 def choose_rows(names: list[str], styles: list[str], wanted: list[str], count: int, seed: int) -> list[int]:
@@ -108,6 +109,8 @@ def styles(config: StylesConfig) -> dict[str, Any]:
     known = list(classifier.config.labels)
     require(set(config.styles) <= set(known), "styles", config.styles, f"some of the classifier's, {known}")
     guided = config.classifier_guidance_scale > 0
+    has = not guided or pipe.noisy_classifier is not None
+    require(has, "noisy_classifier", config.noisy_classifier, "given: this model has none")
     guide = list(pipe.noisy_classifier.config.labels) if guided else config.styles
     require(set(config.styles) <= set(guide), "styles", config.styles, f"some of noisy_classifier's, {guide}")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
