@@ -8,6 +8,7 @@ the score of another network: both give s grad_{x_t} score, and that goes into t
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -131,17 +132,21 @@ def gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def classifier_guidance(
-    classify: Callable[[Tensor], Tensor], x_t: Tensor, labels: Tensor, scale: float
+    classify: Callable[[Tensor], Tensor], x_t: Tensor, labels: Tensor, scale: float, limit: float = math.inf
 ) -> Tensor:
     """s grad_{x_t} log p(y | x_t, t), the shape of x_t. Dhariwal and Nichol 2021, section 4.
 
-    `classify` maps x_t to logits (B, classes) at its noise level; labels (B,) are their indices.
+    `classify` maps x_t to logits (B, classes) at its noise level; labels (B,) are their indices. A picture's
+    gradient of a root mean square above `limit` is scaled down to it: of what the classifier does not know
+    it may be of any size.
     """
 
     def score(x: Tensor) -> Tensor:
         return F.log_softmax(classify(x).float(), dim=-1).gather(1, labels[:, None])[:, 0]
 
-    return scale * gradient_of(score, x_t)
+    gradient = scale * gradient_of(score, x_t)
+    size = gradient.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (x_t.ndim - 1))  # (B, 1, ...)
+    return gradient * (limit / size.clamp(min=1e-12)).clamp(max=1.0)
 
 
 def clip_guidance(
@@ -232,7 +237,7 @@ class GradientGuidance:
         scheduler: its class decides how the gradient goes into the chain.
         channels: C of x_t; what a prediction has more is a learned variance.
         to_x0: (prediction, x_t, sigma) -> predicted x0.
-        noised: terms of x_t, each (x_t, t) -> s grad, as `classifier_guidance` and `clip_guidance` give it.
+        noised: terms of x_t, each (x_t, t, sigma) -> s grad, of `classifier_guidance` or `clip_guidance`.
         clean: None, or a clean CLIP's term: its embedding of a predicted x0, (x0, seed) -> (N, B, D), and the
             remaining arguments of `clip_guidance`, (embed, text_embeds, logit_scale, scale).
         through_unet: whether the clean CLIP's gradient runs through the U-Net. If not, the Jacobian of x0 by
@@ -245,7 +250,7 @@ class GradientGuidance:
         scheduler: Any,
         channels: int,
         to_x0: Callable[[Tensor, Tensor, float], Tensor],
-        noised: Sequence[Callable[[Tensor, Any], Tensor]] = (),
+        noised: Sequence[Callable[[Tensor, Any, float], Tensor]] = (),
         clean: tuple[Callable[[Tensor, int], Tensor], Tensor, float, float] | None = None,
         through_unet: bool = False,
     ) -> None:
@@ -268,7 +273,7 @@ class GradientGuidance:
             return predict(x_t), lambda sample: sample
         abar = 1 / (1 + sigma**2)
         output, gradient = self._through_x0(predict, x_t, t, sigma)
-        gradient = sum((term(x_t, t) for term in self.noised), gradient)
+        gradient = sum((term(x_t, t, sigma) for term in self.noised), gradient)
         if (variance := step_variance(self.scheduler, output, t, x_t)) is not None:
             return output, lambda sample: shift_mean(sample, gradient, variance).to(sample.dtype)
         prediction, learned = output[:, : self.channels], output[:, self.channels :]
@@ -433,21 +438,22 @@ class GuidanceMixin:
         words: the prompts as plain text; pooled: the text tower's, a row for each picture; decode: latents ->
         pictures in [-1, 1], differentiable.
         """
-        noised: list[Callable[[Tensor, Any], Tensor]] = []
+        noised: list[Callable[[Tensor, Any, float], Tensor]] = []
         clean = None
         if given.classifier_guidance_scale > 0:
             labels = self._labels(given.class_labels, pictures)
+            scale, most = given.classifier_guidance_scale, self.noisy_classifier.config.get("guidance_limit")
 
-            def by_classifier(x_t: Tensor, t: Any) -> Tensor:
-                scale = given.classifier_guidance_scale
-                return classifier_guidance(lambda x: self.noisy_classifier(x, t), x_t, labels, scale)
+            def by_classifier(x_t: Tensor, t: Any, sigma: float) -> Tensor:
+                limit = math.inf if most is None else most / max(1 - 1 / (1 + sigma**2), 1e-9) ** 0.5
+                return classifier_guidance(lambda x: self.noisy_classifier(x, t), x_t, labels, scale, limit)
 
             noised.append(by_classifier)
         if given.clip_guidance_scale > 0 and given.clip_guidance == "noised":
             assert pooled is not None
             text, logit_scale = F.normalize(pooled.float(), dim=-1), float(self.noisy_clip.scale)
 
-            def by_clip(x_t: Tensor, t: Any) -> Tensor:
+            def by_clip(x_t: Tensor, t: Any, sigma: float) -> Tensor:
                 scale = given.clip_guidance_scale
                 return clip_guidance(lambda x: self.noisy_clip(x, t), x_t, text, logit_scale, scale)
 

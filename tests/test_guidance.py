@@ -69,7 +69,7 @@ def test_a_guided_prediction_is_that_of_the_clipped_x0(kind, clip_sample):
     prediction, x_t, gradient = torch.randn(3, 2, 3, 4, 4)
     abar = 0.4
     to_x0 = lambda output, x, sigma: predict_x0(output, x, 1 / (1 + sigma**2), kind)  # noqa: E731
-    steer = GradientGuidance(scheduler, 3, to_x0, [lambda x, t: gradient])
+    steer = GradientGuidance(scheduler, 3, to_x0, [lambda x, t, sigma: gradient])
     guided, _ = steer(lambda x: prediction, x_t, 0, (1 / abar - 1) ** 0.5)
     x0 = predict_x0(prediction, x_t, abar, kind) + (1 - abar) / abar**0.5 * gradient
     assert (x0.abs() > 0.8).float().mean() > 0.2

@@ -83,10 +83,10 @@ def make_guidance(form: str, scheduler, scale: float) -> GradientGuidance:
     to_x0 = lambda output, x, sigma: estimate_x0(None, output, x, sigma, kind)  # noqa: E731
     settings: dict = {"scheduler": scheduler, "channels": 1, "to_x0": to_x0}
     if form == "classifier":
-        term = lambda x, t: classifier_guidance(lambda z: classify(z, t), x, labels, scale)  # noqa: E731
+        term = lambda x, t, _: classifier_guidance(lambda z: classify(z, t), x, labels, scale)  # noqa: E731
         settings["noised"] = [term]
     if form == "noised CLIP":
-        term = lambda x, t: clip_guidance(lambda z: embed(z, t), x, text / 2, 2.0, scale)  # noqa: E731
+        term = lambda x, t, _: clip_guidance(lambda z: embed(z, t), x, text / 2, 2.0, scale)  # noqa: E731
         settings["noised"] = [term]
     if form.startswith("clean CLIP"):
         settings["clean"] = (embed_x0, text / 2, 2.0, scale)

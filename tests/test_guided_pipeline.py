@@ -187,6 +187,31 @@ def test_guidance_to_a_class_of_a_set(guided, label, among):
     torch.testing.assert_close(drawn, hand, atol=2e-4, rtol=1e-3)
 
 
+def test_a_classifier_moves_the_predicted_noise_by_no_more_than_its_limit(guided):
+    """By hand, with the limit on eps, by deterministic steps of diffusers, whose place for it is eps."""
+    both, plain = two_questions(guided)
+    limited, _ = two_questions(guided, guidance_limit=0.6)
+    guided.scheduler = DDIMScheduler(timestep_spacing="trailing")
+    sizes = []
+
+    def classify(x, t, *_):
+        abar = float(guided.scheduler.alphas_cumprod[int(t)])
+        score = 300.0 * plain(x, t)[:, :3].log_softmax(1)[:, 1]
+        (gradient,) = torch.autograd.grad(score.sum(), x, retain_graph=True)
+        size = (1 - abar) ** 0.5 * gradient.square().mean((1, 2, 3)).sqrt()
+        sizes.extend(size.tolist())
+        return score * (0.6 / size).clamp(max=1.0).detach()
+
+    call = {"classifier_guidance_scale": 300.0, "class_labels": "dog"}
+    guided.register_modules(noisy_classifier=limited)
+    drawn = draw(guided, **call)
+    hand = by_hand(guided, DDIMScheduler(timestep_spacing="trailing"), classify, ancestral=False)
+    torch.testing.assert_close(drawn, hand, atol=5e-4, rtol=1e-3)
+    assert min(sizes) < 0.6 < max(sizes)
+    guided.register_modules(noisy_classifier=both)
+    assert (draw(guided, **call) - drawn).abs().max() > 0.1
+
+
 def test_the_folders_own_clip_guidance(make_pipeline, guides, tmp_path):
     """It is on where neither scale is said, there is a noised CLIP, and that sees what is drawn."""
     make_pipeline(default_clip_guidance_scale=40.0, **guides).save_pretrained(tmp_path)

@@ -48,6 +48,9 @@ class ClassifierConfig:
         default=None, metadata={"help": "For each column, below which t it is learned and guides; at all t."}
     )
     timestep_shift: float = field(default=1.0, metadata={"help": "Below 1 clearer x_t come up more often."})
+    guidance_limit: float | None = field(
+        default=None, metadata={"help": "By how much, RMS, it may move the predicted noise; default any."}
+    )
     shift: int = field(default=5, metadata={"help": "Augmentation: shift by up to this many pixels."})
     flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the pictures."})
     train_batch_size: int = field(default=128, metadata={"help": "Pictures for each process and step."})
@@ -71,6 +74,8 @@ class ClassifierConfig:
         for name in ("patch_size", "train_batch_size", "max_train_steps", "checkpointing_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        most = self.guidance_limit
+        require(most is None or most > 0, "guidance_limit", most, "above 0, or none")
         inside = self.ema_decay is None or 0 <= self.ema_decay <= 1
         require(inside, "ema_decay", self.ema_decay, "in [0, 1], or none")
 
@@ -118,6 +123,7 @@ def main() -> None:
         block_out_channels=tuple(config.block_out_channels),
         label_sets=[len(own) for own, _ in sets] if len(sets) > 1 else None,
         timestep_limits=limits,
+        guidance_limit=config.guidance_limit,
     )
 
     def make_loss(accelerator: Any, trained: Any) -> Any:

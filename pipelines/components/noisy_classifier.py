@@ -53,6 +53,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             1. None: all are one set.
         timestep_limits: of each set, the t below which it was trained; from there on it tells none of its
             classes from another, so that it does not guide. None: no limits.
+        guidance_limit: by how much, root mean square, its guidance may move the noise that is predicted for a
+            picture, which is 1 itself: where sqrt(1 - abar) s grad is larger, it is scaled down. None: any.
     """
 
     @register_to_config
@@ -67,6 +69,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         heads: int = 4,
         label_sets: Sequence[int] | None = None,
         timestep_limits: Sequence[int] | None = None,
+        guidance_limit: float | None = None,
     ) -> None:
         super().__init__()
         if label_sets is not None and (sum(label_sets) != len(labels) or min(label_sets) < 1):
