@@ -189,11 +189,11 @@ def advanced_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Compo
     with gr.Row(equal_height=True, visible=bool(labels)):
         classifier_guidance = gr.Slider(
             0,
-            100,
+            300,
             value=0,
             step=1,
             label="Classifier guidance",
-            info="Pulls towards a kind of picture, at 2 to 8, or a style, at 30 to 100; 0 is off.",
+            info="Pulls towards a kind of picture, at 2 to 8, or a style, at 300; 0 is off.",
             elem_id="classifier_guidance",
         )
         class_label = gr.Dropdown(
