@@ -60,7 +60,9 @@ def test_pictures_are_mirrored_half_the_time(model_folder, dataset_folder, tmp_p
     assert torch.equal(x, again) and not torch.equal(x, other)
 
 
-def test_the_command_with_guidance_to_the_style(model_folder, dataset_folder, clip_folder, tmp_path):
+def test_the_command_with_guidance_to_the_style(
+    model_folder, dataset_folder, clip_folder, tmp_path, monkeypatch
+):
     """What is drawn is what the pipeline draws, told each picture's style; and not drawn twice."""
     for seed, name in enumerate(("classifier", "guide")):
         torch.manual_seed(seed)
@@ -94,11 +96,9 @@ def test_the_command_with_guidance_to_the_style(model_folder, dataset_folder, cl
         assert np.array_equal(guided, sheet[2:18, 2 + 18 * i : 18 + 18 * i])
         moved.append(int(np.abs(guided.astype(int) - plain).max()))
     assert min(moved) > 2
-    TextToImagePipeline.__call__, kept = None, TextToImagePipeline.__call__
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToImagePipeline, "__call__", None)
         assert styles(config) == figures
-    finally:
-        TextToImagePipeline.__call__ = kept
     for changes, message in (
         ({"classifier_guidance_scale": -1.0}, "classifier_guidance_scale must be 0 or more"),
         ({"noisy_classifier": ""}, "noisy_classifier must be given: this model has none, got ''"),
@@ -113,7 +113,7 @@ def test_the_command_with_guidance_to_the_style(model_folder, dataset_folder, cl
             styles(wrong)
 
 
-def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path):
+def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path, monkeypatch):
     """Styles of pictures drawn one by one, their nearest training pictures by all cosines; nothing is drawn
     twice."""
     torch.manual_seed(0)
@@ -156,11 +156,9 @@ def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path):
     shown = re.findall(r"found: (\w+); nearest: ([^,<]+), (\w+)", text)
     assert shown == [(a, train[j]["name"], train[j]["style"]) for a, j in zip(found, nearest, strict=True)]
     assert len(re.findall("<img ", text)) == 12
-    TextToImagePipeline.__call__, kept = None, TextToImagePipeline.__call__
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToImagePipeline, "__call__", None)
         assert styles(config) == figures
-    finally:
-        TextToImagePipeline.__call__ = kept
     for changes, message in (
         ({"styles": ["noto", "oil"]}, "styles must be some of the classifier's"),
         ({"num_names": 0}, "num_names must be at least 1"),
