@@ -122,10 +122,8 @@ def guidance_scale_embedding(scale: float, dim: int) -> Tensor:
 
 
 def gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """grad_x of each row's own score, (B, ...) float32 or better, whatever precision `score` computes in.
-
-    `score` maps (B, ...) to (B,), row by row. Gradients are on for it, also under torch.no_grad.
-    """
+    """grad_x of each row's own score, (B, ...) float32 or better, whatever precision `score` computes in. It
+    maps (B, ...) to (B,), row by row. Gradients are on for it, also under torch.no_grad."""
     with torch.enable_grad():
         leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
         return torch.autograd.grad(score(leaf).sum(), leaf)[0]
@@ -145,7 +143,7 @@ def classifier_guidance(
         return F.log_softmax(classify(x).float(), dim=-1).gather(1, labels[:, None])[:, 0]
 
     gradient = scale * gradient_of(score, x_t)
-    size = gradient.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (x_t.ndim - 1))  # (B, 1, ...)
+    size = gradient.square().mean(tuple(range(1, x_t.ndim)), keepdim=True).sqrt()  # (B, 1, ...)
     return gradient * (limit / size.clamp(min=1e-12)).clamp(max=1.0)
 
 
@@ -167,9 +165,7 @@ def clip_guidance(
 
 def shift_mean(sample: Tensor, gradient: Tensor, variance: Tensor | float) -> Tensor:
     """x + Sigma s grad: the mean of an ancestral step, or a draw of it, moved. Dhariwal 2021, algorithm 1.
-
-    gradient is s grad, (B, C, ...) like `sample`; variance, Sigma, broadcasts to it.
-    """
+    gradient is s grad, (B, C, ...) like `sample`; variance, Sigma, broadcasts to it."""
     return sample + variance * gradient
 
 
@@ -193,9 +189,7 @@ def shift_prediction(prediction: Tensor, gradient: Tensor, abar_t: float, predic
 
 def clip_prediction(prediction: Tensor, x0: Tensor, limit: float, abar_t: float, kind: str) -> Tensor:
     """The prediction, which says `x0`, of x0 clipped to [-limit, limit] at the same x_t. (B, C, ...) all.
-
-    `kind` is its prediction_type. x0 moves by d where s grad is d sqrt(abar_t) / (1 - abar_t).
-    """
+    `kind` is its prediction_type. x0 moves by d where s grad is d sqrt(abar_t) / (1 - abar_t)."""
     gradient = (abar_t**0.5 / (1 - abar_t)) * (x0.clamp(-limit, limit) - x0)
     return shift_prediction(prediction, gradient, abar_t, kind).to(prediction.dtype)
 

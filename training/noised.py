@@ -248,11 +248,12 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
     figures: dict[str, Any] = {"split": config.split, "pictures": len(chosen), "t": levels}
     figures |= {reader: {"R@1": [], "R@5": []} for reader in readers}
     if classifier is not None:
-        values = pictures.columns[config.label_column]
-        labels = list(classifier.config.labels)
-        places = [i for i, label in enumerate(labels) if label in set(values)]  # of this column's classes
-        known = set(values) <= set(labels)
-        require(known, "label_column", config.label_column, f"of the classifier's classes, {labels}")
+        labels, values = list(classifier.config.labels), pictures.columns[config.label_column]
+        own = set(values)
+        require(
+            own <= set(labels), "label_column", config.label_column, f"of the classifier's classes, {labels}"
+        )
+        places = [i for i, label in enumerate(labels) if label in own]
         classes = torch.tensor([labels.index(values[i]) for i in chosen])
         figures["classifier"] = {"accuracy": []}
     x0 = pictures.data.images(chosen)
