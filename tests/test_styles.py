@@ -80,6 +80,10 @@ def test_the_command_with_guidance_to_the_style(
     config.check()
     figures = styles(config)
     assert figures["classifier_guidance_scale"] == 200.0
+    assert (
+        "Each guided to its style by a noised classifier, at scale 200."
+        in (tmp_path / "out" / "index.html").read_text()
+    )
     train = datasets.load_from_disk(str(dataset_folder))["train"]
     pipe = TextToImagePipeline.from_pretrained(model_folder)
     pipe.register_modules(noisy_classifier=made.eval())
@@ -156,6 +160,7 @@ def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path, monkey
     shown = re.findall(r"found: (\w+); nearest: ([^,<]+), (\w+)", text)
     assert shown == [(a, train[j]["name"], train[j]["style"]) for a, j in zip(found, nearest, strict=True)]
     assert len(re.findall("<img ", text)) == 12
+    assert "guided" not in text
     with monkeypatch.context() as patch:
         patch.setattr(TextToImagePipeline, "__call__", None)
         assert styles(config) == figures

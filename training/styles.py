@@ -181,6 +181,8 @@ def page(config: StylesConfig, figures: dict[str, Any], pairs: str) -> str:
         ]
         for name in ("generated", "real held-out")
     ]
+    scale = config.classifier_guidance_scale
+    guided = f" Each guided to its style by a noised classifier, at scale {scale:g}." if scale > 0 else ""
     title = html.escape(f"{config.model}: {figures['names']} names in {len(config.styles)} styles")
     body = [
         f"<h1>{title}</h1>",
@@ -188,7 +190,7 @@ def page(config: StylesConfig, figures: dict[str, Any], pairs: str) -> str:
         note(
             f"R@5 of the concept {figures['R@5, generated']:.3f}, real pictures of the same captions "
             f"{figures['R@5, real']:.3f}. Names drawn at random, one seed each, nothing picked: drawn on the "
-            "left, its nearest training picture in the judge's space on the right."
+            f"left, its nearest training picture in the judge's space on the right.{guided}"
         ),
         pairs,
     ]
