@@ -162,9 +162,34 @@ def test_each_set_of_labels_has_probabilities_of_its_own(guided, tmp_path):
     for settings, message in (
         ({"label_sets": [3, 1]}, r"label_sets must sum to 2, the labels, got \(3, 1\)"),
         ({"timestep_limits": [3, 1]}, r"timestep_limits must be one for each set, got \(3, 1\)"),
+        ({"ensemble": 0}, "ensemble must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             NoisyClassifier(labels=["a", "b"], **settings)
+
+
+def test_an_ensemble_answers_each_question_with_the_geometric_mean(guided, tmp_path):
+    """Of its networks' own probabilities, set by set; the gradient of log p(flat) too; and it comes back."""
+    both, _ = two_questions(guided, timestep_limits=[1000, 400])
+    settings = {key: value for key, value in both.config.items() if key[0] != "_"}
+    joined = NoisyClassifier(**{**settings, "ensemble": 2}).eval()
+    joined.load_state_dict(both.state_dict(), strict=False)
+    second = NoisyClassifier(**settings).eval()
+    second.load_state_dict(joined.others[0].state_dict())
+    x, t = torch.randn(4, 3, 16, 16, generator=seeded()), torch.tensor([0, 399, 400, 999])
+    a, b = (x.clone().requires_grad_(), x.clone().requires_grad_())
+    found = joined(a, t)
+    root = ((both(b, t) + second(b, t)) / 2).exp()
+    parts = torch.cat([root[:, :3] / root[:, :3].sum(1, True), root[:, 3:] / root[:, 3:].sum(1, True)], dim=1)
+    assert (both(x, t).exp() - second(x, t).exp()).abs().max() > 0.05
+    torch.testing.assert_close(found.exp(), parts)
+    found[:, 3].sum().backward()
+    parts[:, 3].log().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    assert a.grad[:2].abs().min(0).values.max() > 0 and not a.grad[2:].any()
+    joined.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(NoisyClassifier.from_pretrained(tmp_path).eval()(x, t), found)
 
 
 @pytest.mark.parametrize(("label", "among"), [("dog", slice(0, 3)), ("round", slice(3, 5))])

@@ -613,6 +613,42 @@ def test_the_mean_of_several_networks_is_exported(runs, clip_folder, make_unet, 
         export.main()
 
 
+def test_classifiers_of_several_seeds_are_exported_as_one_ensemble(tmp_path, monkeypatch):
+    """Its p is the product of theirs, made to sum to 1 after the root; another configuration is refused."""
+    shapes, folders = {"sample_size": 16, "patch_size": 2, "block_out_channels": (8, 16)}, []
+    members = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        member = NoisyClassifier(
+            labels=["cold", "warm", "wet"], norm_num_groups=4, heads=2, guidance_limit=0.1, **shapes
+        )
+        members.append(member.half().float().eval())
+        folders.append(str(tmp_path / f"seed{seed}"))
+        members[-1].save_pretrained(folders[-1])
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["export", "--to", str(out), "--classifiers", *folders])
+    export.main()
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.float16}
+    joined = NoisyClassifier.from_pretrained(out, torch_dtype=torch.float32).eval()
+    assert joined.config.ensemble == 3 and joined.config.guidance_limit == 0.1
+    x, t = torch.randn(5, 3, 16, 16), torch.tensor([0, 10, 300, 999, 50])
+    with torch.no_grad():
+        product = torch.stack([member(x, t).double().softmax(1) for member in members]).prod(0) ** (1 / 3)
+        torch.testing.assert_close(
+            joined(x, t).double().softmax(1), product / product.sum(1, keepdim=True), atol=1e-6, rtol=1e-5
+        )
+    NoisyClassifier(labels=["a", "b"], norm_num_groups=4, heads=2, **shapes).save_pretrained(tmp_path / "ab")
+    for sources, message in (
+        ([folders[0], str(tmp_path / "ab")], "classifiers must be of the configuration of .*seed0, got .*ab"),
+        ([str(out), str(out)], "classifiers must be a single network, no ensemble, got .*out"),
+        ([folders[0], str(tmp_path / "nowhere")], "classifiers must be a folder, got .*nowhere"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["export", "--to", str(tmp_path / "no"), "--classifiers", *sources])
+        with pytest.raises(SystemExit, match=message):
+            export.main()
+    assert not (tmp_path / "no").exists()
+
+
 def test_upsamplers_and_guides_are_exported_in_fp16_without_code(make_upsampler, tmp_path, monkeypatch):
     make_upsampler().save_pretrained(tmp_path / "up")
     classifier = NoisyClassifier(["cold", "warm"], 16, 3, 2, (8, 16), 4, 2)

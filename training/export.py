@@ -6,6 +6,8 @@
         --unets runs/a/unet runs/b/unet --to models/emoji
     python -m training.export --clip runs/judge/clip --to models/judge
     python -m training.export --folder runs/upsampler/pipeline --to models/emoji-upsampler
+    python -m training.export --classifiers runs/a/noisy_classifier runs/b/noisy_classifier \\
+        --to models/style-classifier
 """
 
 import json
@@ -42,6 +44,10 @@ class ExportConfig:
     folder: str | None = field(
         default=None,
         metadata={"help": "Or what training.super_resolution, .classifier or .clip --noised saved."},
+    )
+    classifiers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Or what training.classifier saved, of several seeds: one ensemble of them."},
     )
     guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
     clip_guidance_scale: float = field(
@@ -140,6 +146,22 @@ def export_folder(source: Path, folder: Path) -> None:
         drop_code(folder)
 
 
+def export_ensemble(sources: list[str], folder: Path) -> None:
+    """One NoisyClassifier of several that differ in their weights alone, in fp16.
+
+    Raises ValueError where one is of another configuration."""
+    members = [NoisyClassifier.from_pretrained(source) for source in sources]
+    own, *others = ({k: v for k, v in member.config.items() if k[0] != "_"} for member in members)
+    for source, other in zip(sources[1:], others, strict=True):
+        require(other == own, "classifiers", source, f"of the configuration of {sources[0]}")
+    require(own["ensemble"] == 1, "classifiers", sources[0], "a single network, no ensemble")
+    joined = NoisyClassifier(**{**own, "ensemble": len(members)})
+    joined.load_state_dict(members[0].state_dict(), strict=False)
+    for place, member in zip(joined.others, members[1:], strict=True):
+        place.load_state_dict(member.state_dict())
+    joined.to(torch.float16).save_pretrained(str(folder))
+
+
 def main() -> None:
     # --config names the run's settings; the rest are this command's own
     argv, run = sys.argv[1:], []
@@ -153,14 +175,18 @@ def main() -> None:
     try:
         sources = {name: getattr(config, name) for name in ("checkpoint", "clip", "folder")}
         given = [(name, source) for name, source in sources.items() if source]
-        kinds = len(given) + bool(config.unets)
-        require(kinds == 1, "checkpoint", config.checkpoint, "given, or unets, clip or folder instead")
-        for name, source in [*given, *(("unets", source) for source in config.unets)]:
+        several = [(name, source) for name in ("unets", "classifiers") for source in getattr(config, name)]
+        kinds = len(given) + bool(config.unets) + bool(config.classifiers)
+        rule = "given, or unets, classifiers, clip or folder instead"
+        require(kinds == 1, "checkpoint", config.checkpoint, rule)
+        for name, source in [*given, *several]:
             require(Path(source).is_dir(), name, source, "a folder")
         if config.clip:
             export_clip(config.clip, partial)
         elif config.folder:
             export_folder(Path(config.folder), partial)
+        elif config.classifiers:
+            export_ensemble(config.classifiers, partial)
         else:
             require(bool(run), "config", None, "the YAML file of the run that wrote the checkpoint")
             export_pipeline(parse_config(TextToImageConfig, run), config, partial)

@@ -1,6 +1,7 @@
 """A classifier of noised pictures, p(y | x_t, t): the U-Net's way down, and attention pooling over what it
 leaves (Dhariwal and Nichol 2021, section 4, https://arxiv.org/abs/2105.05233). It may answer more than one
-question of a picture, what it shows and how it is drawn, each with classes of its own.
+question of a picture, what it shows and how it is drawn, each with classes of its own; and it may be several
+networks that were trained apart (deep ensembles, Lakshminarayanan 2017, https://arxiv.org/abs/1612.01474).
 
 The file is self-contained on purpose: it travels with the weights. In shape comments B is the batch, C
 channels, H x W positions, E the width of the time embedding.
@@ -55,6 +56,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             classes from another, so that it does not guide. None: no limits.
         guidance_limit: by how much, root mean square, its guidance may move the noise that is predicted for a
             picture, which is 1 itself: where sqrt(1 - abar) s grad is larger, it is scaled down. None: any.
+        ensemble: of so many networks of these sizes the logits' mean is taken: p is the geometric mean of
+            theirs, made to sum to 1. `others` holds all but the first.
     """
 
     @register_to_config
@@ -70,8 +73,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         label_sets: Sequence[int] | None = None,
         timestep_limits: Sequence[int] | None = None,
         guidance_limit: float | None = None,
+        ensemble: int = 1,
     ) -> None:
         super().__init__()
+        if ensemble < 1:
+            raise ValueError(f"ensemble must be at least 1, got {ensemble}")
         if label_sets is not None and (sum(label_sets) != len(labels) or min(label_sets) < 1):
             raise ValueError(f"label_sets must sum to {len(labels)}, the labels, got {tuple(label_sets)}")
         if timestep_limits is not None and len(timestep_limits) != len(label_sets or [0]):
@@ -91,6 +97,32 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         self.query = nn.Parameter(torch.randn(1, 1, last) * last**-0.5)
         self.pool = nn.MultiheadAttention(last, heads, batch_first=True)
         self.head = nn.Linear(last, len(labels))
+        self.others = nn.ModuleList(
+            NoisyClassifier(
+                labels=labels,
+                sample_size=sample_size,
+                in_channels=in_channels,
+                patch_size=patch_size,
+                block_out_channels=block_out_channels,
+                norm_num_groups=norm_num_groups,
+                heads=heads,
+            )
+            for _ in range(ensemble - 1)
+        )
+
+    def own_logits(self, sample: Tensor, t: Tensor) -> Tensor:
+        """Of this network alone, none of `others`: x_t, t (B,) -> (B, classes) float32."""
+        patch = self.config.patch_size
+        waves = get_timestep_embedding(
+            t, self.time[0].in_features, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        emb = self.time(waves.to(self.dtype))  # (B, E)
+        h = self.conv_in(F.pixel_unshuffle(sample.to(self.dtype), patch))  # (B, C, H, W)
+        for block in self.blocks:
+            h = block(h, emb)
+        h = F.silu(self.norm_out(h)).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        pooled = self.pool(self.query.expand(len(h), -1, -1), h, h, need_weights=False)[0][:, 0]  # (B, C)
+        return self.head(pooled).float()
 
     def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """x_t (B, in_channels, height, width), t one for all or (B,) -> logits, (B, classes) float32.
@@ -105,16 +137,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             rule = f"(B, {channels}, height, width), both multiples of {patch}"
             raise ValueError(f"sample must be {rule}, got {tuple(sample.shape)}")
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))  # (B,)
-        waves = get_timestep_embedding(
-            t, self.time[0].in_features, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
-        emb = self.time(waves.to(self.dtype))  # (B, E)
-        h = self.conv_in(F.pixel_unshuffle(sample.to(self.dtype), patch))  # (B, C, H, W)
-        for block in self.blocks:
-            h = block(h, emb)
-        h = F.silu(self.norm_out(h)).flatten(2).transpose(1, 2)  # (B, H * W, C)
-        pooled = self.pool(self.query.expand(len(h), -1, -1), h, h, need_weights=False)[0][:, 0]  # (B, C)
-        logits = self.head(pooled).float()
+        networks = (self, *self.others)
+        logits = torch.stack([network.own_logits(sample, t) for network in networks]).mean(0)
         sizes, limits = self.config.label_sets, self.config.timestep_limits
         if sizes is None and limits is None:
             return logits
