@@ -575,7 +575,7 @@ def test_the_saved_pipeline_has_the_averaged_weights(runs):
     assert len(moved) == len(raw) and not torch.equal(saved[moved[0]], raw[moved[0]])
 
 
-def test_further_averages_are_kept_and_one_of_them_can_be_exported(runs, clip_folder, tmp_path, monkeypatch):
+def test_further_averages_are_kept_and_one_can_be_exported(runs, tokenizer, tmp_path, monkeypatch):
     """With decay 0 the weights themselves, else each another; exported is the checkpoint's, in fp16."""
     folder = runs[0] / "checkpoint-6"
     raw, short, long = (weights(folder / f"unet{name}") for name in ("", "_ema_0.3", "_ema"))
@@ -586,6 +586,11 @@ def test_further_averages_are_kept_and_one_of_them_can_be_exported(runs, clip_fo
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments), "--ema", "0.3"])
     export.main()
     assert_same(weights(tmp_path / "out" / "unet"), {name: tensor.half() for name, tensor in short.items()})
+    # The tokenizer is the same, its file without indents
+    words = "a warm square, 12 o'clock! <|endoftext|>"
+    given, shipped = tokenizer, type(tokenizer).from_pretrained(tmp_path / "out/tokenizer")
+    assert shipped(words).input_ids == given(words).input_ids
+    assert len((tmp_path / "out/tokenizer/tokenizer.json").read_text().splitlines()) == 1
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments), "--ema", "0.7"])
     with pytest.raises(SystemExit, match=r"ema must be one that the checkpoint has, of \['0.0', '0.3'\]"):
         export.main()

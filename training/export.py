@@ -105,6 +105,14 @@ def drop_code(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def compact_tokenizers(folder: Path) -> None:
+    """The same tokenizer.json without indents: more than half of it is spaces."""
+    for path in folder.rglob("tokenizer.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        text = json.dumps(settings, ensure_ascii=False, separators=(",", ":"))
+        path.write_text(text + "\n", encoding="utf-8")
+
+
 def drop_ema_keys(path: Path) -> None:
     """EMAModel keeps its own state in the config of what it saves; the shipped config is the U-Net's."""
     state = {
@@ -193,6 +201,7 @@ def main() -> None:
     except ValueError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise SystemExit(f"training.export: {error}") from error
+    compact_tokenizers(partial)
     if config.card:
         shutil.copy(config.card, partial / "README.md")
     for kept in (target / name for name in ("README.md", "samples.png")):  # a card and its picture
