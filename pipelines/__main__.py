@@ -65,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-model", metavar="NAME", help=clip_help)
     class_help = "classifier guidance to --class; 0 is off"
     parser.add_argument("--classifier-guidance", type=float, default=0, metavar="S", help=class_help)
-    parser.add_argument("--class", dest="class_label", metavar="NAME", help="for --classifier-guidance")
+    class_help = "for --classifier-guidance; of models/emoji-guidance: flat, 3d, food-drink, ..."
+    parser.add_argument("--class", dest="class_label", metavar="NAME", help=class_help)
     best_help = "draw N for each picture and keep the one that CLIP finds best; default: 1"
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help=best_help)
     parser.add_argument("--size", type=int, metavar="PIXELS", help="--height and --width in one")
@@ -98,7 +99,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
     if (args.classifier_guidance > 0) != (args.class_label is not None):
-        raise ValueError("--classifier-guidance and --class go together")
+        given = f"--class {args.class_label}" if args.class_label else "--classifier-guidance"
+        rule = "--class names one of the classifier's classes (another name is answered with their list)"
+        raise ValueError(f"--classifier-guidance and --class go together, got {given} alone; {rule}")
     if args.seed is not None and not 0 <= args.seed <= 2**63 - args.num_images:
         raise ValueError(f"--seed must be 0 or more, and the last picture's below 2^63, got {args.seed}")
     if args.size is not None:
@@ -333,7 +336,9 @@ def main(argv: list[str] | None = None) -> int:
         check_arguments(args)
         paths = draw(args)
     except (ValueError, OSError) as error:
-        parser.error(re.sub(r"`(\w+)`", lambda name: OPTIONS.get(name[1], name[0]), str(error)))
+        sides = {"height": "--size", "width": "--size"} if args.size is not None else {}
+        options = {**OPTIONS, **sides}
+        parser.error(re.sub(r"`(\w+)`", lambda name: options.get(name[1], name[0]), str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -289,6 +289,7 @@ ERRORS = {
         ["x", "--width", "17"],
         "--width must be a positive multiple of 2; the nearest",
     ),
+    "size not in patches": (["x", "--size", "17"], "--size must be a positive multiple of 2; the nearest"),
     "size and height": (["x", "--size", "64", "--height", "64"], "--size takes the place of"),
     "no upsampler": (["x", "--size", "64", "--upsampler", "nowhere"], "--upsampler must be a folder"),
     "a guidance without its model": (["x", "--clip-guidance", "2"], "noisy_clip"),
@@ -304,7 +305,8 @@ ERRORS = {
         ],
         "run/pipeline has one",
     ),
-    "a class alone": (["x", "--class", "warm"], "--classifier-guidance and --class go together"),
+    "a class alone": (["x", "--class", "warm"], "--class go together, got --class warm alone"),
+    "guidance alone": (["x", "--classifier-guidance", "3"], "together, got --classifier-guidance alone"),
     "best of none": (["x", "--best-of", "0"], "--best-of must be 1 or more"),
     "unknown scheduler": (["x", "--scheduler", "magic"], "'magic' (choose from"),
 }

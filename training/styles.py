@@ -104,6 +104,8 @@ def accuracies(found: list[str], truth: list[str]) -> dict[str, float]:
 def styles(config: StylesConfig) -> dict[str, Any]:
     """Accuracy of the styles, of drawn and of real held-out pictures; retrieval of the concept; writes the
     page, each drawn picture beside its nearest training picture, and sheet.png."""
+    # First: a data set that is not there is told before anything is loaded
+    splits = {name: load_pictures(config.dataset, name) for name in ("train", "validation")}
     pipe, judge = with_guides(config.model, noisy_classifier=config.noisy_classifier), Judge(config.judge)
     classifier: Any = NoisyClassifier.from_pretrained(config.classifier).eval()
     known = list(classifier.config.labels)
@@ -116,9 +118,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def read(split: str) -> PictureCache:
-        return cache_pictures(
-            load_pictures(config.dataset, split), side, config.cache_dir, "image", "caption"
-        )
+        return cache_pictures(splits[split], side, config.cache_dir, "image", "caption")
 
     train, held_out = read("train"), read("validation")
     names, own = train.columns["name"], train.columns["style"]
