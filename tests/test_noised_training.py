@@ -276,8 +276,9 @@ def test_how_often_a_set_of_two_is_right(run, folder, model, judge, tmp_path):
         found = [labels[i] for i in scores.argmax(1)]
         right = np.mean([a == pictures.columns[column][i] for a, i in zip(found, chosen, strict=True)])
         assert figures["classifier"]["accuracy"][0] == pytest.approx(right) and right > 0.7
-    with pytest.raises(ValueError, match="label_column must be of the classifier's classes"):
-        noised_accuracy(NoisedAccuracyConfig(**settings, label_column="caption"))
+    for column in ("caption", "kind"):  # of other values, and none
+        with pytest.raises(ValueError, match="label_column must be a column of the classifier's classes"):
+            noised_accuracy(NoisedAccuracyConfig(**settings, label_column=column))
 
 
 @pytest.mark.parametrize(

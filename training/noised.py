@@ -248,11 +248,9 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
     figures: dict[str, Any] = {"split": config.split, "pictures": len(chosen), "t": levels}
     figures |= {reader: {"R@1": [], "R@5": []} for reader in readers}
     if classifier is not None:
-        labels, values = list(classifier.config.labels), pictures.columns[config.label_column]
-        own = set(values)
-        require(
-            own <= set(labels), "label_column", config.label_column, f"of the classifier's classes, {labels}"
-        )
+        labels, values = list(classifier.config.labels), pictures.columns.get(config.label_column, [])
+        own, rule = set(values), f"a column of the classifier's classes, {labels}"
+        require(len(own) > 0 and own <= set(labels), "label_column", config.label_column, rule)
         places = [i for i, label in enumerate(labels) if label in own]
         classes = torch.tensor([labels.index(values[i]) for i in chosen])
         figures["classifier"] = {"accuracy": []}
