@@ -82,7 +82,7 @@ def check_guidance_models(
         names = list(parts["noisy_classifier"].config.labels)
         listed = labels if isinstance(labels, list) else [labels]
         known = all((is_whole(one, 0) and one < len(names)) or one in names for one in listed)
-        rule = f"one, or one for each prompt, of {names}, by name or number"
+        rule = f"one of {names}, by name or number, or a list of {prompts}, one for each prompt"
         check("class_labels", labels, known and len(listed) in (1, prompts), rule)
     else:
         check("class_labels", labels, labels is None, "left out without classifier_guidance_scale above 0")

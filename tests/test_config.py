@@ -1,5 +1,7 @@
 """Settings: what wins over what, and what is refused."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from training.evaluate import EvaluationConfig
 from training.export import ExportConfig
 from training.text_to_image import TextToImageConfig
 
-CONFIGS = Path(__file__).resolve().parent.parent / "training" / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "training" / "configs"
 
 
 @dataclass
@@ -86,6 +89,19 @@ def test_an_unknown_argument_is_named():
         parse_config(Settings, ["--output_dir", "a", "--nonsense", "1"])
 
 
+def test_the_file_may_follow_an_equals_sign(tmp_path):
+    (tmp_path / "a=b.yaml").write_text("output_dir: a\nsteps: 7\n", encoding="utf-8")
+    assert parse_config(Settings, [f"--config={tmp_path / 'a=b.yaml'}"]).steps == 7
+
+
+@pytest.mark.parametrize("module", [["training.export"], ["training.evaluate", "styles"]])
+def test_usage_is_what_one_types(module):
+    ran = subprocess.run(
+        [sys.executable, "-m", *module, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert " ".join(ran.stdout.split()).startswith(f"usage: python -m {' '.join(module)} [-h]")
+
+
 def test_a_missing_file_and_a_missing_name(tmp_path):
     with pytest.raises(SystemExit, match="--config: there is no file .*nowhere.yaml"):
         parse_config(Settings, ["--config", str(tmp_path / "nowhere.yaml")])
@@ -123,6 +139,7 @@ def test_every_command_can_show_its_help(config, capsys):
         parse_config(config, ["--help"])
     assert stopped.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert "--config" in shown
     for name, setting in config.__dataclass_fields__.items():
         assert f"--{name}" in shown
         assert " ".join(setting.metadata["help"].split())[:12] in shown

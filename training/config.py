@@ -13,15 +13,28 @@ from transformers import HfArgumentParser
 Config = TypeVar("Config")
 
 
-def parse_config(config_class: type[Config], argv: list[str] | None = None) -> Config:
+def command_line() -> str:
+    """How the running command was called: `python -m training.export`, or the file's name for a script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
+def parse_config(
+    config_class: type[Config], argv: list[str] | None = None, command: str | None = None
+) -> Config:
     """Read `--config FILE.yaml`, if given, then the other arguments, which win over the file.
+
+    A class with a field `config` has an argument of its own by that name, and no such file. `command` is what
+    the usage line calls it; default `command_line()`.
 
     Raises:
         SystemExit: with one line that names the argument or key, its value and what is allowed.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    argv = [part for one in given for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
+    known = {f.name for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     from_file: dict[str, Any] = {}
-    if "--config" in argv:
+    if "--config" in argv and "config" not in known:
         at = argv.index("--config")
         if at + 1 == len(argv):
             raise SystemExit("--config needs the path of a YAML file")
@@ -30,7 +43,6 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
         if not path.is_file():
             raise SystemExit(f"--config: there is no file {path}")
         from_file = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        known = {f.name for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
         unknown = sorted(set(from_file) - known)
         if unknown:
             raise SystemExit(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
@@ -38,7 +50,9 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
         for name, value in from_file.items():
             if value is None and kinds[name] in (bool, int, float, str):
                 raise SystemExit(f"{path}: {name} must be of type {kinds[name].__name__}, got null")
-    parser = HfArgumentParser(config_class)  # type: ignore[arg-type]
+    parser = HfArgumentParser(config_class, prog=command or command_line())  # type: ignore[arg-type]
+    if "config" not in known:  # read above: here for --help
+        parser.add_argument("--config", metavar="FILE.yaml", help="Settings; those given beside it win.")
     for action in parser._actions:  # what the file sets is no longer required, and is the new default
         if action.dest in from_file:
             action.required = False
@@ -46,7 +60,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
             action.type = str
     parser.set_defaults(**from_file)
     try:
-        (config,) = parser.parse_args_into_dataclasses(args=argv)
+        config, *_ = parser.parse_args_into_dataclasses(args=argv)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     return config

@@ -27,6 +27,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from training.config import parse_config
+
 # Package -> the word that captions use for its drawing style.
 STYLES = {
     "fluent-emoji": "3d",
@@ -484,9 +486,7 @@ def build(config: EmojiConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
-
-    (config,) = HfArgumentParser(EmojiConfig).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    config = parse_config(EmojiConfig)
     try:
         summary = build(config)
     except (ValueError, RuntimeError) as error:

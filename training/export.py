@@ -12,7 +12,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +31,9 @@ class ExportConfig:
     to: str = field(metadata={"help": "Folder to write; replaced when it exists."})
     checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint-STEP folder of training.text_to_image."}
+    )
+    config: str | None = field(
+        default=None, metadata={"help": "The YAML file of the run that wrote the checkpoint."}
     )
     ema: float | None = field(
         default=None, metadata={"help": "Decay of the average to take, one of more_ema_decays."}
@@ -171,12 +173,7 @@ def export_ensemble(sources: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    # --config names the run's settings; the rest are this command's own
-    argv, run = sys.argv[1:], []
-    if "--config" in argv:
-        at = argv.index("--config")
-        run, argv = argv[at : at + 2], argv[:at] + argv[at + 2 :]
-    config = parse_config(ExportConfig, argv)
+    config = parse_config(ExportConfig)
     target = Path(config.to)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -196,8 +193,9 @@ def main() -> None:
         elif config.classifiers:
             export_ensemble(config.classifiers, partial)
         else:
+            run = config.config or ""
             require(bool(run), "config", None, "the YAML file of the run that wrote the checkpoint")
-            export_pipeline(parse_config(TextToImageConfig, run), config, partial)
+            export_pipeline(parse_config(TextToImageConfig, ["--config", run]), config, partial)
     except ValueError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise SystemExit(f"training.export: {error}") from error

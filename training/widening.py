@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from training.config import parse_config
 from training.data import load_pictures, open_picture
 from training.emoji import TONES, unit_hash, with_article
 from training.words import (
@@ -334,9 +335,7 @@ def build(config: WideningConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
-
-    (config,) = HfArgumentParser(WideningConfig).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    config = parse_config(WideningConfig)
     try:
         summary = build(config)
     except (ValueError, RuntimeError) as error:
