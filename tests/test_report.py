@@ -212,6 +212,7 @@ def test_small_parts():
     assert len(first) == len(second) == 5 and not set(first) & set(second)
     assert two_halves(11, 3, 0) == (first[:3], two_halves(11, 3, 0)[1]) and len(two_halves(11, 3, 0)[1]) == 3
     assert shown({"value": 0.41234, "interval": [0.3, 0.52]}) == "0.412 (0.300 to 0.520)"
+    assert shown({"value": 0.0151, "interval": [-1e-5, 0.03]}) == "0.015 (0.000 to 0.030)"
     assert shown({"value": 0.00123}) == "0.00123" and shown({"value": 31.46}) == "31.5" and shown(None) == ""
 
 

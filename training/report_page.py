@@ -37,11 +37,9 @@ def shown(figure: dict[str, Any] | None) -> str:
         return ""
     value = figure["value"]
     digits = 1 if abs(value) >= 10 else 3 if abs(value) >= 0.01 else 5
-    text = f"{value:.{digits}f}"
-    if "interval" in figure:
-        low, high = figure["interval"]
-        text += f" ({low:.{digits}f} to {high:.{digits}f})"
-    return text
+    # + 0.0: what rounds to zero from below is 0.000, not -0.000
+    text, *ends = (f"{round(one, digits) + 0.0:.{digits}f}" for one in (value, *figure.get("interval", ())))
+    return f"{text} ({ends[0]} to {ends[1]})" if ends else text
 
 
 def metric_rows(report: dict[str, Any]) -> list[list[str]]:
