@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
@@ -19,8 +18,6 @@ from pipelines import TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from training import classifier, clip, frontier, noised
-from training.data import seed_for
-from training.denoising import draw_noise
 from training.frontier import FrontierConfig, diversity
 from training.judge import TEMPLATES
 from training.noised import NoisedAccuracyConfig, noised_accuracy
@@ -96,7 +93,7 @@ def run(folder, model, tmp_path, monkeypatch) -> Any:
         own: dict[str, Any] = {"patch_size": 2}
         if recipe is clip:
             own = {"noised": True, "patch_size": 8, "vision_width": 32, "vision_layers": 1, "head_dim": 16}
-        listed = {key: settings.pop(key) for key in ("timestep_limits", "teachers") if key in settings}
+        listed = {key: settings.pop(key) for key in ("timestep_limits",) if key in settings}
         argv = [f"--{key}={value}" for key, value in (shared | own | settings).items()]
         argv += [word for key, values in listed.items() for word in (f"--{key}", *map(str, values))]
         argv += [] if recipe is clip else ["--block_out_channels", "16", "16"]
@@ -259,54 +256,6 @@ def test_two_columns_are_two_sets_and_the_loss_is_the_sum_of_theirs(run, folder,
     assert sides == {False, True}
 
 
-def test_drawn_pictures_count_as_the_teachers_see_them(run, folder, tmp_path, monkeypatch):
-    """Three of eight, before the real ones, by the cross-entropy to the mean of four softmaxes: of two
-    teachers whose classes stand in other orders, each of a picture and of its mirror image."""
-    kept: dict[str, Any] = {}
-
-    def train_tower(config, model, pictures, make_loss, name, ema_decay):
-        kept.update(config=config, model=model, pictures=pictures, make_loss=make_loss)
-
-    teachers = []
-    for seed, labels in enumerate((["white", "red", "other", "blue", "green"], [*sorted(COLOURS)])):
-        torch.manual_seed(seed)
-        made = NoisyClassifier(labels, 16, 3, 2, (8, 16), 4, 2)
-        for parameter in made.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
-        made.save_pretrained(tmp_path / f"teacher{seed}")
-        teachers.append(made.eval())
-    (tmp_path / "drawn").mkdir()
-    grains = np.random.default_rng(3).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    for i, one in enumerate(grains):
-        Image.fromarray(one).save(tmp_path / "drawn" / f"{i}.png")
-    monkeypatch.setattr(classifier, "train_tower", train_tower)
-    given = {"drawn": tmp_path / "drawn", "teachers": [tmp_path / f"teacher{i}" for i in (0, 1)]}
-    run(classifier, "taught", label_column="group+name", shift=0, timestep_limits=[1000, 600], **given)
-    model, pictures, config = kept["model"], kept["pictures"], kept["config"]
-    names, reals = ["blue", "green", "red", "white"], [7, 30, 44, 3, 12]
-    for step in range(4):
-        loss, _ = kept["make_loss"](Accelerator(cpu=True), model)([1, 2, 40, *reals], step)
-        generator = torch.Generator().manual_seed(seed_for(config.seed, "drawn", step, 0))
-        chosen = torch.randint(0, 5, (3,), generator=generator)
-        drawn = torch.from_numpy(grains)[chosen].permute(0, 3, 1, 2) / 127.5 - 1
-        x0 = torch.cat([drawn, pictures.data.images(reals)])
-        eps, t = draw_noise(config.seed, step, tuple(x0.shape), 1000, 0, 1)
-        logits = model(pictures.chain.add_noise(x0, eps, t), t)
-        with torch.no_grad():
-            views = [
-                F.softmax(teacher(view, 0)[:, [teacher.config.labels.index(name) for name in names]], dim=1)
-                for teacher in teachers
-                for view in (drawn, drawn.flip(-1))
-            ]
-        hard = torch.eye(4)[[names.index(pictures.columns["name"][i]) for i in reals]]
-        target, low = torch.cat([sum(views) / 4, hard]), t < 600  # weights are 1: twelve of each colour
-        expected = F.cross_entropy(logits[low][:, 2:], target[low])
-        weight = torch.tensor([(48 / (2 * 36)) ** 0.5, (48 / (2 * 12)) ** 0.5])  # of 36 cold, 12 warm
-        groups = torch.tensor([["cold", "warm"].index(pictures.columns["group"][i]) for i in reals])
-        expected = expected + F.cross_entropy(logits[3:, :2], groups, weight)
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_how_often_a_set_of_two_is_right(run, folder, model, judge, tmp_path):
     trained = run(classifier, "sets", label_column="group+name", max_train_steps=150) / "noisy_classifier"
     settings = {
@@ -350,9 +299,6 @@ def test_how_often_a_set_of_two_is_right(run, folder, model, judge, tmp_path):
             {"timestep_limits": [9, 9]},
             "timestep_limits must be in 1 .. 1000, one for",
         ),
-        (classifier, {"drawn": "nowhere"}, "drawn must be a folder with PNG pictures, got 'nowhere'"),
-        (classifier, {"teachers": ["nowhere"]}, "teachers must be given with drawn, and left out without"),
-        (classifier, {"drawn_share": 1.0}, r"drawn_share must be in \(0, 1\), got 1.0"),
         (classifier, {"ema_decay": 1.5}, r"ema_decay must be in \[0, 1\], or none, got 1.5"),
     ],
 )

@@ -4,24 +4,18 @@
     accelerate launch -m training.classifier --config training/configs/style_classifier.yaml
 
 The classes are the values of a column of the data set; what it sees is x_t of the model that it will guide.
-What that model draws is not quite what it learned from, and nobody has said what class it is of: with
-`--drawn` the mean of several classifiers says it (a noisy student, Xie 2019, https://arxiv.org/abs/1911.04252).
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from PIL import Image
 from torch import Tensor
 
 from pipelines.components.noisy_classifier import NoisyClassifier
-from pipelines.images import to_tensor
 from training.config import parse_config, require, run
-from training.data import seed_for
 from training.noised import NoisedPictures, train_tower
 from training.samples import load_pipeline
 
@@ -59,14 +53,6 @@ class ClassifierConfig:
     )
     shift: int = field(default=5, metadata={"help": "Augmentation: shift by up to this many pixels."})
     flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the pictures."})
-    drawn: str = field(
-        default="",
-        metadata={"help": "Folder of pictures (training.drawn) to learn too, as teachers see them."},
-    )
-    teachers: list[str] = field(
-        default_factory=list, metadata={"help": "Folders of classifiers with all classes of one column."}
-    )
-    drawn_share: float = field(default=0.4, metadata={"help": "Share of them in each batch."})
     train_batch_size: int = field(default=128, metadata={"help": "Pictures for each process and step."})
     max_train_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak of the cosine schedule."})
@@ -92,14 +78,6 @@ class ClassifierConfig:
         require(most is None or most > 0, "guidance_limit", most, "above 0, or none")
         inside = self.ema_decay is None or 0 <= self.ema_decay <= 1
         require(inside, "ema_decay", self.ema_decay, "in [0, 1], or none")
-        require(0 < self.drawn_share < 1, "drawn_share", self.drawn_share, "in (0, 1)")
-        there = not self.drawn or any(Path(self.drawn).glob("*.png"))
-        require(there, "drawn", self.drawn, "a folder with PNG pictures")
-        both = bool(self.drawn) == bool(self.teachers)
-        require(both, "teachers", self.teachers, "given with drawn, and left out without")
-        for folder in self.teachers:
-            there = (Path(folder) / "config.json").is_file()
-            require(there, "teachers", folder, "the folder of a NoisyClassifier")
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
@@ -121,51 +99,6 @@ def label_set(pictures: NoisedPictures, column: str) -> tuple[list[str], Tensor]
     return names, torch.tensor([names.index(str(value)) for value in values or []])
 
 
-@torch.no_grad()
-def soft_labels(teachers: list[Any], pictures: Tensor, classes: list[str]) -> Tensor:
-    """(N, classes): the mean, over teachers and over each picture and its mirror image, of p(y | x_0).
-
-    pictures: (N, C, H, W) uint8. Raises ValueError for a teacher that does not know all of the classes."""
-    total = torch.zeros(len(pictures), len(classes))
-    for teacher in teachers:
-        known = list(teacher.config.labels)
-        require(set(classes) <= set(known), "teachers", known, f"classifiers that know {classes}")
-        places = [known.index(name) for name in classes]
-        for start in range(0, len(pictures), 128):
-            part = pictures[start : start + 128].float() / 127.5 - 1
-            for view in (part, part.flip(-1)):
-                total[start : start + 128] += teacher(view, 0)[:, places].softmax(-1)
-    return total / (2 * len(teachers))
-
-
-class Drawn(NamedTuple):
-    """Pictures a model drew, (N, C, H, W) uint8; the set of classes they are taught in; p, (N, classes)."""
-
-    pictures: Tensor
-    place: int
-    soft: Tensor
-
-    def choose(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(x_0, p) of `count` of them at random."""
-        chosen = torch.randint(0, len(self.pictures), (count,), generator=generator)
-        return self.pictures[chosen].float() / 127.5 - 1, self.soft[chosen]
-
-
-def read_drawn(config: ClassifierConfig, sets: list[list[str]], shape: tuple[int, ...]) -> Drawn:
-    """The pictures of `config.drawn` as `config.teachers` see them.
-
-    Raises ValueError where these do not know all classes of one set, and for pictures of another shape."""
-    teachers: list[Any] = [NoisyClassifier.from_pretrained(folder).eval() for folder in config.teachers]
-    known = [{*teacher.config.labels} for teacher in teachers]
-    place = next((i for i, own in enumerate(sets) if all(labels >= {*own} for labels in known)), -1)
-    require(place >= 0, "teachers", config.teachers, f"classifiers that know all classes of one of {sets}")
-    images = [Image.open(path) for path in sorted(Path(config.drawn).glob("*.png"))]
-    sizes = {image.size for image in images}
-    require(sizes == {shape[:0:-1]}, "drawn", sizes, f"pictures of {shape[2]} x {shape[1]}")
-    pictures = torch.cat([((to_tensor(image) + 1) * 127.5).round().byte() for image in images])
-    return Drawn(pictures, place, soft_labels(teachers, pictures, sets[place]))
-
-
 def main() -> None:
     config = parse_config(ClassifierConfig)
     config.check()
@@ -180,9 +113,6 @@ def main() -> None:
     known = limits is None or (len(limits) == len(sets) and all(1 <= limit <= total for limit in limits))
     require(known, "timestep_limits", limits, f"in 1 .. {total}, one for each column of label_column")
     weights = [class_weights(labels, len(own)) for own, labels in sets]
-    require(not config.drawn or pipe.vae is None, "drawn", config.drawn, "left out for a model of latents")
-    shape = (pictures.channels, pictures.side, pictures.side)
-    drawn = read_drawn(config, [own for own, _ in sets], shape) if config.drawn else None
     set_seed(config.seed)
     # By name: diffusers takes what is passed by place for a default, which it may drop
     model = NoisyClassifier(
@@ -200,29 +130,19 @@ def main() -> None:
         rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
         def compute_loss(indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
-            count = int(config.drawn_share * len(indices)) if drawn else 0
-            others, soft, indices = None, torch.zeros(0), indices[count:]
-            if drawn and count:  # they take the first places of the batch
-                generator = torch.Generator().manual_seed(seed_for(config.seed, "drawn", step, rank))
-                others, soft = drawn.choose(count, generator)
             x_t, t = pictures.batch(
                 indices, config.seed, step, rank, world, shift=config.shift, noised=config.noised,
-                flip=config.flip, timestep_shift=config.timestep_shift, others=others,
+                flip=config.flip, timestep_shift=config.timestep_shift,
             )  # fmt: skip
             parts = trained(x_t.to(device), t.to(device)).split([len(own) for own, _ in sets], dim=1)
             loss, details = torch.zeros((), device=device), {}
-            for i, (logits, (own, labels)) in enumerate(zip(parts, sets, strict=True)):
-                target = F.one_hot(labels[indices], len(own)).float()
-                weight = weights[i][labels[indices]]
-                if drawn and count:
-                    taught = i == drawn.place
-                    target = torch.cat([soft if taught else torch.zeros(count, len(own)), target])
-                    weight = torch.cat([torch.full((count,), float(taught)), weight])
-                weight = (weight * (t < (limits[i] if limits else total))).to(device)
-                target = target.to(device)  # where the weight is 0 the loss is a constant
-                each = F.cross_entropy(logits, target, reduction="none")
+            for i, (logits, (_, labels)) in enumerate(zip(parts, sets, strict=True)):
+                truth = labels[indices].to(device)
+                counts = (t < (limits[i] if limits else total)).to(device)  # the others' loss is a constant
+                weight = weights[i].to(device)[truth] * counts
+                each = F.cross_entropy(logits, truth, reduction="none")
                 loss = loss + (weight * each).sum() / weight.sum().clamp(min=1e-6)
-                right = (logits.argmax(-1) == target.argmax(-1))[weight > 0]
+                right = (logits.argmax(-1) == truth)[counts]
                 if len(right):
                     details["accuracy" if len(sets) == 1 else columns[i]] = float(right.float().mean())
             return loss, details

@@ -68,16 +68,13 @@ class NoisedPictures:
         noised: bool = True,
         flip: bool = False,
         timestep_shift: float = 1.0,
-        others: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x_t, t) of a micro-batch, of the seed, the step and the place in the global batch alone; in pixels
         each picture is moved by up to `shift` first, and with `flip` mirrored half the time; t as
-        `draw_noise` draws it. `others` are pictures put before those of the indices. Without `noised`
-        (x_0, 0)."""
+        `draw_noise` draws it. Without `noised` (x_0, 0)."""
         from training.clip import augment
 
         x0 = self.data.images(indices)
-        x0 = x0 if others is None else torch.cat([others, x0])
         eps, t = draw_noise(
             seed, step, tuple(x0.shape), len(self.chain), rank, world, timestep_shift=timestep_shift
         )
