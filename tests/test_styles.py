@@ -13,6 +13,7 @@ from pipelines import TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from training.judge import Judge
 from training.noised import NoisedPictures
+from training.redrawn import redraw
 from training.styles import StylesConfig, accuracies, choose_rows, classify, styles
 
 pytest_plugins = ["evaluation_folders"]
@@ -155,6 +156,16 @@ def test_the_command(model_folder, dataset_folder, clip_folder, tmp_path, monkey
     truth = [train[row]["style"] for row in rows]
     assert figures["pictures"] == 6 and figures["names"] == 3
     assert figures["style found, generated"]["all"] == np.mean(np.array(found) == np.array(truth))
+    held_out = datasets.load_from_disk(str(dataset_folder))["validation"]
+    resized = [np.array(one.resize((16, 16), Image.Resampling.LANCZOS)) for one in held_out["image"]]
+    pictures = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 127.5 - 1
+    again = redraw(pipe, pictures, 0) / 127.5 - 1  # fewer than a batch
+    for name, real in (("real held-out", pictures), ("real held-out, redrawn", again)):
+        kept = [i for i, style in enumerate(held_out["style"]) if style in ("noto", "3d")]
+        right = [
+            classify(classifier, real[i : i + 1], ["noto", "3d"]) == [held_out["style"][i]] for i in kept
+        ]
+        assert figures[f"style found, {name}"]["all"] == pytest.approx(np.mean(right))
     assert json.loads((tmp_path / "out" / "styles.json").read_text()) == figures
     text = (tmp_path / "out" / "index.html").read_text()
     shown = re.findall(r"found: (\w+); nearest: ([^,<]+), (\w+)", text)

@@ -24,6 +24,7 @@ from training.files import save_png, write_file
 from training.judge import Judge, embed_concepts
 from training.metrics import nearest_neighbours, recall_at
 from training.noised import OWN
+from training.redrawn import cache_redrawn
 from training.report import embed_pictures
 from training.report_page import STYLE, note, pair_tags, table_tag
 from training.samples import draw, with_guides
@@ -139,6 +140,11 @@ def styles(config: StylesConfig) -> dict[str, Any]:
     )
     found = classify(classifier, drawn, config.styles)
     others = [i for i, style in enumerate(held_out.columns["style"]) if style in config.styles]
+    kinds = [held_out.columns["style"][i] for i in others]
+    real = [("real held-out", held_out.images(others))]
+    if pipe.vae is None:  # what the model's smudges alone take from the classifier
+        again = torch.from_numpy(cache_redrawn(held_out, pipe, config.cache_dir)[others])
+        real.append(("real held-out, redrawn", again.float() / 127.5 - 1))
     embeds, all_embeds = judge.embed_images(drawn), embed_pictures(judge, train, config.cache_dir)
     concepts, truth = embed_concepts(judge, config.dataset), [train.columns["concept"][row] for row in rows]
     ranks = {"generated": concepts.rank(embeds, truth), "real": concepts.rank(all_embeds[rows], truth)}
@@ -149,10 +155,10 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         "names": len(rows) // len(config.styles),
         "classifier_guidance_scale": config.classifier_guidance_scale,
         "style found, generated": accuracies(found, [own[row] for row in rows]),
-        "style found, real held-out": accuracies(
-            classify(classifier, held_out.images(others), config.styles),
-            [held_out.columns["style"][i] for i in others],
-        ),
+        **{
+            f"style found, {name}": accuracies(classify(classifier, x, config.styles), kinds)
+            for name, x in real
+        },
         **{f"R@5, {column}": recall_at(places, 5) for column, places in ranks.items()},
     }
     copies = train.images(nearest)
@@ -179,7 +185,8 @@ def page(config: StylesConfig, figures: dict[str, Any], pairs: str) -> str:
                 for style in ("all", *config.styles)
             ),
         ]
-        for name in ("generated", "real held-out")
+        for name in ("generated", "real held-out", "real held-out, redrawn")
+        if f"style found, {name}" in figures
     ]
     scale = config.classifier_guidance_scale
     guided = f" Each guided to its style by a noised classifier, at scale {scale:g}." if scale > 0 else ""
@@ -190,7 +197,8 @@ def page(config: StylesConfig, figures: dict[str, Any], pairs: str) -> str:
         note(
             f"R@5 of the concept {figures['R@5, generated']:.3f}, real pictures of the same captions "
             f"{figures['R@5, real']:.3f}. Names drawn at random, one seed each, nothing picked: drawn on the "
-            f"left, its nearest training picture in the judge's space on the right.{guided}"
+            f"left, its nearest training picture in the judge's space on the right.{guided} Redrawn: a real "
+            f"picture noised to t of 60 to 240 and drawn on from there by the model, told nothing of it."
         ),
         pairs,
     ]
