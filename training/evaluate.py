@@ -31,7 +31,7 @@ from pipelines.images import image_grid, to_pil
 from pipelines.likelihood import chain_of
 from training.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
 from training.card import CardConfig, card
-from training.config import command_line, parse_config, require
+from training.config import parse_config, require
 from training.data import PictureCache, cache_pictures, load_pictures
 from training.editing import EditingConfig, editing
 from training.emoji import STYLES
@@ -217,14 +217,15 @@ def show(figures: dict[str, Any], indent: str = "") -> None:
 
 def main() -> None:
     argv = sys.argv[1:]
-    usage = f"usage: {command_line()} {{{','.join(COMMANDS)}}} [--help | settings]"
+    name = "python -m training.evaluate"
+    usage = f"usage: {name} {{{','.join(COMMANDS)}}} [--help | settings]"
     if argv[:1] in (["-h"], ["--help"]):
         print(usage)
         return
     if not argv or argv[0] not in COMMANDS:
         raise SystemExit(usage)
     kind = CONFIGS.get(argv[0], EvaluationConfig)
-    config: Any = parse_config(kind, argv[1:], f"{command_line()} {argv[0]}")
+    config: Any = parse_config(kind, argv[1:], f"{name} {argv[0]}")
     try:
         config.check()
         figures = COMMANDS[argv[0]](config)
