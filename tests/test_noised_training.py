@@ -176,11 +176,7 @@ def test_they_are_components_of_the_pipeline_they_were_trained_for(run, model):
     [
         (clip, "noisy_clip", {}),
         (classifier, "noisy_classifier", {}),
-        (
-            classifier,
-            "noisy_classifier",
-            {"ema_decay": 0.9, "flip": True, "noised": False, "redrawn_share": 0.5},
-        ),
+        (classifier, "noisy_classifier", {"ema_decay": 0.9, "flip": True, "noised": False}),
     ],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, recipe, part, settings):
@@ -303,7 +299,6 @@ def test_how_often_a_set_of_two_is_right(run, folder, model, judge, tmp_path):
             {"timestep_limits": [9, 9]},
             "timestep_limits must be in 1 .. 1000, one for",
         ),
-        (classifier, {"redrawn_share": 1.5}, r"redrawn_share must be in \[0, 1\], got 1.5"),
         (classifier, {"ema_decay": 1.5}, r"ema_decay must be in \[0, 1\], or none, got 1.5"),
     ],
 )

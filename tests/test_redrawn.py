@@ -1,4 +1,4 @@
-"""Pictures as a model redraws them, and a classifier's batches with some of them."""
+"""Pictures as a model redraws them."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from pipelines import DDPMScheduler
 from pipelines.conditioning import encode_text
 from training import redrawn
 from training.data import cache_pictures, load_pictures
-from training.noised import NoisedPictures
 from training.redrawn import cache_redrawn, redraw
 
 pytest_plugins = ["evaluation_folders"]
@@ -52,7 +51,7 @@ def test_t_is_of_all_that_leaves_the_style(pipe, monkeypatch):
     assert 60 <= min(seen) < 80 and 220 < max(seen) <= 240 and len(set(seen)) > 40
 
 
-def test_each_picture_is_redrawn_once_and_taken_for_a_share(pipe, dataset_folder, tmp_path, monkeypatch):
+def test_each_picture_is_redrawn_once(pipe, dataset_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(redrawn, "BATCH", 20)
     pictures = cache_pictures(load_pictures(str(dataset_folder), "train"), 16, tmp_path, "image", None)
     rows = cache_redrawn(pictures, pipe, tmp_path)
@@ -61,12 +60,3 @@ def test_each_picture_is_redrawn_once_and_taken_for_a_share(pipe, dataset_folder
     with monkeypatch.context() as patch:
         patch.setattr(redrawn, "redraw", None)
         assert np.array_equal(cache_redrawn(pictures, pipe, tmp_path), rows)
-
-    noised = NoisedPictures(pipe, str(dataset_folder), "train", str(tmp_path))
-    noised.redrawn = rows
-    indices = [50, 3, 7, 20, 11]
-    x, _ = noised.batch(indices, 0, 5, 0, 1, noised=False, redrawn_share=0.5)
-    assert torch.equal(x[:2], torch.from_numpy(rows[indices[:2]]) / 127.5 - 1)
-    assert torch.equal(x[2:], pictures.images(indices[2:]))
-    plain, _ = noised.batch(indices, 0, 5, 0, 1, noised=False)
-    assert torch.equal(plain, pictures.images(indices))

@@ -17,7 +17,6 @@ from torch import Tensor
 from pipelines.components.noisy_classifier import NoisyClassifier
 from training.config import parse_config, require, run
 from training.noised import NoisedPictures, train_tower
-from training.redrawn import cache_redrawn
 from training.samples import load_pipeline
 
 
@@ -54,9 +53,6 @@ class ClassifierConfig:
     )
     shift: int = field(default=5, metadata={"help": "Augmentation: shift by up to this many pixels."})
     flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the pictures."})
-    redrawn_share: float = field(
-        default=0.0, metadata={"help": "Of each batch, as the model redraws them (training.redrawn)."}
-    )
     train_batch_size: int = field(default=128, metadata={"help": "Pictures for each process and step."})
     max_train_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak of the cosine schedule."})
@@ -82,7 +78,6 @@ class ClassifierConfig:
         require(most is None or most > 0, "guidance_limit", most, "above 0, or none")
         inside = self.ema_decay is None or 0 <= self.ema_decay <= 1
         require(inside, "ema_decay", self.ema_decay, "in [0, 1], or none")
-        require(0 <= self.redrawn_share <= 1, "redrawn_share", self.redrawn_share, "in [0, 1]")
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
@@ -118,10 +113,6 @@ def main() -> None:
     known = limits is None or (len(limits) == len(sets) and all(1 <= limit <= total for limit in limits))
     require(known, "timestep_limits", limits, f"in 1 .. {total}, one for each column of label_column")
     weights = [class_weights(labels, len(own)) for own, labels in sets]
-    if config.redrawn_share > 0:
-        pixels = pipe.vae is None
-        require(pixels, "redrawn_share", config.redrawn_share, "0 for a model of latents")
-        pictures.redrawn = cache_redrawn(pictures.data, pipe, config.cache_dir)
     set_seed(config.seed)
     # By name: diffusers takes what is passed by place for a default, which it may drop
     model = NoisyClassifier(
@@ -141,7 +132,7 @@ def main() -> None:
         def compute_loss(indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
             x_t, t = pictures.batch(
                 indices, config.seed, step, rank, world, shift=config.shift, noised=config.noised,
-                flip=config.flip, timestep_shift=config.timestep_shift, redrawn_share=config.redrawn_share,
+                flip=config.flip, timestep_shift=config.timestep_shift,
             )  # fmt: skip
             parts = trained(x_t.to(device), t.to(device)).split([len(own) for own, _ in sets], dim=1)
             loss, details = torch.zeros((), device=device), {}

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -54,7 +53,6 @@ class NoisedPictures:
         self.data: Any = pictures if pipe.vae is None else cache_latents(pictures, pipe.vae, cache_dir)
         self.chain: DDPMScheduler = training_scheduler(pipe.scheduler)
         self.side, self.channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
-        self.redrawn: np.ndarray | None = None  # the same pictures as `cache_redrawn` has them
 
     def __len__(self) -> int:
         return len(self.data)
@@ -70,17 +68,13 @@ class NoisedPictures:
         noised: bool = True,
         flip: bool = False,
         timestep_shift: float = 1.0,
-        redrawn_share: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """(x_t, t) of a micro-batch, of the seed, the step and the place in the global batch alone; in pixels
         each picture is moved by up to `shift` first, and with `flip` mirrored half the time; t as
-        `draw_noise` draws it. The first `redrawn_share` of them are taken from `redrawn`. Without `noised`
-        (x_0, 0)."""
+        `draw_noise` draws it. Without `noised` (x_0, 0)."""
         from training.clip import augment
 
         x0 = self.data.images(indices)
-        if (count := int(redrawn_share * len(indices))) and self.redrawn is not None:
-            x0 = torch.cat([torch.from_numpy(self.redrawn[indices[:count]]).float() / 127.5 - 1, x0[count:]])
         eps, t = draw_noise(
             seed, step, tuple(x0.shape), len(self.chain), rank, world, timestep_shift=timestep_shift
         )
