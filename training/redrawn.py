@@ -1,8 +1,8 @@
 """Real pictures as the model redraws them: noised a little, and drawn on from there without a prompt.
 
 What a model draws has smudges and soft edges that no real picture has, and a classifier of styles may take
-them for a style. Here are real pictures with them, whose style is known: nothing tells the model what style it
-is to draw, so all that is left of it is the picture's own. What a classifier finds of these is the control
+them for a style. Here are real pictures with them, whose style is known: nothing tells the model what style
+it is to draw, so all that is left of it is the picture's own. What a classifier finds of these is the control
 beside what it finds of drawn ones (`training.evaluate styles`).
 """
 
