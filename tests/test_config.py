@@ -94,6 +94,12 @@ def test_the_file_may_follow_an_equals_sign(tmp_path):
     assert parse_config(Settings, [f"--config={tmp_path / 'a=b.yaml'}"]).steps == 7
 
 
+@pytest.mark.parametrize("further", [["--conf", "b.yaml"], ["--config", "b.yaml"]])
+def test_no_file_is_passed_over(further, tmp_path):
+    with pytest.raises(SystemExit, match="--config must be written in full and given once, got 'b.yaml'"):
+        parse("output_dir: a\n", tmp_path, *further)
+
+
 @pytest.mark.parametrize("module", [["training.export"], ["training.evaluate", "styles"]])
 def test_usage_is_what_one_types(module):
     ran = subprocess.run(

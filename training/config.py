@@ -60,9 +60,11 @@ def parse_config(
             action.type = str
     parser.set_defaults(**from_file)
     try:
-        config, *_ = parser.parse_args_into_dataclasses(args=argv)
+        config, *others = parser.parse_args_into_dataclasses(args=argv)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    for left in (other.config for other in others if other.config is not None):  # argparse takes --conf too
+        raise SystemExit(f"--config must be written in full and given once, got {left!r} beside that")
     return config
 
 

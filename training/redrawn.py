@@ -22,12 +22,11 @@ BATCH = 64
 
 
 @torch.no_grad()
-def redraw(pipe: Any, x0: Tensor, seed: int, t: int | None = None) -> Tensor:
+def redraw(pipe: Any, x0: Tensor, seed: int) -> Tensor:
     """x_0 (B, C, H, W) in [-1, 1], noised to t and denoised in two steps, t and t/2, without a prompt -> the
-    same, as uint8. t is of 60..240 at random, one for the batch, unless given."""
+    same, as uint8. t is of 60..240 at random, one for the batch."""
     generator = torch.Generator().manual_seed(seed)
-    drawn_t = int(torch.randint(WEAKEST, STRONGEST + 1, (1,), generator=generator))
-    t = drawn_t if t is None else t
+    t = int(torch.randint(WEAKEST, STRONGEST + 1, (1,), generator=generator))
     x_t = pipe.scheduler.add_noise(x0, torch.randn(x0.shape, generator=generator), torch.tensor(t))
     drawn: Any = pipe(
         [""] * len(x0),
