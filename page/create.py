@@ -182,7 +182,7 @@ def advanced_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Compo
             step=1,
             precision=0,
             label="Best of",
-            info="Draws so many for each picture; CLIP keeps the best.",
+            info="Draws so many for each picture; CLIP, and a kind, keep the best.",
             min_width=240,  # beside another slider a phone would break its line of help at every word
             elem_id="best_of",
         )

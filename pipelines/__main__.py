@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--classifier-guidance", type=float, default=0, metavar="S", help=class_help)
     class_help = "for --classifier-guidance; of models/emoji-guidance: flat, 3d, food-drink, ..."
     parser.add_argument("--class", dest="class_label", metavar="NAME", help=class_help)
-    best_help = "draw N for each picture and keep the one that CLIP finds best; default: 1"
+    best_help = "draw N for each picture and keep the best, by CLIP and by --class; default: 1"
     parser.add_argument("--best-of", type=int, default=1, metavar="N", help=best_help)
     parser.add_argument("--size", type=int, metavar="PIXELS", help="--height and --width in one")
     parser.add_argument("--height", type=int, metavar="PIXELS", help=own)

@@ -94,7 +94,7 @@ def check_guidance_models(
         rule = "left out without `prompt` and guidance_scale above 1"
         check("combined_prompts", further, guided and words, rule)
 
-    reranks = given.num_candidates > 1
+    reranks = given.num_candidates > 1 and given.classifier_guidance_scale == 0  # else by what guides
     by_clip = clip is not None and words
     if reranks and not by_clip:
         models = "noisy_clip or clip_guidance_model"

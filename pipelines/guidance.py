@@ -129,6 +129,11 @@ def gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return torch.autograd.grad(score(leaf).sum(), leaf)[0]
 
 
+def log_prob(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p of the class of each row, (B,), of logits (B, classes)."""
+    return F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]
+
+
 def classifier_guidance(
     classify: Callable[[Tensor], Tensor], x_t: Tensor, labels: Tensor, scale: float, limit: float = math.inf
 ) -> Tensor:
@@ -138,11 +143,7 @@ def classifier_guidance(
     gradient of a root mean square above `limit` is scaled down to it: of what the classifier does not know
     it may be of any size.
     """
-
-    def score(x: Tensor) -> Tensor:
-        return F.log_softmax(classify(x).float(), dim=-1).gather(1, labels[:, None])[:, 0]
-
-    gradient = scale * gradient_of(score, x_t)
+    gradient = scale * gradient_of(lambda x: log_prob(classify(x), labels), x_t)
     size = gradient.square().mean(tuple(range(1, x_t.ndim)), keepdim=True).sqrt()  # (B, 1, ...)
     return gradient * (limit / size.clamp(min=1e-12)).clamp(max=1.0)
 
@@ -330,6 +331,7 @@ class GuidanceMixin:
     noisy_classifier: Any
     clip_guidance_model: Any
     _execution_device: Any
+    _decode: Any  # latents -> pictures in [-1, 1], differentiable
     _cross_attention_kwargs: dict[str, Any] | None
     _guidance_scale: float
     _clip_guidance_scale: float
@@ -425,12 +427,10 @@ class GuidanceMixin:
         pooled: Tensor | None,
         pictures: int,
         to_x0: Callable[[Tensor, Tensor, float], Tensor],
-        decode: Callable[[Tensor], Tensor],
     ) -> GradientGuidance:
         """The gradients of a call that passed `checks.check_guidance_models`.
 
-        words: the prompts as plain text; pooled: the text tower's, a row for each picture; decode: latents ->
-        pictures in [-1, 1], differentiable.
+        words: the prompts as plain text; pooled: the text tower's, a row for each picture.
         """
         noised: list[Callable[[Tensor, Any, float], Tensor]] = []
         clean = None
@@ -456,7 +456,7 @@ class GuidanceMixin:
             clip, count = self.clip_guidance_model, given.clip_guidance_cut_outs
 
             def embed(x0: Tensor, seed: int) -> Tensor:
-                images = decode(x0)
+                images = self._decode(x0)
                 images = images + (images.clamp(-1, 1) - images).detach()  # the gradient passes the clamp
                 views = cut_outs(images, count, clip.image_size, seed)  # (count, B, 3, size, size)
                 return clip.embed_images(views.flatten(0, 1)).unflatten(0, (count, len(images)))
@@ -467,29 +467,29 @@ class GuidanceMixin:
         return GradientGuidance(self.scheduler, self.unet.config.in_channels, to_x0, noised, clean, through)
 
     def rank_candidates(
-        self,
-        latents: Tensor,
-        words: list[str],
-        pooled: Tensor | None,
-        keep: int,
-        decode: Callable[[Tensor], Tensor],
+        self, given: GuidanceInputs, latents: Tensor, words: list[str], pooled: Tensor | None, keep: int
     ) -> Tensor:
-        """Rows of the `keep` candidates of each prompt that CLIP finds nearest to it, best first.
+        """Rows of the `keep` best candidates of each prompt, best first, of latents (prompts * n, C, H, W).
 
-        As DALL-E reranks (Ramesh 2021, section 2.6): by `clip_guidance_model` where there is one, else by
-        `noisy_clip` at t = 0. latents (prompts * candidates, C, H, W), pooled a row for each.
+        By f(x_0) . g(c), as DALL-E reranks (Ramesh 2021, section 2.6), of `clip_guidance_model` where there
+        is one, else `noisy_clip` at t = 0. Where a class guides, by what all guidance climbs, at its scales:
+        s_class log p(y | x_0) + s_clip l f . g. pooled: a row for each.
         """
-        count = len(latents) // max(len(words), 1)
-        if self.clip_guidance_model is not None and words:
-            clip = self.clip_guidance_model
-            views = cut_outs(decode(latents).clamp(-1, 1), 1, clip.image_size, 0)[0]
-            images, text = clip.embed_images(views), clip.embed_texts(words)
-            text = text.repeat_interleave(count, dim=0)
-        else:
-            assert pooled is not None
+        s_class, clip = given.classifier_guidance_scale, self.clip_guidance_model
+        count = keep * given.num_candidates
+        s_clip = given.clip_guidance_scale if s_class > 0 else 1.0
+        scores = latents.new_zeros(len(latents), dtype=torch.float32)
+        if s_clip > 0 and clip is not None and words and (s_class == 0 or given.clip_guidance == "clean"):
+            views = cut_outs(self._decode(latents).clamp(-1, 1), 1, clip.image_size, 0)[0]
+            text = clip.embed_texts(words).repeat_interleave(count, dim=0)
+            scores += s_clip * float(clip.scale) * (clip.embed_images(views) * text).sum(-1)
+        elif s_clip > 0 and pooled is not None:
             images, text = self.noisy_clip(latents, 0), F.normalize(pooled.float(), dim=-1)
-        scores = (images * text).sum(-1).unflatten(0, (-1, count))  # (prompts, candidates)
-        best = scores.topk(keep).indices
+            scores += s_clip * float(self.noisy_clip.scale) * (images * text).sum(-1)
+        if s_class > 0:
+            labels = self._labels(given.class_labels, len(latents))
+            scores += s_class * log_prob(self.noisy_classifier(latents, 0), labels)
+        best = scores.unflatten(0, (-1, count)).topk(keep).indices
         return (best + count * torch.arange(len(best), device=best.device)[:, None]).flatten()
 
     def _labels(self, given: Any, pictures: int) -> Tensor:

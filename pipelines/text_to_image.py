@@ -351,7 +351,7 @@ class TextToImagePipeline(
                 and the classes, by name or number, one for all prompts or one for each.
             combined_prompts: further prompts and their weights w_i, drawn together with each prompt:
                 uncond + s [(cond - uncond) + sum_i w_i (cond_i - uncond)], w_i < 0 to stay away.
-            num_candidates: so many are drawn for each picture and CLIP keeps the best (best of n).
+            num_candidates: so many are drawn for each picture; the best by CLIP, and by a class, is kept.
 
         Returns images and nsfw_content_detected (None without a safety checker).
         Raises ValueError for arguments that make no sense, before any work.
@@ -432,7 +432,7 @@ class TextToImagePipeline(
         # 4. Prepare the gradients of classifier and CLIP guidance, where they are asked for
         kind = self.scheduler.config.get("prediction_type", "epsilon")
         to_x0 = functools.partial(estimate_x0, None, prediction_type=kind)
-        steer = self.prepare_guidance(steering, words, text.pooled, pictures, to_x0, self._decode)
+        steer = self.prepare_guidance(steering, words, text.pooled, pictures, to_x0)
 
         # 5. Draw the noise to start from
         channels = self.unet.config.in_channels
@@ -476,7 +476,7 @@ class TextToImagePipeline(
         # 7. Decode, the best of the candidates
         kept = torch.arange(pictures)
         if num_candidates > 1:
-            kept = self.rank_candidates(latents, words, text.pooled, wanted, self._decode)
+            kept = self.rank_candidates(steering, latents, words, text.pooled, wanted)
             latents = latents[kept]
         images: Any = latents
         flagged = None

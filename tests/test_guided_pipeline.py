@@ -488,6 +488,54 @@ def test_best_of_n_keeps_what_clip_likes_best(make_pipeline, guides, by):
     torch.testing.assert_close(best, drawn[expected])
 
 
+@pytest.mark.parametrize("clip", [NOISED, CLEAN, {}], ids=["noised", "clean", "none"])
+def test_best_of_n_of_a_class_is_by_what_guides(make_pipeline, guides, clip):
+    """s_class log p(y | x_0) + s_clip l f . g; by the class alone where no CLIP guides."""
+    pipe = make_pipeline(**(guides if clip else {"noisy_classifier": guides["noisy_classifier"]}))
+    prompts, labels = [PROMPT, "a cat"], ["food", "animals"]
+    call = {"prompt": prompts, "classifier_guidance_scale": 60.0, "class_labels": labels, **clip}
+    generators = [seeded(i) for i in range(12)]
+    best = draw(pipe, **call, num_images_per_prompt=2, num_candidates=3, generator=generators)
+    generators = [seeded(i) for i in range(12)]
+    drawn = draw(pipe, **call, num_images_per_prompt=6, generator=generators)
+    with torch.no_grad():
+        rows = torch.tensor([LABELS.index(one) for one in labels]).repeat_interleave(6)
+        by_class = -60 * F.cross_entropy(pipe.noisy_classifier(drawn, 0), rows, reduction="none")
+        by_clip = torch.zeros(12)
+        if clip == NOISED:
+            text = encode_text(pipe.tokenizer, pipe.text_encoder, prompts)[1]
+            images, scale = pipe.noisy_clip(drawn, 0), pipe.noisy_clip.scale
+        elif clip == CLEAN:
+            text, scale = pipe.clip_guidance_model.embed_texts(prompts), pipe.clip_guidance_model.scale
+            small = F.interpolate(drawn.clamp(-1, 1), (8, 8), mode="bilinear", antialias=True)
+            images = pipe.clip_guidance_model.embed_images(small)
+        if clip:
+            by_clip = 40 * scale * F.cosine_similarity(images, text.repeat_interleave(6, dim=0))
+
+    def order(scores: torch.Tensor) -> list[int]:
+        first = scores.unflatten(0, (2, 6)).argsort(dim=1, descending=True)[:, :2]
+        return [6 * prompt + int(i) for prompt in range(2) for i in first[prompt]]
+
+    torch.testing.assert_close(best, drawn[order(by_class + by_clip)])
+    if clip:  # and by no less than both
+        assert order(by_class + by_clip) not in (order(by_class), order(by_clip))
+
+
+def test_best_of_n_of_two_prompts_that_come_as_embeddings(guided):
+    prompts, count = [PROMPT, "a cat"], 6
+    encoded = [encode_text(guided.tokenizer, guided.text_encoder, one) for one in (prompts, [""] * 2)]
+    (states, pooled, _), (none, none_pooled, _) = encoded
+    call = {"guidance_scale": 3.0, "output_type": "latent", "num_candidates": 3}
+    ready = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
+    ready |= {"negative_prompt_embeds": none, "negative_pooled_prompt_embeds": none_pooled}
+    guided.clip_guidance_model, kept = None, guided.clip_guidance_model  # which would read the words
+    expected = guided(prompts, generator=[seeded(i) for i in range(count)], **call).images
+    found = guided(generator=[seeded(i) for i in range(count)], **ready, **call).images
+    guided.clip_guidance_model = kept
+    assert len(found) == 2
+    torch.testing.assert_close(found, expected)
+
+
 # ---- the components
 
 

@@ -104,7 +104,28 @@ def test_the_command_with_guidance_to_the_style(
     with monkeypatch.context() as patch:
         patch.setattr(TextToImagePipeline, "__call__", None)
         assert styles(config) == figures
+    changes = {"num_candidates": 5, "classifier_guidance_scale": 1.0, "output": str(tmp_path / "best")}
+    several = StylesConfig(**(settings | changes))
+    assert styles(several)["num_candidates"] == 5
+    assert "5 seeds each, of which the guides keep one" in (tmp_path / "best" / "index.html").read_text()
+    best, others = np.array(Image.open(tmp_path / "best" / "sheet.png")), 0
+    for i, row in enumerate(choose_rows(train["name"], train["style"], ["noto", "3d"], 2, 2)):
+        style, here = train[row]["style"], np.s_[2:18, 2 + 18 * i : 18 + 18 * i]
+        image = pipe(
+            f"{train[row]['name']}, {style} style", num_inference_steps=2, num_candidates=5,
+            class_labels=style, classifier_guidance_scale=1.0,
+            generator=[torch.Generator().manual_seed(2 + i + j * 2**24) for j in range(5)],
+        ).images[0]  # fmt: skip
+        assert np.array_equal(np.array(image), best[here])
+        generator = torch.Generator().manual_seed(2 + i)
+        first = pipe(
+            f"{train[row]['name']}, {style} style", num_inference_steps=2, generator=generator,
+            class_labels=style, classifier_guidance_scale=1.0,
+        ).images[0]  # fmt: skip
+        others += not np.array_equal(best[here], np.array(first))
+    assert others > 0
     for changes, message in (
+        ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ({"classifier_guidance_scale": -1.0}, "classifier_guidance_scale must be 0 or more"),
         ({"noisy_classifier": ""}, "noisy_classifier must be given: this model has none, got ''"),
         (

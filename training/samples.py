@@ -69,6 +69,7 @@ def draw(
     clip_guidance_scale: float | None = None,
     class_labels: list[str] | None = None,
     classifier_guidance_scale: float = 0.0,
+    num_candidates: int = 1,
 ) -> Tensor:
     """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
 
@@ -81,6 +82,9 @@ def draw(
         label: of the progress bar.
         class_labels, classifier_guidance_scale: a class for each caption, and s of guidance to it by the
             pipeline's noised classifier, 0 is off.
+        num_candidates: so many are drawn for each, the first with the seed seed + i, another with 2^24 more
+            than the one before (torch's CPU generator sees 32 bits of it), and the best is kept;
+            `batch_size` counts all that are drawn.
     """
     pipe.set_progress_bar_config(disable=True)
     steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
@@ -93,13 +97,17 @@ def draw(
         if classifier_guidance_scale > 0 and class_labels is not None:
             classifier = f" {classifier_guidance_scale} {model_key(pipe.noisy_classifier)}"
             settings = [f"{own}{classifier} {one}" for own, one in zip(settings, class_labels, strict=True)]
+        if num_candidates > 1:
+            settings = [f"{own} best of {num_candidates}" for own in settings]
         names = [content_key(key, f"{ids[i]} {seed + i} {settings[i]}") for i in range(len(captions))]
         paths = [Path(folder) / f"{name}.png" for name in names]
     missing = [i for i in range(len(captions)) if not paths or not paths[i].is_file()]
     parts = []
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc=label, unit="picture") as bar:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
+        at_once = max(1, batch_size // num_candidates)
+        for start in range(0, len(missing), at_once):
+            batch = missing[start : start + at_once]
+            seeds = [seed + i + j * 2**24 for i in batch for j in range(num_candidates)]
             classes = None if class_labels is None else [class_labels[i] for i in batch]
             drawn: Any = pipe(
                 [captions[i] for i in batch],
@@ -108,7 +116,8 @@ def draw(
                 clip_guidance_scale=clip_guidance_scale,
                 class_labels=classes,
                 classifier_guidance_scale=classifier_guidance_scale,
-                generator=[torch.Generator().manual_seed(seed + i) for i in batch],
+                num_candidates=num_candidates,
+                generator=[torch.Generator().manual_seed(own) for own in seeds],
                 output_type="pt",
             )
             images = drawn.images * 2 - 1

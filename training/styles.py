@@ -57,6 +57,9 @@ class StylesConfig:
     classifier_guidance_scale: float = field(
         default=0.0, metadata={"help": "Of guidance to each picture's style by it, 0 is off."}
     )
+    num_candidates: int = field(
+        default=1, metadata={"help": "So many drawn for each picture; the best by what guides is kept."}
+    )
     batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice and of the first picture."})
     output: str = field(default="styles", metadata={"help": "Folder of the page, and of what was drawn."})
@@ -64,7 +67,7 @@ class StylesConfig:
 
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
-        for name in ("num_names", "batch_size"):
+        for name in ("num_names", "batch_size", "num_candidates"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(len(self.styles) > 0, "styles", self.styles, "one or more")
         there = (Path(self.classifier) / "config.json").is_file()
@@ -137,6 +140,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         folder=Path(config.output) / "samples",
         class_labels=[own[row] for row in rows] if guided else None,
         classifier_guidance_scale=config.classifier_guidance_scale,
+        num_candidates=config.num_candidates,
     )
     found = classify(classifier, drawn, config.styles)
     others = [i for i, style in enumerate(held_out.columns["style"]) if style in config.styles]
@@ -154,6 +158,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         "pictures": len(rows),
         "names": len(rows) // len(config.styles),
         "classifier_guidance_scale": config.classifier_guidance_scale,
+        "num_candidates": config.num_candidates,
         "style found, generated": accuracies(found, [own[row] for row in rows]),
         **{
             f"style found, {name}": accuracies(classify(classifier, x, config.styles), kinds)
@@ -190,15 +195,18 @@ def page(config: StylesConfig, figures: dict[str, Any], pairs: str) -> str:
     ]
     scale = config.classifier_guidance_scale
     guided = f" Each guided to its style by a noised classifier, at scale {scale:g}." if scale > 0 else ""
+    count = config.num_candidates
+    several = f"{count} seeds each, of which the guides keep one and nobody else picks"
+    drawn = several if count > 1 else "one seed each, nothing picked"
     title = html.escape(f"{config.model}: {figures['names']} names in {len(config.styles)} styles")
     body = [
         f"<h1>{title}</h1>",
         table_tag(["style found", "all", *config.styles], rows),
         note(
             f"R@5 of the concept {figures['R@5, generated']:.3f}, real pictures of the same captions "
-            f"{figures['R@5, real']:.3f}. Names drawn at random, one seed each, nothing picked: drawn on the "
-            f"left, its nearest training picture in the judge's space on the right.{guided} Redrawn: a real "
-            f"picture noised to t of 60 to 240 and drawn on from there by the model, told nothing of it."
+            f"{figures['R@5, real']:.3f}. Names drawn at random, {drawn}: drawn on the left, its nearest "
+            f"training picture in the judge's space on the right.{guided} Redrawn: a real picture noised to "
+            f"t of 60 to 240 and drawn on from there by the model, told nothing of it."
         ),
         pairs,
     ]
