@@ -19,7 +19,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 override PROMPT := $(value PROMPT)
 override OUT := $(value OUT)
 override MODEL := $(value MODEL)
-export PROMPT OUT MODEL SEED NUM STEPS GUIDANCE SIZE
+override GUIDES := $(value GUIDES)
+export PROMPT OUT MODEL GUIDES SEED NUM STEPS GUIDANCE SIZE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -28,11 +29,11 @@ export PROMPT OUT MODEL SEED NUM STEPS GUIDANCE SIZE
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-generate: $(INSTALLED)  ## draw PROMPT="..."; also OUT=folder, SEED, NUM, STEPS, GUIDANCE, SIZE, MODEL=folder
+generate: $(INSTALLED)  ## draw PROMPT="..."; also OUT=folder, SEED, NUM, STEPS, GUIDANCE, SIZE, MODEL=folder, GUIDES=folder
 	@test -n "$$PROMPT" || { echo 'Say what to draw: make generate PROMPT="a red heart"' >&2; exit 2; }
 	@$(RUN) -m pipelines \
 	  $${OUT:+--out "$$OUT"} $${SEED:+--seed "$$SEED"} $${NUM:+--num-images "$$NUM"} $${STEPS:+--steps "$$STEPS"} \
-	  $${GUIDANCE:+--guidance "$$GUIDANCE"} $${SIZE:+--size "$$SIZE"} $${MODEL:+--model "$$MODEL"} -- "$$PROMPT"
+	  $${GUIDANCE:+--guidance "$$GUIDANCE"} $${SIZE:+--size "$$SIZE"} $${MODEL:+--model "$$MODEL"} $${GUIDES:+--guides "$$GUIDES"} -- "$$PROMPT"
 
 app: $(INSTALLED)  ## the web page, at the address it prints; MODEL, GRADIO_SERVER_NAME, GRADIO_SERVER_PORT
 	@$${MODEL:+env CORGI_MODEL="$$MODEL"} $(RUN) app.py

@@ -63,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         "a clean CLIP for --clip-guidance and --best-of: folder or open_clip's name; default: the model's own"
     )
     parser.add_argument("--clip-model", metavar="NAME", help=clip_help)
+    beside = "the noised CLIP and the classifier that guide; default: the model's with -guidance added"
+    parser.add_argument("--guides", type=Path, metavar="PATH", help=beside)
     class_help = "classifier guidance to --class; 0 is off"
     parser.add_argument("--classifier-guidance", type=float, default=0, metavar="S", help=class_help)
     class_help = "for --classifier-guidance; of models/emoji-guidance: flat, 3d, food-drink, ..."
@@ -101,15 +103,18 @@ def check_arguments(args: argparse.Namespace) -> None:
     if (args.classifier_guidance > 0) != (args.class_label is not None):
         given = f"--class {args.class_label}" if args.class_label else "--classifier-guidance"
         rule = "--class names one of the classifier's classes (another name is answered with their list)"
-        raise ValueError(f"--classifier-guidance and --class go together, got {given} alone; {rule}")
+        both = "--classifier-guidance above 0 and --class go together"
+        raise ValueError(f"{both}, got {given} alone; {rule}")
     if args.seed is not None and not 0 <= args.seed <= 2**63 - args.num_images:
         raise ValueError(f"--seed must be 0 or more, and the last picture's below 2^63, got {args.seed}")
     if args.size is not None:
         if args.height is not None or args.width is not None:
             raise ValueError("--size takes the place of --height and --width: give one or the others")
         args.height = args.width = args.size
-    if args.upsampler is not None and not args.upsampler.is_dir():
-        raise ValueError(f"--upsampler must be a folder, got {args.upsampler}")
+    for name in ("upsampler", "guides"):
+        folder = getattr(args, name)
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{name} must be a folder, got {folder}")
     if not args.model.is_dir():
         raise ValueError(f"there is no model folder {args.model}")
     index = args.model / "model_index.json"
@@ -187,8 +192,8 @@ def load_upsampler(pipe: Any, model: Path, given: Path | None) -> Any:
 
 def load_guides(pipe: Any, args: argparse.Namespace) -> None:
     """Where the call asks for guidance or a ranking that the model has no part for, or the model does by its
-    defaults: the folder beside it, with -guidance added to its name."""
-    folder = args.model.resolve().with_name(f"{args.model.resolve().name}-guidance")
+    defaults: --guides, or the folder beside the model, with -guidance added to its name."""
+    folder = args.guides or args.model.resolve().with_name(f"{args.model.resolve().name}-guidance")
     by_default = args.clip_guidance is None and args.guidance is None and args.clip_model is None
     by_clip = args.clip_guidance or args.best_of > 1 or by_default and pipe.config.default_clip_guidance_scale
     lacks_clip = by_clip and pipe.noisy_clip is None and pipe.clip_guidance_model is None
@@ -196,6 +201,14 @@ def load_guides(pipe: Any, args: argparse.Namespace) -> None:
     if (lacks_clip or lacks_classifier) and folder.is_dir():
         with loading(folder):
             pipe.load_guides(folder)
+    elif lacks_clip and by_default and pipe.config.default_clip_guidance_scale:
+        scale = pipe.config.default_clip_guidance_scale
+        print(
+            f"Drawn without the CLIP guidance of {scale:g} that this model asks for: {folder.name} is not "
+            "beside it. --guides PATH names another folder, models/emoji-guidance for a model tuned from "
+            "models/emoji; --clip-guidance 0 does without.",
+            file=sys.stderr,
+        )
 
 
 def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
@@ -338,7 +351,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sides = {"height": "--size", "width": "--size"} if args.size is not None else {}
         options = {**OPTIONS, **sides}
-        parser.error(re.sub(r"`(\w+)`", lambda name: options.get(name[1], name[0]), str(error)))
+        message = str(error).replace(
+            "pipe.load_guides(folder) takes those beside", "--guides PATH takes those of"
+        )
+        message = message.replace(", by name or number, or a list of 1, one for each prompt", "")
+        parser.error(re.sub(r"`(\w+)`", lambda name: options.get(name[1], name[0]), message))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

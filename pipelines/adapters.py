@@ -28,9 +28,17 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """As diffusers', from safetensors only. ValueError for a pickle."""
-        kwargs = safetensors_only(pretrained_model_name_or_path_or_dict, kwargs)
-        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        """As diffusers', from safetensors only. ValueError for a pickle, OSError for a name that is no file
+        or folder here and that the Hub does not give."""
+        source = pretrained_model_name_or_path_or_dict
+        kwargs = safetensors_only(source, kwargs)
+        try:
+            return super().lora_state_dict(source, **kwargs)
+        except Exception as error:
+            if isinstance(source, (str, os.PathLike)) and not Path(source).exists():
+                where = f"{str(source)!r} is no folder or file here, and the Hub does not give it"
+                raise OSError(f"{where}: {error}") from error
+            raise
 
     def load_textual_inversion(
         self,

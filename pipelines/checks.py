@@ -147,7 +147,10 @@ def check_generator(generator: Any, pictures: int) -> None:
     good = all(isinstance(one, torch.Generator | None) for one in generators)
     check("generator", generator, good, "a torch.Generator or a list of them")
     if len(generators) != pictures:
-        raise ValueError(f"Got {len(generators)} generators for {pictures} pictures.")
+        raise ValueError(
+            f"Got {len(generators)} generators for {pictures} pictures: each of num_images_per_prompt, and "
+            "each of num_candidates, has its own."
+        )
 
 
 def check_channels(in_channels: int, out_channels: int) -> None:

@@ -160,6 +160,17 @@ def test_the_models_own_clip_guidance_takes_the_guide_beside_it(model, tmp_path,
     assert {picture.text["guidance_scale"] for picture in pictures} == {"2.5"}
     guided, same, plain, off = (np.array(picture).astype(int) for picture in pictures)
     assert (guided == same).all() and (plain == off).all() and (guided != plain).any()
+    (tmp_path / "own-guidance").rename(tmp_path / "elsewhere")
+    call = ["an owl", "--model", own, "--out", tmp_path / "out", "--seed", 3]
+    for options, expected in (
+        ([], plain),
+        (["--guides", tmp_path / "elsewhere"], guided),
+        (["--guidance", 2.5], plain),
+    ):
+        assert run(*call, *options) == 0
+        said = capsys.readouterr()
+        assert (np.array(Image.open(said.out.splitlines()[0])) == expected).all()
+        assert ("Drawn without the CLIP guidance of 2 that this model asks for" in said.err) == (not options)
 
 
 def test_large_sizes_take_the_upsampler_beside_the_model(model, make_upsampler, tmp_path, capsys):
@@ -292,7 +303,11 @@ ERRORS = {
     "size not in patches": (["x", "--size", "17"], "--size must be a positive multiple of 2; the nearest"),
     "size and height": (["x", "--size", "64", "--height", "64"], "--size takes the place of"),
     "no upsampler": (["x", "--size", "64", "--upsampler", "nowhere"], "--upsampler must be a folder"),
-    "a guidance without its model": (["x", "--clip-guidance", "2"], "noisy_clip"),
+    "a guidance without its model": (
+        ["x", "--clip-guidance", "2"],
+        "noisy_clip: --guides PATH takes those of",
+    ),
+    "guides that are not there": (["x", "--guides", "nowhere"], "--guides must be a folder, got nowhere"),
     "a run, not its pipeline": (
         [
             "x",

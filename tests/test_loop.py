@@ -292,10 +292,20 @@ def test_the_limit_never_takes_the_checkpoint_just_saved(make_run):
     assert names(run) == ["checkpoint-3"]
 
 
-def test_what_cannot_be_resumed(make_run):
+def test_a_checkpoint_of_the_output_folder_goes_by_its_name(make_run):
+    run = make_run()
+    for step in (2, 4):
+        run.checkpoints.save(step)
+    assert run.checkpoints.resume("checkpoint-2") == 2
+    assert run.checkpoints.resume(str(run.checkpoints.path(4))) == 4
+
+
+def test_what_cannot_be_resumed(make_run, caplog):
     run = make_run()
     assert run.checkpoints.resume(None) == 0
+    assert not caplog.records
     assert run.checkpoints.resume("latest") == 0  # nothing there yet
+    assert caplog.messages == [f"no checkpoint in {run.checkpoints.folder}: starting from the beginning"]
     before = copy.deepcopy(run.state())
     (run.checkpoints.folder / "elsewhere").mkdir(parents=True)
     (run.checkpoints.folder / "checkpoint-7.partial").mkdir()

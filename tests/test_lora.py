@@ -106,6 +106,15 @@ def kohya_format(lora: Lora, alpha: float = RANK) -> dict[str, Tensor]:
     return state
 
 
+def test_a_lora_that_is_nowhere_is_named(both):
+    before = draw(both[1])
+    with pytest.raises(
+        OSError, match="'runs/nothing' is no folder or file here, and the Hub does not give it"
+    ):
+        both[1].load_lora_weights("runs/nothing")
+    assert np.array_equal(draw(both[1]), before)
+
+
 FORMATS = {
     "peft": (peft_format, 1.0),
     "diffusers": (diffusers_format, 1.0),

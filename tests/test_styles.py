@@ -126,6 +126,7 @@ def test_the_command_with_guidance_to_the_style(
     assert others > 0
     for changes, message in (
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
+        ({"output": __file__}, "output must be a folder, there is a file, got "),
         ({"classifier_guidance_scale": -1.0}, "classifier_guidance_scale must be 0 or more"),
         ({"noisy_classifier": ""}, "noisy_classifier must be given: this model has none, got ''"),
         (

@@ -412,9 +412,9 @@ class Checkpoints:
             advice = "pass --resume_from_checkpoint latest to go on from it, or choose another output_dir"
             return None, f"{found}: {advice}" if steps else ""
         if which != "latest":
-            path = Path(which)
+            path = Path(which) if Path(which).is_dir() else self.folder / which
             if not path.is_dir() or not path.name.removeprefix("checkpoint-").isdigit():
-                rule = "'latest' or a checkpoint-STEP folder"
+                rule = "'latest' or a checkpoint-STEP folder, also one of output_dir"
                 return None, f"resume_from_checkpoint must be {rule}, got {which!r}"
             problem = self.problem(path)
             return path, f"resume_from_checkpoint {which!r} cannot be used: {problem}" if problem else ""
@@ -425,7 +425,7 @@ class Checkpoints:
         if steps:
             newest = f"checkpoint-{steps[-1]}: {self.problem(self.path(steps[-1]))}"
             return None, f"no checkpoint in {self.folder} can be used; {newest}"
-        logger.info("no checkpoint in %s: starting from the beginning", self.folder)
+        logger.warning("no checkpoint in %s: starting from the beginning", self.folder)
         return None, ""
 
     def problem(self, path: Path) -> str | None:

@@ -72,6 +72,7 @@ class StylesConfig:
         require(len(self.styles) > 0, "styles", self.styles, "one or more")
         there = (Path(self.classifier) / "config.json").is_file()
         require(there, "classifier", self.classifier, "the folder of a NoisyClassifier")
+        require(not Path(self.output).is_file(), "output", self.output, "a folder, there is a file")
         scale, guide = self.classifier_guidance_scale, self.noisy_classifier
         require(scale >= 0, "classifier_guidance_scale", scale, "0 or more")
         there = not guide or (Path(guide) / "config.json").is_file()
