@@ -463,6 +463,10 @@ def test_the_figures_of_words(
     )
     evaluate.main()
     figures = json.loads((tmp_path / "out").read_text())
+    argv["model"] = argv.pop("clip")  # without --clip, the tower of the model
+    monkeypatch.setattr(sys, "argv", ["evaluate", "words", *(f"--{k}={v}" for k, v in argv.items())])
+    evaluate.main()
+    assert json.loads((tmp_path / "out").read_text())["tower"] == figures["tower"]
 
     def clip_embeds(text: str) -> torch.Tensor:
         ids = tokenizer(text, return_tensors="pt").input_ids

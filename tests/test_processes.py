@@ -248,7 +248,7 @@ def test_adapters_of_two_models_in_two_processes(forks, sources, port, tmp_path)
 @pytest.mark.slow
 def test_one_of_two_killed_ends_both_and_both_resume(forks, sources, port, tmp_path):
     """The other does not wait for ever; resumed, they end as if nothing had been."""
-    settings = {"train_batch_size": 3, "max_train_steps": 12, "checkpointing_steps": 2}
+    settings = {"train_batch_size": 3, "max_train_steps": 30, "checkpointing_steps": 2}
     settings["resume_from_checkpoint"] = "latest"
     finished(forks.run(*(job(tmp_path / "whole", sources, env, **settings) for env in pair(port))))
     first, second = (job(tmp_path / "parts", sources, env, **settings) for env in pair(port))
@@ -256,7 +256,7 @@ def test_one_of_two_killed_ends_both_and_both_resume(forks, sources, port, tmp_p
     (killed, _, _), (other, _, output) = forks.run(second, first)
     assert killed == -9 and other > 0, output
     finished(forks.run(*(job(tmp_path / "parts", sources, env, **settings) for env in pair(port))))
-    assert_same(weights(tmp_path / "parts", 12), weights(tmp_path / "whole", 12))
+    assert_same(weights(tmp_path / "parts", 30), weights(tmp_path / "whole", 30))
 
 
 def test_two_that_start_together_fill_a_cache_once(forks, tmp_path):

@@ -52,8 +52,10 @@ class EvaluationConfig:
     """Settings of `training.evaluate`."""
 
     clip: str = field(
-        default="models/judge",
-        metadata={"help": "zero-shot, words: the CLIP to measure; words: or a pipeline."},
+        default="",
+        metadata={
+            "help": "zero-shot, words: the CLIP to measure, words: or a pipeline; by default judge, model."
+        },
     )
     judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores pictures."})
     model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure."})
@@ -99,7 +101,7 @@ def pictures_of(config: EvaluationConfig, split: str, resolution: int) -> Pictur
 
 def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
     """Classify pictures among all concepts by prompt templates alone (Radford 2021, section 3.1)."""
-    judge = Judge(config.clip)
+    judge = Judge(config.clip or config.judge)
     concepts = embed_concepts(judge, config.dataset)
     figures: dict[str, Any] = {"concepts": len(concepts.ids)}
     splits = [config.split] if config.split else ["train", "validation", "heldout_compositions"]

@@ -311,7 +311,7 @@ def measure(config: "EvaluationConfig") -> dict[str, Any]:
     from training.noised import PipelineTexts
 
     wordnet = read_wordnet(config.wordnet_dir)
-    tokenizer, encoder = load_text_tower(config.clip, "clip")
+    tokenizer, encoder = load_text_tower(config.clip or config.model, "clip")
     encoder.eval()
     tower: Any = SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder)  # all of a pipeline that is read
     embedders: dict[str, Any] = {"tower": PipelineTexts(tower)}
