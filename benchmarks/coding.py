@@ -22,11 +22,11 @@ import torch
 from PIL import Image, features
 from tqdm import tqdm
 
-from pipelines.coding_model import best_end
-from pipelines.conditioning import NULL_PROMPT
-from pipelines.images import image_grid
-from pipelines.progressive_coding import decode, encode, to_picture
-from training.bits_per_dim import (
+from pipelines.coding.coding_model import best_end
+from pipelines.coding.progressive_coding import decode, encode, to_picture
+from pipelines.drawing.images import image_grid
+from pipelines.drawing.text import NULL_PROMPT
+from training.evaluation.bits_per_dim import (
     BitsPerDimConfig,
     held_out_pictures,
     load_pixel_pipeline,

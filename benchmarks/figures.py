@@ -24,11 +24,11 @@ from torch import Tensor
 
 from benchmarks.toys import DIGIT, backward_chain, forward_chain, posterior_chain, swiss_roll
 from pipelines import DDPMScheduler, TextToImagePipeline
-from pipelines.conditioning import NULL_PROMPT, encode_text
-from pipelines.guidance import guide
-from pipelines.images import to_tensor, to_unit
-from pipelines.likelihood import chain_of, rate_distortion
-from training.bits_per_dim import (
+from pipelines.chain.guidance import guide
+from pipelines.coding.likelihood import chain_of, rate_distortion
+from pipelines.drawing.images import to_tensor, to_unit
+from pipelines.drawing.text import NULL_PROMPT, encode_text
+from training.evaluation.bits_per_dim import (
     BitsPerDimConfig,
     evaluation_chain,
     held_out_pictures,

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.corgi import caption_of, write_pictures
 from pipelines import TextToImagePipeline
-from pipelines.images import image_grid
+from pipelines.drawing.images import image_grid
 
 NEW = [
     caption_of("red", "a party hat", True, True),

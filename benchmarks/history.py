@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.recipes import ROOT, Measure, table
 from pipelines import TextToImagePipeline
-from training.samples import draw
+from training.evaluation.samples import draw
 
 MODEL = "models/emoji"
 # Hours of one core, of the stages that each version's card names, by its draws

@@ -23,13 +23,13 @@ import yaml
 from torch import Tensor
 
 from pipelines import TextToImagePipeline
-from pipelines.components.ddpm_scheduler import predict_x0
-from pipelines.conditioning import encode_text
-from training.data import cache_pictures, load_pictures
-from training.denoising import training_scheduler
-from training.judge import Judge, embed_concepts
-from training.metrics import clip_score, frechet_distance, recall_at
-from training.samples import draw, two_halves
+from pipelines.chain.equations import predict_x0
+from pipelines.drawing.text import encode_text
+from training.data.pictures import cache_pictures, load_pictures
+from training.evaluation.judge import Judge, embed_concepts
+from training.evaluation.metrics import clip_score, frechet_distance, recall_at
+from training.evaluation.samples import draw, two_halves
+from training.objectives.denoising import training_scheduler
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "training/configs/emoji.yaml"

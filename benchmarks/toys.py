@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipelines import DDPMScheduler
-from pipelines.components.ddpm_scheduler import posterior_mean, posterior_variance, q_sample
+from pipelines.chain.equations import posterior_mean, posterior_variance, q_sample
 
 # The first digit of scikit-learn's load_digits, 8 x 8 values in 0 .. 16, as a picture (1, 8, 8) in [-1, 1].
 # From "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI 1998, CC BY 4.0.

@@ -15,7 +15,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from pipelines.__main__ import save_png, slug
-from pipelines.images import check_pixels, to_rgb
+from pipelines.drawing.images import check_pixels, to_rgb
 
 # What each drawing style adds to the prompt; the words are those of the training captions.
 STYLE_PHRASES = {
@@ -198,7 +198,7 @@ def callback(progress: gr.Progress, total: int, desc: str = "Drawing") -> Callab
 
 def read_picture(path: str | None, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
     """An uploaded picture of any mode, in RGB or as `convert` has it. Raises gr.Error for one of more than
-    `pipelines.images.MAX_PIXELS`, and for what is no picture."""
+    `pipelines.drawing.images.MAX_PIXELS`, and for what is no picture."""
     if path is None:
         raise user_error("There is no picture yet: choose one first, or send one here from another tab.")
     try:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from pipelines import TextToImagePipeline
 from pipelines.__main__ import slug
-from pipelines.attention_maps import AttentionMaps, draw_attention
-from pipelines.conditioning import plain_texts
-from pipelines.images import to_pil
+from pipelines.drawing.attention_maps import AttentionMaps, draw_attention
+from pipelines.drawing.images import to_pil
+from pipelines.drawing.text import plain_texts
 
 from . import common
 from .common import MAX_SEED, MODEL_QUEUE, QUIETLY, Tab, full_prompt, told_plainly, user_error, whole_seed

@@ -8,8 +8,8 @@ import gradio as gr
 from PIL import Image, ImageDraw
 
 from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
-from pipelines.images import to_grey
-from pipelines.masks import repaint_order
+from pipelines.drawing.images import to_grey
+from pipelines.drawing.masks import repaint_order
 
 from . import common, larger
 from .common import MODEL_QUEUE, QUIETLY, Tab, full_prompt, read_picture, told_plainly, user_error

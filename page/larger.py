@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.images import nearest_size
+from pipelines.drawing.images import nearest_size
 from pipelines.inpaint import put_back
 
 

@@ -10,19 +10,28 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 
+from .chain.guidance import in_guidance_interval, noise_levels
+from .drawing.checks import check, check_shares
+from .drawing.images import (
+    decode_latents,
+    encode_pictures,
+    nearest_size,
+    read_pictures,
+    to_numpy,
+    to_pil,
+    to_unit,
+)
+from .drawing.sizes import TwoStageMixin as TwoStageMixin
+from .drawing.text import TextInputs, estimate_x0, join_text
+
 # The code of a saved folder is copied as far as its pipeline's own file imports it, so what only the parent
 # needs is imported here too.
-from .adapters import refuse_ip_adapter
-from .checks import check, check_shares
-from .conditioning import TextInputs, estimate_x0, join_text
-from .conversion import ConversionMixin as ConversionMixin
-from .guidance import in_guidance_interval, noise_levels
-from .hub import SaveMixin as SaveMixin
-from .images import decode_latents, encode_pictures, nearest_size, read_pictures, to_numpy, to_pil, to_unit
-from .loading import LoadMixin as LoadMixin
-from .model_card import ModelCardMixin as ModelCardMixin
+from .folders.adapters import refuse_ip_adapter
+from .folders.conversion import ConversionMixin as ConversionMixin
+from .folders.loading import LoadMixin as LoadMixin
+from .folders.model_card import ModelCardMixin as ModelCardMixin
+from .folders.saving import SaveMixin as SaveMixin
 from .text_to_image import TextToImagePipeline
-from .two_stages import TwoStageMixin as TwoStageMixin
 
 OUTPUTS: dict[str, Callable[[torch.Tensor], Any]] = {"pil": to_pil, "np": to_numpy, "pt": to_unit}
 

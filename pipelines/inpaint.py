@@ -17,10 +17,8 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-# The code of a saved folder is copied as far as its pipeline's own file imports it, so what only the parents
-# need is imported here too.
-from .adapters import refuse_ip_adapter
-from .checks import (
+from .chain.guidance import in_guidance_interval, noise_levels
+from .drawing.checks import (
     OUTPUT_TYPES,
     check,
     check_callback,
@@ -32,14 +30,8 @@ from .checks import (
     check_shares,
     is_whole,
 )
-from .conditioning import TextInputs, check_prompt, context_length, estimate_x0, join_text
-from .conversion import ConversionMixin as ConversionMixin
-from .guidance import in_guidance_interval, noise_levels
-from .hub import SaveMixin as SaveMixin
-from .image_to_image import OUTPUTS, ImageToImagePipeline, check_rows, for_each
-from .images import check_pixels, decode_latents, read_masks, read_pictures, to_grey, to_pil, to_rgb
-from .loading import LoadMixin as LoadMixin
-from .masks import (
+from .drawing.images import check_pixels, decode_latents, read_masks, read_pictures, to_grey, to_pil, to_rgb
+from .drawing.masks import (
     FORGETFUL,
     Box,
     crop_region,
@@ -50,9 +42,18 @@ from .masks import (
     repaint_order,
     shrink_to_fit,
 )
-from .model_card import ModelCardMixin as ModelCardMixin
+from .drawing.sizes import TwoStageMixin as TwoStageMixin
+from .drawing.text import TextInputs, check_prompt, context_length, estimate_x0, join_text
+
+# The code of a saved folder is copied as far as its pipeline's own file imports it, so what only the parents
+# need is imported here too.
+from .folders.adapters import refuse_ip_adapter
+from .folders.conversion import ConversionMixin as ConversionMixin
+from .folders.loading import LoadMixin as LoadMixin
+from .folders.model_card import ModelCardMixin as ModelCardMixin
+from .folders.saving import SaveMixin as SaveMixin
+from .image_to_image import OUTPUTS, ImageToImagePipeline, check_rows, for_each
 from .text_to_image import TextToImagePipeline as TextToImagePipeline
-from .two_stages import TwoStageMixin as TwoStageMixin
 
 
 class InpaintPipeline(ImageToImagePipeline):

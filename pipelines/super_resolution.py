@@ -9,11 +9,9 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-# The code of a saved folder is copied as far as its pipeline's own file imports it, so what only the parent
-# needs is imported here too.
-from .adapters import AdapterMixin as AdapterMixin
-from .back_projection import back_project, enlarge
-from .checks import (
+from .chain.back_projection import back_project, enlarge
+from .chain.guidance import classifier_free_guidance
+from .drawing.checks import (
     OUTPUT_TYPES,
     check,
     check_callback,
@@ -25,15 +23,18 @@ from .checks import (
     check_shares,
     is_whole,
 )
-from .conditioning import TextInputs, check_prompt, context_length
-from .conversion import ConversionMixin as ConversionMixin
-from .guidance import classifier_free_guidance
-from .hub import SaveMixin as SaveMixin
-from .images import decode_latents, read_pictures, to_numpy, to_pil, to_unit
-from .loading import LoadMixin as LoadMixin
-from .model_card import ModelCardMixin as ModelCardMixin
+from .drawing.images import decode_latents, read_pictures, to_numpy, to_pil, to_unit
+from .drawing.sizes import TwoStageMixin as TwoStageMixin
+from .drawing.text import TextInputs, check_prompt, context_length
+
+# The code of a saved folder is copied as far as its pipeline's own file imports it, so what only the parent
+# needs is imported here too.
+from .folders.adapters import AdapterMixin as AdapterMixin
+from .folders.conversion import ConversionMixin as ConversionMixin
+from .folders.loading import LoadMixin as LoadMixin
+from .folders.model_card import ModelCardMixin as ModelCardMixin
+from .folders.saving import SaveMixin as SaveMixin
 from .text_to_image import TextToImagePipeline
-from .two_stages import TwoStageMixin as TwoStageMixin
 
 UNSET_SCALING_FACTOR, SCALING_FACTOR = 0.18215, 0.08333  # AutoencoderKL's default; what an upscaler's means
 

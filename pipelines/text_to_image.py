@@ -14,8 +14,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-from .adapters import AdapterMixin, refuse_ip_adapter, safetensors_only, text_lora_scaled
-from .checks import (
+from .chain.guidance import in_guidance_interval, noise_levels
+from .drawing.checks import (
     OUTPUT_TYPES,
     check,
     check_callback,
@@ -29,7 +29,10 @@ from .checks import (
     check_shares,
     check_size,
 )
-from .conditioning import (
+from .drawing.images import decode_latents, to_numpy, to_pil, to_unit
+from .drawing.sizes import TwoStageMixin
+from .drawing.steering import GuidanceInputs, GuidanceMixin
+from .drawing.text import (
     TextEmbeddings,
     TextInputs,
     check_prompt,
@@ -39,13 +42,11 @@ from .conditioning import (
     join_text,
     plain_texts,
 )
-from .conversion import ConversionMixin
-from .guidance import GuidanceInputs, GuidanceMixin, in_guidance_interval, noise_levels
-from .hub import SaveMixin
-from .images import decode_latents, to_numpy, to_pil, to_unit
-from .loading import LoadMixin, align_weights, own_class
-from .model_card import ModelCardMixin
-from .two_stages import TwoStageMixin
+from .folders.adapters import AdapterMixin, refuse_ip_adapter, safetensors_only, text_lora_scaled
+from .folders.conversion import ConversionMixin
+from .folders.loading import LoadMixin, align_weights, own_class
+from .folders.model_card import ModelCardMixin
+from .folders.saving import SaveMixin
 
 
 class TextToImagePipeline(

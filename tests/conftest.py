@@ -16,7 +16,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
-from training.tokenizer import build_clip_tokenizer
+from training.data.tokenizer import build_clip_tokenizer
 
 CONTEXT = 32
 

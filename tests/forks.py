@@ -71,7 +71,7 @@ def fill_cache(path: str, log: str) -> None:
     """`memory_map` of an array that takes half a second to fill; a line in `log` for each filling."""
     import numpy as np
 
-    from training.caches import memory_map
+    from training.data.caches import memory_map
 
     def fill(target: Any) -> None:
         with open(log, "a") as file:

@@ -27,7 +27,7 @@ from PIL import Image
 import app
 from page import common, create, edit, visit
 from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
-from pipelines.attention_maps import AttentionMaps, draw_attention
+from pipelines.drawing.attention_maps import AttentionMaps, draw_attention
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from pipelines.attention_maps import AttentionMaps, draw_attention, word_places
+from pipelines.drawing.attention_maps import AttentionMaps, draw_attention, word_places
 
 PROMPT = "a corgi in a party hat"
 

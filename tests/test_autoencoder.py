@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 
 from training import autoencoder
 from training.autoencoder import Autoencoder, reconstruction_loss
-from training.data import cache_pictures, load_pictures
+from training.data.pictures import cache_pictures, load_pictures
 
 EMOJI = Path(__file__).parent / "data" / "emoji64"
 SMALL = {

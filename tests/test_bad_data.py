@@ -15,9 +15,9 @@ from PIL import Image
 from tars import write_tars
 from test_data import FP16, GOOD, B, G, channels, tiny_dataset, write_folder
 
-from pipelines.conditioning import encode_text
-from training.caches import cache_latents, cache_text, memory_map
-from training.data import (
+from pipelines.drawing.text import encode_text
+from training.data.caches import cache_latents, cache_text, memory_map
+from training.data.pictures import (
     PictureCache,
     cache_pictures,
     check_picture_folder,

@@ -16,13 +16,13 @@ from torch.distributions import Normal, kl_divergence
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pipelines import DDPMScheduler, TextToImagePipeline
-from pipelines.conditioning import encode_text
+from pipelines.drawing.text import encode_text
 from training import evaluate
-from training.bits_per_dim import BitsPerDimConfig, picture_noise, shuffle_captions
-from training.config import parse_config
-from training.data import seed_for
-from training.metrics import frechet_distance
-from training.sampling_steps import SamplingStepsConfig, label
+from training.data.pictures import seed_for
+from training.evaluation.bits_per_dim import BitsPerDimConfig, picture_noise, shuffle_captions
+from training.evaluation.metrics import frechet_distance
+from training.evaluation.sampling_steps import SamplingStepsConfig, label
+from training.run.settings import parse_config
 
 T = 12
 SEED = 3

@@ -17,9 +17,14 @@ from test_words import FREQUENCY, write_npm, write_wordnet
 from transformers import BertConfig, BertModel, CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from training import clip, distillation, evaluate, words
+from training import clip, evaluate
 from training.clip import ClipTrainingConfig, Towers, build_clip, learning_rate_factor, tokenize_by_length
-from training.distillation import (
+from training.emoji import unit_hash
+from training.evaluation import words
+from training.evaluation.judge import TEMPLATES
+from training.evaluation.words import WordNet, read_wordnet
+from training.objectives import distillation
+from training.objectives.distillation import (
     SHARES,
     Distillation,
     DistillationBatches,
@@ -28,9 +33,6 @@ from training.distillation import (
     distillation_texts,
     principal_basis,
 )
-from training.emoji import unit_hash
-from training.judge import TEMPLATES
-from training.words import WordNet, read_wordnet
 
 TEXTS = ["a", "a very long dog, noto style, with a red car", "dog", "", "cat and dog", "the the the"]
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from benchmarks import coding
 from pipelines import DDPMScheduler
-from pipelines.conditioning import NULL_PROMPT
-from pipelines.progressive_coding import decode, encode
+from pipelines.coding.progressive_coding import decode, encode
+from pipelines.drawing.text import NULL_PROMPT
 
 SIDE = 8
 

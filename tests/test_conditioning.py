@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from pipelines.conditioning import context_length, encode_text
+from pipelines.drawing.text import context_length, encode_text
 
 PROMPT = "a corgi in a party hat"
 LONG = "a red and blue corgi " * 20

@@ -12,10 +12,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pipelines.components import conditional_unet
 from training.autoencoder import AutoencoderConfig
 from training.clip import ClipTrainingConfig
-from training.config import parse_config, require, run
 from training.emoji import EmojiConfig
 from training.evaluate import EvaluationConfig
 from training.export import ExportConfig
+from training.run.settings import parse_config, require, run
 from training.text_to_image import TextToImageConfig
 
 ROOT = Path(__file__).resolve().parent.parent

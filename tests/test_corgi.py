@@ -8,7 +8,7 @@ from PIL import ImageColor
 
 from benchmarks.corgi import COATS, THINGS, draw_corgi, write_pictures
 from benchmarks.fine_tuning import NEW
-from training.data import load_pictures
+from training.data.pictures import load_pictures
 
 
 def test_thirty_pictures_that_training_reads(tmp_path):

@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from pipelines.conditioning import encode_text
-from pipelines.images import decode_latents
-from training import data as module
-from training.caches import cache_latents, cache_text, memory_map
-from training.data import (
+from pipelines.drawing.images import decode_latents
+from pipelines.drawing.text import encode_text
+from training.data import pictures as module
+from training.data.caches import cache_latents, cache_text, memory_map
+from training.data.pictures import (
     PictureCache,
     StepBatchSampler,
     cache_pictures,

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from diffusers import DDPMScheduler as Diffusers
 
-from pipelines.components import ddpm_scheduler as ddpm
+from pipelines.chain import equations as ddpm
 from pipelines.components.ddpm_scheduler import DDPMScheduler
 
 SCHEDULES: dict[str, dict[str, Any]] = {

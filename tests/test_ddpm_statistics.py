@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.components.ddpm_scheduler import DDPMScheduler, posterior_mean, posterior_variance, q_sample
+from pipelines.chain.equations import posterior_mean, posterior_variance, q_sample
+from pipelines.components.ddpm_scheduler import DDPMScheduler
 
 
 @pytest.mark.parametrize(

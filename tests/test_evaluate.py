@@ -14,13 +14,13 @@ from PIL import Image
 from transformers import CLIPModel
 
 from pipelines import TextToImagePipeline
-from pipelines.images import to_pil
+from pipelines.drawing.images import to_pil
+from pipelines.folders.files import save_png
 from training import evaluate
 from training.emoji import STYLES
 from training.evaluate import recall
-from training.files import save_png
-from training.judge import TEMPLATES, Concepts, Judge
-from training.samples import draw
+from training.evaluation.judge import TEMPLATES, Concepts, Judge
+from training.evaluation.samples import draw
 
 pytest_plugins = ["evaluation_folders"]
 

@@ -22,7 +22,7 @@ from benchmarks.figures import (
 )
 from benchmarks.toys import DIGIT, backward_chain, expected_noise, forward_chain, posterior_chain, swiss_roll
 from pipelines import DDPMScheduler, TextToImagePipeline
-from pipelines.conditioning import encode_text
+from pipelines.drawing.text import encode_text
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines import TextToImagePipeline
-from pipelines.conditioning import encode_text
+from pipelines.drawing.text import encode_text
 from training import text_to_image
-from training.caches import LiveText, cache_latents
-from training.data import PictureCache
-from training.denoising import DenoisingLoss, draw_noise
-from training.lora import TEXT_LAYERS, UNET_LAYERS, LoraFile, add_lora
+from training.data.caches import LiveText, cache_latents
+from training.data.pictures import PictureCache
+from training.objectives.denoising import DenoisingLoss, draw_noise
+from training.run.lora import TEXT_LAYERS, UNET_LAYERS, LoraFile, add_lora
 from training.text_to_image import TextToImageConfig, resolution_of
 
 LORA = "pytorch_lora_weights.safetensors"

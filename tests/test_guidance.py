@@ -11,9 +11,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
 )
 
 from pipelines import DDPMScheduler
-from pipelines.components.ddpm_scheduler import predict_x0
-from pipelines.guidance import (
-    GradientGuidance,
+from pipelines.chain.equations import predict_x0
+from pipelines.chain.guidance import (
     classifier_free_guidance,
     guidance_scale_embedding,
     guide,
@@ -21,6 +20,7 @@ from pipelines.guidance import (
     noise_levels,
     rescale_guidance,
 )
+from pipelines.drawing.steering import GradientGuidance
 
 
 def test_classifier_free_guidance_by_hand():

@@ -12,11 +12,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from transformers import CLIPConfig, CLIPModel
 
 from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines.chain.guidance import cut_outs
 from pipelines.components.guidance_clip import GuidanceCLIP
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
-from pipelines.conditioning import encode_text, encode_weighted_text, split_weights
-from pipelines.guidance import cut_outs
+from pipelines.drawing.text import encode_text, encode_weighted_text, split_weights
 
 PROMPT = "a corgi in a party hat"
 LABELS = ["animals", "food", "flags"]
@@ -686,7 +686,7 @@ def test_the_command_line_guides_and_keeps_the_best(guided, tmp_path, capsys):
     from PIL import Image
 
     from pipelines.__main__ import main
-    from pipelines.images import to_tensor
+    from pipelines.drawing.images import to_tensor
 
     guided.save_pretrained(tmp_path / "model")
     arguments = ["a cat", "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--seed", "5"]

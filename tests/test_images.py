@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from pipelines.images import decode_latents, image_grid, to_numpy, to_pil, to_tensor, to_unit
+from pipelines.drawing.images import decode_latents, image_grid, to_numpy, to_pil, to_tensor, to_unit
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import pipelines
 from pipelines import DDPMScheduler, ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
-from pipelines.images import MAX_PIXELS, to_tensor
-from pipelines.masks import (
+from pipelines.drawing.images import MAX_PIXELS, to_tensor
+from pipelines.drawing.masks import (
     crop_region,
     extend_canvas,
     grow_to_fill,

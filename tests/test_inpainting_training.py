@@ -12,15 +12,22 @@ from evaluation_folders import clip_folder, dataset_folder  # noqa: F401
 from PIL import Image
 
 from pipelines import DDPMScheduler, InpaintPipeline
-from pipelines.conditioning import encode_text
+from pipelines.drawing.text import encode_text
 from pipelines.inpaint import pad_channels
 from training import text_to_image
-from training.building import widen_input
-from training.caches import cache_text
-from training.data import PictureCache
-from training.denoising import DenoisingLoss, draw_noise
-from training.editing import REGIONS, EditingConfig, border_energy, editing, parse_change, region_mask
-from training.inpainting import KINDS, SHARES, draw_mask, random_masks, see_mask
+from training.data.caches import cache_text
+from training.data.pictures import PictureCache
+from training.evaluation.editing import (
+    REGIONS,
+    EditingConfig,
+    border_energy,
+    editing,
+    parse_change,
+    region_mask,
+)
+from training.objectives.denoising import DenoisingLoss, draw_noise
+from training.objectives.inpainting import KINDS, SHARES, draw_mask, random_masks, see_mask
+from training.run.building import widen_input
 from training.text_to_image import TextToImageConfig
 
 

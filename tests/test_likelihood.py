@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from pipelines import DDPMScheduler
-from pipelines.likelihood import (
+from pipelines.coding.likelihood import (
     VLBTerms,
     chain_of,
     discretized_gaussian_nll,

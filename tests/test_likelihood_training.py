@@ -21,10 +21,10 @@ from torch.distributions import Normal, kl_divergence
 
 from pipelines import DDPMScheduler, TextToImagePipeline
 from training import text_to_image
-from training.caches import cache_text
-from training.data import PictureCache
-from training.denoising import DenoisingLoss, diffusion_loss, draw_noise
-from training.losses import LossAwareTimesteps
+from training.data.caches import cache_text
+from training.data.pictures import PictureCache
+from training.objectives.denoising import DenoisingLoss, diffusion_loss, draw_noise
+from training.objectives.losses import LossAwareTimesteps
 from training.text_to_image import TextToImageConfig, build_pipeline
 
 T = 100

@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from disks import small_disk
 
 from pipelines import ConditionalUNet
-from training.loop import Checkpoints, StepResult, fit, make_accelerator, resolve_precision
+from training.run.loop import Checkpoints, StepResult, fit, make_accelerator, resolve_precision
 
 STEPS, PARTS, BATCH = 6, 2, 4
 

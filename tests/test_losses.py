@@ -12,8 +12,8 @@ from open_clip.loss import ClipLoss
 from torch.distributions import Normal, kl_divergence
 
 from pipelines import DDPMScheduler
-from pipelines.likelihood import prior_term, vlb_terms
-from training.losses import (
+from pipelines.coding.likelihood import prior_term, vlb_terms
+from training.objectives.losses import (
     DiffusionLoss,
     LossAwareTimesteps,
     clip_contrastive_loss,

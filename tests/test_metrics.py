@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from training.metrics import (
+from training.evaluation.metrics import (
     bootstrap_interval,
     clip_score,
     density_coverage,

@@ -17,10 +17,12 @@ from transformers import CLIPConfig, CLIPModel
 from pipelines import TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
-from training import classifier, clip, frontier, noised
-from training.frontier import FrontierConfig, diversity
-from training.judge import TEMPLATES
-from training.noised import NoisedAccuracyConfig, noised_accuracy
+from training import classifier, clip
+from training.evaluation import frontier
+from training.evaluation.frontier import FrontierConfig, diversity
+from training.evaluation.judge import TEMPLATES
+from training.objectives import noised
+from training.objectives.noised import NoisedAccuracyConfig, noised_accuracy
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 GROUPS = {"red": "warm", "green": "cold", "blue": "cold", "white": "cold"}

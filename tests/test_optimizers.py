@@ -7,8 +7,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from training import optimizers
-from training.optimizers import Muon, add_decay, make_optimizer, orthogonalize
+from training.run import optimizers
+from training.run.optimizers import Muon, add_decay, make_optimizer, orthogonalize
 
 SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 

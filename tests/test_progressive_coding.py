@@ -17,10 +17,10 @@ from PIL import Image
 from scipy.stats import kstest, norm
 
 from pipelines import DDPMScheduler, TextToImagePipeline
-from pipelines.coding_model import BLOCK_OVERHEAD, best_end, coding_chain, denoiser, fingerprint, to_x0
-from pipelines.entropy_coding import CANDIDATES, Bits, Stack, candidate, choose_candidate
-from pipelines.likelihood import vlb_terms
-from pipelines.progressive_coding import MAGIC, decode, encode, main, unpack
+from pipelines.coding.coding_model import BLOCK_OVERHEAD, best_end, coding_chain, denoiser, fingerprint, to_x0
+from pipelines.coding.entropy_coding import CANDIDATES, Bits, Stack, candidate, choose_candidate
+from pipelines.coding.likelihood import vlb_terms
+from pipelines.coding.progressive_coding import MAGIC, decode, encode, main, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 8
@@ -227,8 +227,8 @@ def test_round_trip(kind, prediction, variance, make_model):
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
-    """`python -m pipelines.progressive_coding`, a process of its own."""
-    call = [sys.executable, "-m", "pipelines.progressive_coding", *map(str, arguments)]
+    """`python -m pipelines.coding.progressive_coding`, a process of its own."""
+    call = [sys.executable, "-m", "pipelines.coding.progressive_coding", *map(str, arguments)]
     return subprocess.run(
         call, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}
     )

@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks.recipes import TRIALS, Measure, settings_of, table
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
-from training.config import parse_config
+from training.run.settings import parse_config
 from training.text_to_image import TextToImageConfig
 
 pytest_plugins = ["evaluation_folders"]

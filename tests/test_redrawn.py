@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from pipelines import DDPMScheduler
-from pipelines.conditioning import encode_text
-from training import redrawn
-from training.data import cache_pictures, load_pictures
-from training.redrawn import cache_redrawn, redraw
+from pipelines.drawing.text import encode_text
+from training.data.pictures import cache_pictures, load_pictures
+from training.evaluation import redrawn
+from training.evaluation.redrawn import cache_redrawn, redraw
 
 pytest_plugins = ["evaluation_folders"]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from pipelines import TextToImagePipeline
-from training.judge import Judge
+from training.evaluation.judge import Judge
 
 MODELS = Path(__file__).parent.parent / "models"
 # Of the concepts that tests/data/emoji64 shows

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
 
 from pipelines import ConditionalUNet, DDPMScheduler, InpaintPipeline, TextToImagePipeline
-from training.tokenizer import build_clip_tokenizer
+from training.data.tokenizer import build_clip_tokenizer
 
 PROMPT = "a corgi in a party hat"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

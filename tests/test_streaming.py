@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tars import write_tars
 
-from training.data import PictureCache, cache_pictures, load_pictures, to_pixels
-from training.streaming import PictureStream
+from training.data.pictures import PictureCache, cache_pictures, load_pictures, to_pixels
+from training.data.streaming import PictureStream
 
 EMOJI64 = Path(__file__).resolve().parent / "data" / "emoji64"
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from pipelines import TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
-from training.judge import Judge
-from training.noised import NoisedPictures
-from training.redrawn import redraw
-from training.styles import StylesConfig, accuracies, choose_rows, classify, styles
+from training.evaluation.judge import Judge
+from training.evaluation.redrawn import redraw
+from training.evaluation.styles import StylesConfig, accuracies, choose_rows, classify, styles
+from training.objectives.noised import NoisedPictures
 
 pytest_plugins = ["evaluation_folders"]
 

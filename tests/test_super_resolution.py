@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from pipelines import ConditionalUNet, DDPMScheduler
-from pipelines.back_projection import back_project, enlarge, shrink
+from pipelines.chain.back_projection import back_project, enlarge, shrink
 from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.super_resolution import SuperResolutionPipeline
 

@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState, GradientState
 from evaluation_folders import clip_folder  # noqa: F401
 from PIL import Image
 
-from pipelines.back_projection import enlarge
+from pipelines.chain.back_projection import enlarge
 from pipelines.super_resolution import SuperResolutionPipeline
 from training import super_resolution
+from training.evaluation.upscaling import UpscalingConfig, cut_squares, perceptual_distance, psnr, upscaling
 from training.super_resolution import SuperResolutionConfig, SuperResolutionLoss, blur, load_pairs
-from training.upscaling import UpscalingConfig, cut_squares, perceptual_distance, psnr, upscaling
 
 UNET = {
     "sample_size": 64, "in_channels": 6, "out_channels": 3, "patch_size": 4, "block_out_channels": [16, 16],

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPImageProcessor
 
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
-from pipelines.conditioning import encode_text
+from pipelines.drawing.text import encode_text
 
 PROMPT = "a corgi in a party hat"
 LONG = " ".join(

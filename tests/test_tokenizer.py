@@ -4,7 +4,7 @@ import pytest
 from open_clip.tokenizer import SimpleTokenizer
 from transformers import CLIPTokenizer
 
-from training.tokenizer import NUM_CLIP_MERGES, build_clip_tokenizer
+from training.data.tokenizer import NUM_CLIP_MERGES, build_clip_tokenizer
 
 SENTENCES = [
     "a corgi in a party hat",

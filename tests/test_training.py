@@ -28,12 +28,12 @@ from pipelines import (
     SuperResolutionPipeline,
     TextToImagePipeline,
 )
-from pipelines.conditioning import encode_text
+from pipelines.drawing.text import encode_text
 from training import export, text_to_image
-from training.building import as_mapping, compile_blocks, widen_input
-from training.caches import cache_text
-from training.data import PictureCache, StepBatchSampler, seed_for
-from training.denoising import plain_attention
+from training.data.caches import cache_text
+from training.data.pictures import PictureCache, StepBatchSampler, seed_for
+from training.objectives.denoising import plain_attention
+from training.run.building import as_mapping, compile_blocks, widen_input
 from training.text_to_image import (
     DenoisingLoss,
     TextToImageConfig,

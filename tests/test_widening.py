@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from test_words import write_wordnet
 
+from training.evaluation.words import WordNet, read_wordnet
 from training.widening import (
     captions_of,
     cut_out,
@@ -20,7 +21,6 @@ from training.widening import (
     put_on,
     widened,
 )
-from training.words import WordNet, read_wordnet
 
 
 @pytest.fixture

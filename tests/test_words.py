@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import words
 from training.emoji import PACKAGE_VERSIONS, unit_hash
-from training.judge import Concepts
-from training.words import (
+from training.evaluation import words
+from training.evaluation.judge import Concepts
+from training.evaluation.words import (
     UnseenWord,
     WordNet,
     emoji_tags,

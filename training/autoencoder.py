@@ -19,9 +19,9 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from training.config import parse_config, run
-from training.data import StepBatchSampler, cache_pictures, concept_weights, load_pictures, seed_for
-from training.loop import Checkpoints, fit, make_accelerator
+from training.data.pictures import StepBatchSampler, cache_pictures, concept_weights, load_pictures, seed_for
+from training.run.loop import Checkpoints, fit, make_accelerator
+from training.run.settings import parse_config, run
 
 
 @dataclass

@@ -15,9 +15,9 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from pipelines.components.noisy_classifier import NoisyClassifier
-from training.config import parse_config, require, run
-from training.noised import NoisedPictures, train_tower
-from training.samples import load_pipeline
+from training.evaluation.samples import load_pipeline
+from training.objectives.noised import NoisedPictures, train_tower
+from training.run.settings import parse_config, require, run
 
 
 @dataclass

@@ -6,7 +6,7 @@
 Two are shipped or kept: one whose text tower conditions the image model, trained on the training split
 only; and a judge, of another size and seed, that sees every split and only scores.
 
-The first also learns from a sentence encoder (`--distill words`, `training.distillation`), so that words that
+The first also learns from a sentence encoder (`--distill words`, `training.objectives.distillation`), so that words that
 stand in no caption land by those that do: for `text_steps` on text alone, then beside the contrastive loss.
 
 With `--text_encoder` an image tower is trained against a text tower that there is, which stays as it is
@@ -34,10 +34,8 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from training.building import load_text_tower
-from training.caches import cache_text
-from training.config import parse_config, require, run
-from training.data import (
+from training.data.caches import cache_text
+from training.data.pictures import (
     PictureCache,
     StepBatchSampler,
     cache_pictures,
@@ -45,10 +43,12 @@ from training.data import (
     load_pictures,
     seed_for,
 )
-from training.distillation import Distillation, distillation_loss
-from training.loop import Checkpoints, fit, make_accelerator
-from training.tokenizer import build_clip_tokenizer
-from training.words import WORDNET_DIR
+from training.data.tokenizer import build_clip_tokenizer
+from training.evaluation.words import WORDNET_DIR
+from training.objectives.distillation import Distillation, distillation_loss
+from training.run.building import load_text_tower
+from training.run.loop import Checkpoints, fit, make_accelerator
+from training.run.settings import parse_config, require, run
 
 DISTILL = ("none", "captions", "words")
 
@@ -133,7 +133,7 @@ class ClipTrainingConfig:
 
 
 def build_clip(config: ClipTrainingConfig, tower: Any = None) -> "Towers":
-    """A CLIP (Radford 2021) of the sizes asked for; its vocabulary is `training.tokenizer`'s. With a `tower`,
+    """A CLIP (Radford 2021) of the sizes asked for; its vocabulary is `training.data.tokenizer`'s. With a `tower`,
     a CLIPTextModelWithProjection, its text tower is that, sizes and weights, and learns nothing."""
     vocabulary = config.num_merges + 514
     space = config.projection_dim if tower is None else tower.config.projection_dim
@@ -254,8 +254,8 @@ def load_splits(config: ClipTrainingConfig) -> PictureCache:
 def train_noised(config: ClipTrainingConfig) -> None:
     """`--noised`: of the sizes only patch_size (of x_t), vision_width, vision_layers and head_dim count."""
     from pipelines.components.noisy_clip import NoisyCLIP
-    from training.noised import NoisedPictures, text_width, train_tower
-    from training.samples import load_pipeline
+    from training.evaluation.samples import load_pipeline
+    from training.objectives.noised import NoisedPictures, text_width, train_tower
 
     require(config.distill == "none", "distill", config.distill, "none with noised")
     width, head = config.vision_width, config.head_dim

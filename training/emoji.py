@@ -27,7 +27,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from training.config import parse_config
+from training.run.settings import parse_config
 
 # Package -> the word that captions use for its drawing style.
 STYLES = {

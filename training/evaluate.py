@@ -27,24 +27,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.images import image_grid, to_pil
-from pipelines.likelihood import chain_of
-from training.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
-from training.card import CardConfig, card
-from training.config import parse_config, require
-from training.data import PictureCache, cache_pictures, load_pictures
-from training.editing import EditingConfig, editing
+from pipelines.coding.likelihood import chain_of
+from pipelines.drawing.images import image_grid, to_pil
+from pipelines.folders.files import save_png, write_file
+from training.data.pictures import PictureCache, cache_pictures, load_pictures
 from training.emoji import STYLES
-from training.files import save_png, write_file
-from training.frontier import FrontierConfig, frontier
-from training.judge import Judge, embed_concepts
-from training.metrics import recall_at
-from training.noised import NoisedAccuracyConfig, noised_accuracy
-from training.report import ReportConfig, report
-from training.samples import draw, with_guides
-from training.sampling_steps import SamplingStepsConfig, sampling_steps
-from training.styles import StylesConfig, styles
-from training.upscaling import UpscalingConfig, upscaling
+from training.evaluation.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
+from training.evaluation.card import CardConfig, card
+from training.evaluation.editing import EditingConfig, editing
+from training.evaluation.frontier import FrontierConfig, frontier
+from training.evaluation.judge import Judge, embed_concepts
+from training.evaluation.metrics import recall_at
+from training.evaluation.report import ReportConfig, report
+from training.evaluation.samples import draw, with_guides
+from training.evaluation.sampling_steps import SamplingStepsConfig, sampling_steps
+from training.evaluation.styles import StylesConfig, styles
+from training.evaluation.upscaling import UpscalingConfig, upscaling
+from training.objectives.noised import NoisedAccuracyConfig, noised_accuracy
+from training.run.settings import parse_config, require
 
 
 @dataclass
@@ -169,7 +169,7 @@ def sheet(config: EvaluationConfig) -> dict[str, Any]:
 
 def words(config: EvaluationConfig) -> dict[str, Any]:
     """How many words that no caption holds the text tower of --clip understands."""
-    from training.words import measure
+    from training.evaluation.words import measure
 
     return measure(config)
 

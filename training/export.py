@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from pipelines import ConditionalUNet, NoisyClassifier, NoisyCLIP, SuperResolutionPipeline
-from training.config import parse_config, require
+from training.run.settings import parse_config, require
 from training.text_to_image import TextToImageConfig, build_pipeline
 
 

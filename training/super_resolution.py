@@ -6,7 +6,7 @@
 Pairs are drawn from the vector art at both sizes: `training.emoji` builds a data set of each, with the same
 pictures in the same order. The U-Net is convolutional and is trained on crops, so it runs on any size. What
 it is told is the small picture y, blurred and noised by a random level that it is told too (Ho 2021,
-"Cascaded diffusion models", section 4.2), enlarged by E of `pipelines.back_projection`; it predicts what that
+"Cascaded diffusion models", section 4.2), enlarged by E of `pipelines.chain.back_projection`; it predicts what that
 lacks:
 
     y_s = sqrt(abar_s) blur(y) + sqrt(1 - abar_s) eps',  x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps
@@ -31,11 +31,9 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from pipelines import ConditionalUNet, DDPMScheduler
-from pipelines.back_projection import enlarge
+from pipelines.chain.back_projection import enlarge
 from pipelines.super_resolution import SuperResolutionPipeline
-from training.building import as_mapping, compile_blocks
-from training.config import parse_config, require, run
-from training.data import (
+from training.data.pictures import (
     PictureCache,
     StepBatchSampler,
     cache_pictures,
@@ -43,8 +41,10 @@ from training.data import (
     load_pictures,
     seed_for,
 )
-from training.loop import Checkpoints, fit, make_accelerator
-from training.optimizers import OPTIMIZERS, add_decay, make_optimizer
+from training.run.building import as_mapping, compile_blocks
+from training.run.loop import Checkpoints, fit, make_accelerator
+from training.run.optimizers import OPTIMIZERS, add_decay, make_optimizer
+from training.run.settings import parse_config, require, run
 
 BLUR_KERNEL = 7  # pixels of the small picture: three standard deviations of the widest blur to each side
 

@@ -29,17 +29,29 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines import ConditionalUNet, InpaintPipeline, TextToImagePipeline
-from pipelines.images import image_grid
-from training.building import build_pipeline, compile_blocks
-from training.caches import LiveText, cache_latents, cache_text
-from training.config import parse_config, require, run
-from training.data import NoSuchSplit, StepBatchSampler, cache_pictures, concept_weights, load_pictures
-from training.denoising import DenoisingLoss, diffusion_loss, draw_noise, target_of, validation_loss
-from training.loop import PRECISIONS, Checkpoints, ModelFolder, fit, make_accelerator
-from training.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
-from training.losses import LOSSES, LossAwareTimesteps
-from training.optimizers import OPTIMIZERS, add_decay, make_optimizer
-from training.streaming import PictureStream
+from pipelines.drawing.images import image_grid
+from training.data.caches import LiveText, cache_latents, cache_text
+from training.data.pictures import (
+    NoSuchSplit,
+    StepBatchSampler,
+    cache_pictures,
+    concept_weights,
+    load_pictures,
+)
+from training.data.streaming import PictureStream
+from training.objectives.denoising import (
+    DenoisingLoss,
+    diffusion_loss,
+    draw_noise,
+    target_of,
+    validation_loss,
+)
+from training.objectives.losses import LOSSES, LossAwareTimesteps
+from training.run.building import build_pipeline, compile_blocks
+from training.run.loop import PRECISIONS, Checkpoints, ModelFolder, fit, make_accelerator
+from training.run.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
+from training.run.optimizers import OPTIMIZERS, add_decay, make_optimizer
+from training.run.settings import parse_config, require, run
 
 __all__ = [
     "DenoisingLoss",
@@ -80,7 +92,9 @@ class TextToImageConfig:
     image_column: str = setting("Column of the pictures.", "image")
     caption_column: str | None = setting("Column of the captions; caption or text.")
     max_train_samples: int | None = setting("Use only the first so many pictures.")
-    streaming: bool = setting("Read the pictures in order, without caches (see training.streaming).", False)
+    streaming: bool = setting(
+        "Read the pictures in order, without caches (see training.data.streaming).", False
+    )
     shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000)
     strict: bool = setting("End the run at a picture that cannot be read, instead of leaving it out.", False)
     cache_dir: str = setting("Decoded pictures, latents and text states.", "data/cache")

@@ -30,10 +30,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from training.config import parse_config
-from training.data import load_pictures, open_picture
+from training.data.pictures import load_pictures, open_picture
 from training.emoji import TONES, unit_hash, with_article
-from training.words import (
+from training.evaluation.words import (
     SPLITS,
     WORDNET_DIR,
     Phrases,
@@ -43,6 +42,7 @@ from training.words import (
     word_lists,
     zipf_frequency,
 )  # fmt: skip
+from training.run.settings import parse_config
 
 LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
 NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
@@ -129,7 +129,7 @@ def nearest(words: list[str], names: dict[str, set[str]], teacher: Any) -> dict[
 
 def more_words(config: WideningConfig, names: dict[str, set[str]]) -> dict[str, list[str]]:
     """Concept -> single words for it that no caption holds and that the test of words has not kept out."""
-    from training.distillation import Teacher, distillation_texts
+    from training.objectives.distillation import Teacher, distillation_texts
 
     wordnet = read_wordnet(config.wordnet_dir)
     _, kept_out, _ = word_lists(config.dataset, config.npm_dir, wordnet)

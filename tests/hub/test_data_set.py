@@ -28,7 +28,7 @@ DatasetDict(data).save_to_disk("emoji")
 load_from_disk("emoji").push_to_hub("me/emoji", private=True)
 """
 READ = """
-from training.data import load_pictures
+from training.data.pictures import load_pictures
 import hashlib, numpy
 data = load_pictures("me/emoji", split)
 pixels = [hashlib.sha256(numpy.asarray(row["image"].convert("RGB")).tobytes()).hexdigest() for row in data]

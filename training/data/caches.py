@@ -1,0 +1,227 @@
+"""What never changes in training, computed once: text states and latents, in memory-mapped files whose names
+are a digest of the models and the data that they come from."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines.drawing.text import context_length, encode_text
+
+if TYPE_CHECKING:
+    from training.data.pictures import PictureCache
+
+logger = logging.getLogger(__name__)
+
+
+def content_key(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def model_key(model: Any) -> str:
+    """A digest of a model's weights and config, the name of the folder it came from and library versions
+    excepted."""
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    incidental = ("architectures", "dtype", "transformers_version")  # of the file, not of what it computes
+    kept = {key: value for key, value in config.items() if key[0] != "_" and key not in incidental}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def memory_map(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, fill: Callable[[np.ndarray], None]
+) -> np.ndarray:
+    """The array stored at `path`, filled first if it is not there.
+
+    It is written aside and renamed, so a killed run leaves no half array; processes that start together wait
+    for the first, which holds a lock. Raises OSError, before any work, when the disk has not the room for it:
+    writing to a mapped file that the disk cannot hold would end the process without a word.
+    """
+    if not path.is_file():
+        lock = path.with_name(path.name + ".lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if not path.is_file():
+                    for left in path.parent.glob(f"{path.stem}.*.partial"):  # by one who was killed
+                        left.unlink()
+                    _fill_file(path, shape, dtype, fill)
+        except OSError as error:
+            raise OSError(f"cache_dir {path.parent}: {path.name} could not be written: {error}") from error
+        lock.unlink(missing_ok=True)  # whoever waits for it still finds the array when let in
+    array = np.load(path, mmap_mode="r")
+    if array.shape != shape:
+        raise ValueError(f"the cache {path} holds {array.shape}, not {shape}: delete it")
+    return array
+
+
+def _fill_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, fill: Callable) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(partial, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        fill(array)
+        array.flush()
+        del array
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------ text
+
+
+@dataclass
+class TextCache:
+    """Text-encoder outputs of every caption in one memory-mapped fp16 array: the states (L, D) and then the
+    pooled vector (P) of each, flat: (N, L * D + P)."""
+
+    rows: np.ndarray
+    length: int  # L
+    width: int  # D
+    numbers: dict[str, int] = field(default_factory=dict)  # of each caption, its row
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """States (B, L, D) and pooled (B, P), float32, of captions that were cached."""
+        return self.lookup(torch.tensor([self.numbers[caption] for caption in captions]))
+
+    def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, of the captions with these numbers."""
+        rows = torch.from_numpy(self.rows[ids.numpy()]).float()
+        states, pooled = rows.tensor_split([self.length * self.width], dim=1)
+        return states.unflatten(1, (self.length, self.width)), pooled
+
+
+def cache_text(captions: list[str], tokenizer: Any, text_encoder: Any, cache_dir: str | Path) -> TextCache:
+    """Encode every caption once with the frozen encoder, keyed by its weights, its config and the tokens."""
+    tokens = hashlib.sha256()
+    length = context_length(tokenizer, text_encoder)
+    too_long = []
+    for caption, ids in zip(captions, tokenizer(captions, verbose=False).input_ids, strict=True):
+        tokens.update(np.array([*ids, -1]).tobytes())
+        if len(ids) > length:
+            too_long.append(caption)
+    if too_long:
+        first = too_long[0] if len(too_long[0]) < 60 else too_long[0][:60] + "..."
+        count = f"{len(too_long)} of {len(captions)} captions are"
+        logger.warning("%s longer than %d tokens; their ends are not seen: %r", count, length, first)
+    key = content_key(model_key(text_encoder), tokens.hexdigest(), f"{length} {tokenizer.pad_token_id}")
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+        with without_cut_warnings():
+            states, pooled = encode_text(tokenizer, text_encoder, texts)[:2]
+        return states, torch.cat([states.flatten(1), pooled], dim=1)
+
+    def fill(target: np.ndarray) -> None:
+        for start in tqdm(range(0, len(captions), 256), desc="encoding captions", unit="batch"):
+            rows = encode(captions[start : start + 256])[1].to(torch.float16)
+            target[start : start + 256] = rows.cpu().numpy()
+
+    states, row = encode([""])
+    path = Path(cache_dir) / f"text-{key}.npy"
+    rows = memory_map(path, (len(captions), row.shape[1]), np.dtype(np.float16), fill)
+    numbers = {caption: number for number, caption in enumerate(captions)}
+    return TextCache(rows, states.shape[1], states.shape[2], numbers)
+
+
+@dataclass
+class LiveText:
+    """What TextCache is, computed when it is asked for: for streams, whose captions are not known before, and
+    for a text encoder that learns, through which gradients flow."""
+
+    tokenizer: Any
+    text_encoder: Any
+    learns: bool = False
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()), without_cut_warnings():
+            return encode_text(self.tokenizer, self.text_encoder, captions)[:2]
+
+
+@contextlib.contextmanager
+def without_cut_warnings() -> Iterator[None]:
+    """`encode_text` shows each prompt that it cuts, which is right for a person's and too much for a data
+    set's: here they are counted instead."""
+    log = logging.getLogger("pipelines.drawing.text")
+    was = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = was
+
+
+# ------------------------------------------------------------ latents
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] -> (mean - shift_factor) * scaling_factor, (B, C, h, w).
+
+    The posterior's mean, where diffusers' own script draws a sample at every step: a cache holds one latent
+    for each picture, and the posterior's deviation is small beside the latents' own spread.
+    """
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (vae.encode(images.to(vae.device)).latent_dist.mode() - shift) * vae.config.scaling_factor
+
+
+@dataclass
+class LatentCache:
+    """What PictureCache is for pixels, for latents."""
+
+    latents: np.ndarray  # (N, C, h, w) fp16, memory-mapped; (2 N, C, h, w) with `mirrored`
+    pictures: "PictureCache"
+    mirrored: bool = False
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getattr__(self, name: str) -> Any:  # captions, choices, columns, choose_captions
+        return getattr(self.pictures, name)
+
+    def images(self, indices: list[int] | Tensor, mirror: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) float; where `mirror`, (B,) bool, is True, of the mirrored picture."""
+        rows = np.asarray(indices)
+        if mirror is not None:
+            rows = rows + len(self) * mirror.numpy()
+        return torch.from_numpy(self.latents[rows]).float()
+
+
+def cache_latents(
+    pictures: "PictureCache", vae: Any, cache_dir: str | Path, mirrored: bool = False
+) -> LatentCache:
+    """Encode every picture once with the frozen VAE, keyed by the content of pictures, weights and config.
+
+    With `mirrored` a second time as its mirror image, whose latents are not the mirrored latents.
+    """
+    path = Path(cache_dir) / f"latents-{content_key(pictures.key, model_key(vae), str(mirrored))}.npy"
+    count = len(pictures)
+
+    def fill(target: np.ndarray) -> None:
+        for start in tqdm(range(0, len(target), 64), desc="encoding pictures", unit="batch"):
+            rows = torch.arange(start, min(start + 64, len(target)))
+            latents = encode_latents(vae, pictures.images(rows % count, rows >= count))
+            target[start : start + len(rows)] = latents.to(torch.float16).cpu().numpy()
+
+    shape = (count * (2 if mirrored else 1), *encode_latents(vae, pictures.images([0])).shape[1:])
+    return LatentCache(memory_map(path, shape, np.dtype(np.float16), fill), pictures, mirrored)

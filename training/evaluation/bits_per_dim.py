@@ -1,0 +1,301 @@
+"""How many bits a model needs for a picture, and how many of them its caption saves.
+
+    python -m training.evaluate bits-per-dim --model models/emoji --split validation --output terms.png
+    python -m training.evaluate text-information --model models/emoji --split validation --output caption.png
+
+Every term of the variational bound, one draw of noise for each (Nichol 2021, section 3), for pictures of 256
+levels and a U-Net that draws them pixel by pixel. Noise is a function of the seed, the picture's number in
+its split and t: what two runs differ in is never the noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines.chain.equations import FIXED_VARIANCES, LEARNED_VARIANCES
+from pipelines.coding.likelihood import VLBTerms, chain_of, vlb_terms
+from pipelines.drawing.text import NULL_PROMPT, encode_text
+from training.data.pictures import PictureCache, cache_pictures, load_pictures, seed_for
+from training.run.settings import require
+
+VARIANCES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
+BUCKETS = 20  # of timesteps, in the figures
+
+
+@dataclass
+class BitsPerDimConfig:
+    """Settings of `training.evaluate bits-per-dim` and `text-information`."""
+
+    model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure; no VAE."})
+    variance_type: str | None = field(
+        default=None, metadata={"help": "fixed_small, fixed_large, ...; the model's own by default."}
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Timesteps of the chain, ends included; all T by default."}
+    )
+    dataset: str = field(default="data/emoji", metadata={"help": "Data set of captioned pictures."})
+    split: str = field(default="validation", metadata={"help": "Split to take pictures from."})
+    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
+    num_pictures: int = field(default=100, metadata={"help": "Pictures drawn at random; at least 2."})
+    batch_size: int = field(default=25, metadata={"help": "Pictures in one U-Net pass."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice and of the noise."})
+    output: str = field(default="", metadata={"help": "PNG of the terms against t."})
+    json: str = field(default="", metadata={"help": "File for the figures, every term among them."})
+
+    def check(self) -> None:
+        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        require(self.num_pictures >= 2, "num_pictures", self.num_pictures, "at least 2, for a standard error")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        steps, variance = self.num_inference_steps, self.variance_type
+        require(steps is None or steps >= 1, "num_inference_steps", steps, "at least 1")
+        require(variance in (None, *VARIANCES), "variance_type", variance, f"one of {VARIANCES}")
+
+
+def load_pixel_pipeline(name: str) -> TextToImagePipeline:
+    """A pipeline whose likelihood is exact: one that draws RGB pixels itself.
+
+    Raises:
+        ValueError: it has a VAE, whose decoder is no bijection, or draws something else than RGB.
+    """
+    try:
+        pipe = TextToImagePipeline.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+    no_vae = "a pipeline without a VAE: bits per dimension are of pixels, and a VAE's latents lose some"
+    require(pipe.vae is None, "model", name, no_vae)
+    require(pipe.unet.config.in_channels == 3, "model", name, "a pipeline of RGB pixels")
+    return pipe
+
+
+def evaluation_chain(
+    pipe: TextToImagePipeline, variance_type: str | None = None, steps: int | None = None
+) -> DDPMScheduler:
+    """The model's chain with x0 clipped to [-1, 1], all T timesteps of it or `steps` with both ends included.
+
+    Nichol 2021, section 4, strides so: the chain ends at t = 0, whose noise is a fraction of a level.
+
+    Raises:
+        ValueError: a learned variance is asked of a U-Net that tells none; steps not in 1 .. T.
+    """
+    variance_type = variance_type or pipe.scheduler.config.get("variance_type") or "fixed_small"
+    tells_variance = pipe.unet.config.out_channels == 2 * pipe.unet.config.in_channels
+    fixed = f"one of {FIXED_VARIANCES}: the U-Net tells no variance"
+    require(tells_variance or variance_type in FIXED_VARIANCES, "variance_type", variance_type, fixed)
+    chain = chain_of(
+        pipe.scheduler,
+        variance_type=variance_type,
+        clip_sample=True,
+        clip_sample_range=1.0,
+        thresholding=False,
+        timestep_spacing="linspace",
+    )
+    if steps is not None:
+        chain.set_timesteps(steps)
+    return chain
+
+
+@torch.no_grad()
+def captioned_model(
+    pipe: TextToImagePipeline, captions: list[str], chain: DDPMScheduler
+) -> Callable[[Tensor, int], Tensor]:
+    """(x_t (B, 3, H, W), t) -> the U-Net's output for these captions, variance only if the chain takes it."""
+    states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
+    added = {"pooled_text": pooled} if pipe.requires_pooled_text else None
+    channels = 6 if chain.config.variance_type in LEARNED_VARIANCES else 3
+
+    def model(x_t: Tensor, t: int) -> Tensor:
+        output = pipe.unet(x_t, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
+        return output[:, :channels]
+
+    return model
+
+
+def picture_noise(seed: int, numbers: list[int], shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """t -> eps, one row for each picture, of the seed, its number and t alone: the same in every batch."""
+
+    def noise(t: int) -> Tensor:
+        seeds = [seed_for(seed, "bits per dimension", number, t) for number in numbers]
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    return noise
+
+
+@dataclass
+class HeldOut:
+    """The pictures that are measured: their numbers in the split, and a caption for each."""
+
+    pictures: PictureCache
+    numbers: list[int]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def held_out_pictures(config: BitsPerDimConfig, pipe: TextToImagePipeline) -> HeldOut:
+    """`num_pictures` at random (all, if there are fewer), at the size that the U-Net draws."""
+    side = pipe.unet.config.sample_size
+    require(isinstance(side, int), "model", config.model, "a pipeline of square pictures")
+    data = load_pictures(config.dataset, config.split)
+    column = "caption" if "caption" in data.column_names else "text"
+    pictures = cache_pictures(data, side, config.cache_dir, "image", column)
+    require(len(pictures) >= 2, "split", config.split, "of at least 2 pictures")
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))
+    numbers = order[: config.num_pictures].tolist()
+    return HeldOut(pictures, numbers, [pictures.captions[pictures.choices[i][0]] for i in numbers])
+
+
+def measure(
+    config: BitsPerDimConfig,
+    pipe: TextToImagePipeline,
+    chain: DDPMScheduler,
+    held_out: HeldOut,
+    captions: list[str],
+    label: str = "pictures",
+) -> VLBTerms:
+    """The terms of every picture under the caption of its place in `captions`."""
+    parts = []
+    for start in tqdm(range(0, len(held_out), config.batch_size), desc=label, unit="batch"):
+        numbers = held_out.numbers[start : start + config.batch_size]
+        x0 = held_out.pictures.images(numbers)
+        model = captioned_model(pipe, captions[start : start + config.batch_size], chain)
+        parts.append(vlb_terms(model, chain, x0, picture_noise(config.seed, numbers, tuple(x0.shape[1:]))))
+    return VLBTerms(parts[0].timesteps, *(torch.cat(rows) for rows in list(zip(*parts, strict=True))[1:]))
+
+
+def mean_and_error(values: Tensor) -> dict[str, float]:
+    """Mean over pictures, (N,), and its standard error, s/sqrt(N)."""
+    return {"mean": float(values.mean()), "standard error": float(values.std() / len(values) ** 0.5)}
+
+
+def summary(terms: VLBTerms) -> dict[str, Any]:
+    """The bound, its three parts, and every term apart, in bits per dimension."""
+    bits, last = terms.bits, len(terms.timesteps) - 1
+    each = [mean_and_error(column) for column in bits.T]
+    return {
+        "bits/dim": mean_and_error(bits.sum(1)),
+        "L_0 (the last step, to 256 levels)": each[0],
+        f"L_1 .. L_{last} (the steps between)": mean_and_error(bits[:, 1:-1].sum(1)),
+        "L_T (the prior)": each[-1],
+        "timesteps": terms.timesteps.tolist(),
+        "terms": [term["mean"] for term in each],
+        "standard errors of the terms": [term["standard error"] for term in each],
+    }
+
+
+def description(config: BitsPerDimConfig, chain: DDPMScheduler, held_out: HeldOut) -> dict[str, Any]:
+    settings = chain.config
+    return {
+        "model": config.model,
+        "split": config.split,
+        "pictures": len(held_out),
+        "chain": f"{len(chain.timesteps)} of {len(chain)} timesteps, {settings.beta_schedule}",
+        "variance": settings.variance_type,
+    }
+
+
+def bits_per_dim(config: BitsPerDimConfig) -> dict[str, Any]:
+    """Bits per dimension of held-out pictures under their own captions."""
+    pipe = load_pixel_pipeline(config.model)
+    chain = evaluation_chain(pipe, config.variance_type, config.num_inference_steps)
+    held_out = held_out_pictures(config, pipe)
+    terms = measure(config, pipe, chain, held_out, held_out.captions)
+    if config.output:
+        draw_terms(terms, config.output)
+    return description(config, chain, held_out) | summary(terms)
+
+
+# ------------------------------------------------------------ what the caption is worth
+
+
+def shuffle_captions(captions: list[str]) -> list[str]:
+    """Each place gets another's caption: all move on by as many places as leave the fewest as they were."""
+    shifted = [captions[k:] + captions[:k] for k in range(1, len(captions))]
+    return min(shifted, key=lambda others: sum(a == b for a, b in zip(captions, others, strict=True)))
+
+
+def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
+    """The same pictures and the same noise under their captions, the null prompt and each other's captions.
+
+    What a caption saves, log2 p(x0 | caption) - log2 p(x0), is how many bits it tells the model of the
+    picture (both estimated by their bounds); a model that ignores its text has 0 in both differences.
+    """
+    pipe = load_pixel_pipeline(config.model)
+    chain = evaluation_chain(pipe, config.variance_type, config.num_inference_steps)
+    held_out = held_out_pictures(config, pipe)
+    shuffled = shuffle_captions(held_out.captions)
+    captions = {
+        "conditional": held_out.captions,
+        "unconditional": [NULL_PROMPT] * len(held_out),
+        "shuffled": shuffled,
+    }
+    terms = {name: measure(config, pipe, chain, held_out, texts, name) for name, texts in captions.items()}
+    size = 3 * pipe.unet.config.sample_size**2  # dimensions of a picture
+    own = terms["conditional"].bits
+    savings = {name: size * (terms[name].bits - own) for name in ("unconditional", "shuffled")}  # (N, n + 1)
+    if config.output:
+        draw_savings(terms["conditional"].timesteps, savings, config.output)
+    figures = description(config, chain, held_out)
+    figures["captions that the shuffle left"] = sum(
+        a == b for a, b in zip(held_out.captions, shuffled, strict=True)
+    )
+    figures |= {f"{name}, bits/dim": mean_and_error(part.bits.sum(1)) for name, part in terms.items()}
+    for name, saved in savings.items():
+        figures[f"{name} - conditional, bits a picture"] = mean_and_error(saved.sum(1))
+    figures["timesteps"] = terms["conditional"].timesteps.tolist()
+    for name, saved in savings.items():
+        figures[f"{name} - conditional, bits a picture, term by term"] = saved.mean(0).tolist()
+    return figures
+
+
+# ------------------------------------------------------------ figures
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """(figure, axes) that need no display; one Axes, or an array of them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """As a PNG, written aside and renamed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(target)
+
+
+def draw_terms(terms: VLBTerms, path: str) -> None:
+    """Each term against its timestep, on a logarithmic scale (Nichol 2021, figure 2)."""
+    figure, ax = new_figure(7, 3.5)
+    ax.semilogy(terms.timesteps.tolist(), terms.bits.mean(0)[:-1].clamp(min=1e-12).tolist(), lw=1)
+    ax.set(xlabel="t", ylabel="L_t, bits/dim", title=f"{terms.bits.sum(1).mean():.3f} bits/dim in all")
+    ax.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def draw_savings(timesteps: Tensor, savings: dict[str, Tensor], path: str) -> None:
+    """Bits a picture in each of twenty stretches of the chain, with two standard errors on either side."""
+    figure, axes = new_figure(9, 3.5, columns=len(savings))
+    titles = {"unconditional": "what the caption saves", "shuffled": "what another's caption costs"}
+    for ax, (name, saved) in zip(axes, savings.items(), strict=True):
+        stretches = saved[:, :-1].tensor_split(BUCKETS, dim=1)  # the prior's term knows no caption
+        places = [float(part.double().mean()) for part in timesteps.tensor_split(BUCKETS) if len(part)]
+        sums = torch.stack([part.sum(1) for part in stretches if part.shape[1]], dim=1)  # (N, buckets)
+        error = 2 * sums.std(0) / len(sums) ** 0.5
+        width = 0.8 * float(timesteps[-1] + 1) / len(places)
+        ax.bar(places, sums.mean(0).tolist(), width, yerr=error.tolist(), capsize=2)
+        ax.axhline(0, color="black", lw=0.5)
+        ax.set(xlabel="t", ylabel="bits a picture", title=f"{titles[name]}: {saved.sum(1).mean():.1f} bits")
+    save_figure(figure, path)

@@ -1,0 +1,199 @@
+"""The model card's figures, written from a report: front matter for the Hub, and one block of the text.
+
+    python -m training.evaluate card --model models/emoji --report report/report.json
+
+What people wrote stays: front matter is merged, and of the text only what stands between the two marks is
+written anew. A folder without a card gets the one that saving writes, with the block at its end.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.folders.files import write_file
+from training.evaluation.report_page import COLUMNS, describe_guidance, metric_rows
+from training.evaluation.samples import load_pipeline, pipeline_key
+from training.run.settings import require
+
+BEGIN = "<!-- figures: python -m training.evaluate card writes from here -->"
+END = "<!-- figures: to here -->"
+TYPES = {  # of the Hub's model-index, by our names of the figures
+    "R@1": "recall_at_1",
+    "R@5": "recall_at_5",
+    "CLIP score": "clip_score",
+    "Frechet distance": "frechet_distance",
+    "KID": "kernel_distance",
+}
+
+
+@dataclass
+class CardConfig:
+    """Settings of `training.evaluate card`."""
+
+    model: str = field(default="models/emoji", metadata={"help": "The pipeline's folder."})
+    report: str = field(default="report/report.json", metadata={"help": "What `report` measured of it."})
+    output: str = field(default="", metadata={"help": "File to write; the model's README.md by default."})
+    license: str = field(default="", metadata={"help": "Licence of the weights, as the Hub calls it."})
+    training: str = field(
+        default="", metadata={"help": "In words: updates, hours and machine of the training."}
+    )
+
+    def check(self) -> None:
+        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        require(Path(self.report).is_file(), "report", self.report, "the report.json of `report`")
+        require(Path(self.model).is_dir(), "model", self.model, "a pipeline's folder")
+
+
+def model_index(report: dict[str, Any]) -> list[Any]:
+    """The generated pictures' figures as huggingface_hub's EvalResults, by split of the data set."""
+    from huggingface_hub import EvalResult
+
+    from training.evaluation.report import SPLITS
+
+    name = Path(report["data"]["name"]).name
+    columns = {split: report["against captions"][split]["generated"] for split in SPLITS}
+    halves = report["against half of the training pictures"]["generated"]
+    columns["seen captions"] = columns["seen captions"] | halves
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=name,
+            dataset_name=f"{name}, {title}",
+            dataset_split=SPLITS[title],
+            metric_type=TYPES.get(metric, metric),
+            metric_name=metric,
+            metric_value=round(figure["value"], 5),
+        )
+        for title, figures in columns.items()
+        for metric, figure in figures.items()
+    ]
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def measured_limits(report: dict[str, Any]) -> list[str]:
+    """What the figures say that the model cannot do, and what they themselves cannot say."""
+    lines = []
+    for name, part in report["against captions"].items():
+        drawn, real, chance = (part[column]["R@5"]["value"] for column in COLUMNS)
+        lines.append(
+            f"- {name.capitalize()}: the judge has the right concept among its first five for {drawn:.0%} of "
+            f"the pictures, {real:.0%} of real ones, {chance:.0%} under others' captions."
+        )
+    near = "nearer than 95 % of unseen real pictures are"
+    shares = [
+        f"{row[near]:.0%} ({name.removeprefix('generated, ')})"
+        for name, row in report["nearest training pictures"].items()
+        if name.startswith("generated")
+    ]
+    halves = report["against half of the training pictures"]
+    return [
+        *lines,
+        f"- Nearer to a training picture than 95 % of unseen real pictures are: {', '.join(shares)}.",
+        "- The judge saw every split of this data set in its own training. Its figures compare with those of "
+        f"the same judge and of as many pictures ({halves['pictures']}), and with no others.",
+    ]
+
+
+def figures_block(report: dict[str, Any], training: str = "") -> str:
+    """Results, how they were measured, data and licences, limits: Markdown between the marks."""
+    drawing, data, seconds = report["drawing"], report["data"], report["seconds"]
+    losses = report["validation loss"]
+    names = list(report["against captions"])
+    spans = [
+        [span, *(f"{losses[n]['mean'][i]:.4f} ± {losses[n]['standard error'][i]:.4f}" for n in names)]
+        for i, span in enumerate(losses["timesteps"])
+    ]
+    total = sum(value for stage, value in seconds.items() if stage != "of these, pictures drawn anew")
+    computed = report["computed with"]
+    anew = seconds["of these, pictures drawn anew"]
+    drawn = f"{anew} of the pictures drawn in them" if anew else "the pictures drawn before"
+    inception = report["Inception"]
+    if isinstance(inception, dict):
+        inception = ", ".join(f"{name} {value:.3f}" for name, value in inception.items())
+    licences = data.get("training pictures by licence", {})
+    kept_out = data["pictures"]
+    lines = [
+        BEGIN,
+        "## Results",
+        "",
+        *markdown_table(["", "captions", *COLUMNS], metric_rows(report)),
+        "",
+        f"In brackets 95 % bootstrap intervals. Retrieval is among {report['concepts']} concepts; real is "
+        "what real pictures of the same captions get, for the distances half of the training pictures "
+        "against the other.",
+        "",
+        f"Loss on fixed noise ({losses['target']}, unweighted, ± its standard error over draws of noise):",
+        "",
+        *markdown_table(["t", *names], spans),
+        "",
+        f"FID and IS of Inception: {inception}.",
+        "",
+        "## How this was measured",
+        "",
+        f"`python -m training.evaluate report`: {drawing['drawn']} pictures, {drawing['steps']} steps of "
+        f"{drawing['scheduler']}, {describe_guidance(drawing)}; seeds {drawing['seeds']}. Judge: "
+        f"`{report['judge']}` ({report['judge key']}), which took no part in conditioning or guidance. Model "
+        f"key {report['model key']}. {total / 60:.0f} minutes on {computed['threads']} "
+        f"thread{'s' if computed['threads'] > 1 else ''}, {drawn}; torch {computed['torch']}.",
+        "",
+        "## Data of training and evaluation",
+        "",
+        f"`{data['name']}`: {kept_out['train']} training pictures of {data['training concepts']} concepts; "
+        f"kept out {kept_out['heldout_compositions']} of compositions and {kept_out['validation']} of other "
+        "concepts.",
+    ]  # fmt: skip
+    if licences:
+        lines += [
+            "",
+            *markdown_table(["licence", "training pictures"], [[k, str(n)] for k, n in licences.items()]),
+        ]
+    if "packages" in data:
+        lines += [
+            "",
+            "Sources: " + ", ".join(f"{name} {version}" for name, version in data["packages"].items()),
+        ]
+    if training:
+        lines += ["", f"Training: {training}"]
+    return "\n".join([*lines, "", "## Limits that the figures show", "", *measured_limits(report), END])
+
+
+def with_block(card: str, block: str) -> str:
+    """The card with the block in place of the one between the marks, or at its end."""
+    before, begin, rest = card.partition(BEGIN)
+    if not begin:
+        return f"{card.rstrip()}\n\n{block}\n"
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"the model's README.md has {BEGIN!r} and no {END!r} after it: mend it")
+    return before + block + after
+
+
+def card(config: CardConfig) -> dict[str, Any]:
+    """Write the card, return where it is.
+
+    Raises:
+        ValueError: the report is of other weights than the model's; the card that is there cannot be read.
+    """
+    report = json.loads(Path(config.report).read_text(encoding="utf-8"))
+    pipe = load_pipeline(config.model)
+    require(
+        pipeline_key(pipe) == report.get("model key"),
+        "report",
+        config.report,
+        f"of the weights in {config.model!r}: measure them again",
+    )
+    path = Path(config.model, "README.md")
+    name = Path(config.model).resolve().name
+    has_code = any(Path(config.model).rglob("*.py"))
+    text = path.read_text(encoding="utf-8") if path.is_file() else pipe.make_card(name, has_code)
+    fields: dict[str, Any] = {"eval_results": model_index(report), "model_name": name}
+    if config.license:
+        fields["license"] = config.license
+    text = pipe.make_card(name, has_code, with_block(text, figures_block(report, config.training)), fields)
+    output = config.output or str(path)
+    write_file(output, text)
+    return {"card": output, "figures": len(fields["eval_results"])}

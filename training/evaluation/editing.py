@@ -1,0 +1,224 @@
+"""How well editing does what is asked: the changed words in the repainted region, and the seam around it.
+
+    python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
+
+Real pictures of one concept are repainted in one region by the words of another. Each model is a way to
+inpaint: FOLDER, FOLDER:N for RePaint's resampling with N samples a jump, or the folder of a model that was
+trained to inpaint. Beside them a picture of the other concept cut into the hole, which has the words right
+and a seam, and the picture as it was.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines import InpaintPipeline
+from pipelines.drawing.images import image_grid, to_pil
+from pipelines.drawing.masks import crop_region
+from pipelines.folders.files import save_png
+from training.data.pictures import cache_pictures, load_pictures
+from training.evaluation.judge import Judge
+from training.run.settings import require
+
+# left, top, right, bottom as shares of the sides
+REGIONS = {"middle": (0.25, 0.25, 0.75, 0.75), "top": (0.1, 0.0, 0.9, 0.45), "right": (0.5, 0.0, 1.0, 1.0)}
+CHANGES = [
+    "cat face > cat face with a crown @ top",
+    "dog face > dog face with sunglasses @ top",
+    "grinning face > crying face @ middle",
+    "red heart > yellow star @ right",
+    "dog face > cat face @ right",
+]
+
+
+@dataclass
+class EditingConfig:
+    """Settings of `training.evaluate editing`."""
+
+    models: list[str] = field(
+        default_factory=lambda: ["models/emoji", "models/emoji:10"],
+        metadata={"help": "Ways to inpaint, each FOLDER or FOLDER:N, resampled N times."},
+    )
+    changes: list[str] = field(
+        default_factory=lambda: list(CHANGES),
+        metadata={"help": f"What becomes what, each 'name > words @ region', of {', '.join(REGIONS)}."},
+    )
+    judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores."})
+    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
+    split: str = field(default="train", metadata={"help": "Split of the pictures to edit."})
+    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "The model's own by default."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "The model's own by default."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first picture."})
+    output: str = field(default="", metadata={"help": "PNG to write: picture, mask, and each way's result."})
+    json: str = field(default="", metadata={"help": "File for the figures."})
+
+    def check(self) -> None:
+        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        require(len(self.models) > 0, "models", self.models, "at least one")
+        require(len(self.changes) > 0, "changes", self.changes, "at least one")
+        for change in self.changes:
+            parse_change(change)
+        for model in self.models:
+            _, samples = split_model(model)
+            require(samples >= 1, "models", model, "FOLDER or FOLDER:N, N at least 1")
+
+
+def parse_change(change: str) -> tuple[str, str, str]:
+    """'cat face > cat face with a crown @ top' -> its three parts."""
+    words, _, region = change.partition("@")
+    before, _, after = (part.strip() for part in words.partition(">"))
+    region = region.strip()
+    good = bool(before and after) and region in REGIONS
+    require(good, "changes", change, f"'name > words @ region', region one of {', '.join(REGIONS)}")
+    return before, after, region
+
+
+def split_model(model: str) -> tuple[str, int]:
+    folder, colon, samples = model.rpartition(":")
+    return (folder, int(samples)) if colon and samples.isdecimal() else (model, 1)
+
+
+def region_mask(region: str, side: int) -> Image.Image:
+    """A white box on black, (side, side)."""
+    mask = Image.new("L", (side, side))
+    left, top, right, bottom = (round(share * side) for share in REGIONS[region])
+    mask.paste(255, (left, top, right, bottom))
+    return mask
+
+
+def to_hole(mask: Image.Image) -> Tensor:
+    """(H, W) bool, where the mask is not black."""
+    return torch.from_numpy(np.array(mask)) > 0
+
+
+def border_energy(pictures: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of neighbours on the two sides of the mask's border: (B,) of pictures
+    (B, C, H, W) in [-1, 1] and a mask (H, W) in {0, 1}. A seam makes it larger than real pictures have it."""
+    energies, counts = torch.zeros(len(pictures)), 0
+    for axis in (0, 1):
+        inside = mask.bool()
+        length = inside.shape[axis] - 1
+        crosses = inside.narrow(axis, 0, length) != inside.narrow(axis, 1, length)
+        step = pictures.diff(dim=axis - 2).square().mean(1)  # (B, H, W) less one in that axis
+        energies += step[:, crosses].sum(1)
+        counts += int(crosses.sum())
+    return energies / counts
+
+
+@dataclass
+class Case:
+    """Pictures of one change, in several styles."""
+
+    pictures: Tensor  # (B, 3, H, W), as they were
+    others: Tensor  # (B, 3, H, W), of the words that they change to where there is such a concept
+    mask: Image.Image
+    before: list[str]
+    after: list[str]
+
+
+def find_cases(config: EditingConfig, side: int) -> list[Case]:
+    """One for each change, of all styles that the data set has of both. ValueError if there are none.
+
+    Words that are no concept's name are stood in for, in `others`, by the one they begin with.
+    """
+    data = cache_pictures(
+        load_pictures(config.dataset, config.split), side, config.cache_dir, "image", "caption"
+    )
+    places = {key: i for i, key in enumerate(zip(data.columns["name"], data.columns["style"], strict=True))}
+    names = sorted({name for name, _ in places}, key=len)
+    cases = []
+    for change in config.changes:
+        before, after, region = parse_change(change)
+        nearest = [name for name in names if after == name or after.startswith(name + " ")]
+        other = nearest[-1] if nearest else before
+        styles = [style for name, style in places if name == before and (other, style) in places]
+        require(len(styles) > 0, "changes", change, f"about a name that the {config.split} split has")
+        chosen = [[places[name, style] for style in styles] for name in (before, other)]
+        captions = [[f"{words}, {style} style" for style in styles] for words in (before, after)]
+        pictures, others = (data.images(torch.tensor(rows)) for rows in chosen)
+        cases.append(Case(pictures, others, region_mask(region, side), *captions))
+    return cases
+
+
+def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Case) -> Tensor:
+    """(B, 3, H, W) in [-1, 1]; picture i has the seed seed + i."""
+    drawn: Any = pipe(
+        case.after,
+        image=case.pictures / 2 + 0.5,
+        mask_image=case.mask,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(case.after))],
+        jump_n_sample=samples,
+        output_type="pt",
+    )
+    return drawn.images * 2 - 1
+
+
+def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
+    """(B, 3): the judge's score of the region for the new words, for the old, and the border's energy."""
+    side = case.mask.width
+    left, top, right, bottom = crop_region(case.mask, 1, 1, pad=side // 16)
+    embeds = judge.embed_images(edited[..., top:bottom, left:right])
+    scores = [(embeds * judge.embed_texts(words)).sum(1) for words in (case.after, case.before)]
+    return torch.stack([*scores, border_energy(edited, to_hole(case.mask))], dim=1)
+
+
+def editing(config: EditingConfig) -> dict[str, Any]:
+    """For each way: the judge's mean score of the repainted regions for the new words and for the old, how
+    often the new ones win, and the seam: the mean energy along the borders, as a multiple of the real
+    pictures' (of all together: where a border runs through one flat colour there is none to divide by)."""
+    judge = Judge(config.judge)
+    pipes = {}
+    for model in config.models:
+        try:
+            pipes[model] = InpaintPipeline.from_pretrained(split_model(model)[0])
+        except OSError as error:
+            raise ValueError(f"models {model!r}: {error}") from error
+        pipes[model].set_progress_bar_config(disable=True)
+    sides = {pipe.sample_size for pipe in pipes.values()}
+    require(len(sides) == 1, "models", config.models, "of one size")
+    cases = find_cases(config, sides.pop()[0])
+    results: dict[str, list[Tensor]] = {way: [] for way in ("as it was", "cut and pasted", *pipes)}
+    for case in cases:
+        hole = to_hole(case.mask)
+        results["as it was"].append(case.pictures)
+        results["cut and pasted"].append(torch.where(hole, case.others, case.pictures))
+    with tqdm(total=len(pipes) * len(cases), unit="change") as bar:
+        for model, pipe in pipes.items():
+            for case in cases:
+                results[model].append(repaint(config, pipe, split_model(model)[1], case))
+                bar.update()
+    if config.output:
+        draw_sheet(cases, results, config.output)
+    figures: dict[str, Any] = {"pictures": sum(len(case.after) for case in cases)}
+    real = torch.cat([border_energy(case.pictures, to_hole(case.mask)) for case in cases]).mean()
+    for way, edited in results.items():
+        rows = torch.cat([measure(judge, case, part) for case, part in zip(cases, edited, strict=True)])
+        figures[way] = {
+            "score of the new words": rows[:, 0].mean().item(),
+            "score of the old words": rows[:, 1].mean().item(),
+            "new words win": (rows[:, 0] > rows[:, 1]).float().mean().item(),
+            "seam, times real": (rows[:, 2].mean() / real).item(),
+        }
+    return figures
+
+
+def draw_sheet(cases: list[Case], results: dict[str, list[Tensor]], path: str) -> None:
+    """The first picture of each change: as it was, its mask, and what each way made of it."""
+    cells, labels = [], []
+    for i, case in enumerate(cases):
+        cells += [to_pil(results["as it was"][i][:1])[0], case.mask.convert("RGB")]
+        labels += [case.before[0], case.after[0]]
+        for way, edited in results.items():
+            if way != "as it was":
+                cells += to_pil(edited[i][:1])
+                labels.append(way)
+    wide = [cell.resize((128, 128), Image.Resampling.LANCZOS) for cell in cells]
+    save_png(image_grid(wide, columns=len(results) + 1, labels=labels), path)

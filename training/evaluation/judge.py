@@ -1,0 +1,94 @@
+"""The judge: a CLIP that took no part in conditioning or guidance, and what it says of pictures."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from training.data.pictures import load_pictures
+from training.emoji import STYLES
+
+TEMPLATES = ("{}", "a {}", *(f"{{}}, {style} style" for style in list(STYLES.values())[:6]))
+
+
+class Judge:
+    """A CLIP that tells which of all concepts a picture shows."""
+
+    def __init__(self, folder: str):
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"there is no CLIP in {folder!r}; train one with training.clip")
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """(N, D), l2-normalised."""
+        rows = []
+        for start in range(0, len(texts), 512):
+            ids = self.tokenizer(
+                texts[start : start + 512], truncation=True, padding="longest", return_tensors="pt"
+            ).input_ids
+            rows.append(pooled(self.model.get_text_features(input_ids=ids)))
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    @property
+    def image_size(self) -> int:
+        return self.model.config.vision_config.image_size
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(N, 3, H, H) in [-1, 1] -> (N, D), l2-normalised. Larger pictures are averaged over areas to the
+        judge's size, smaller ones interpolated bicubically."""
+        side = self.image_size
+        if images.shape[-1] > side:
+            images = F.interpolate(images, (side, side), mode="area")
+        elif images.shape[-1] < side:
+            images = F.interpolate(images, (side, side), mode="bicubic").clamp(-1, 1)
+        rows = [pooled(self.model.get_image_features(pixel_values=part)) for part in images.split(128)]
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    def embed_names(self, names: list[str]) -> Tensor:
+        """(N, D): each name in every template, averaged: CLIP's prompt ensembles (Radford 2021, 3.1.4)."""
+        embeds = self.embed_texts([t.format(name) for name in names for t in TEMPLATES])
+        return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
+
+
+def pooled(output: Any) -> Tensor:
+    """transformers 5 returns an output object where 4 returned the tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+@dataclass
+class Concepts:
+    """Every concept of the data set with all its names, embedded by a judge."""
+
+    ids: list[str]
+    owner: Tensor  # (names,) index of the concept of each name
+    embeds: Tensor  # (names, D)
+
+    def rank(self, image_embeds: Tensor, truth: list[str]) -> Tensor:
+        """(N,) place of the true concept among all, 0 the first; a concept scores as its best name does."""
+        scores = image_embeds @ self.embeds.T  # (N, names)
+        best = torch.full((len(scores), len(self.ids)), -2.0)
+        best = best.scatter_reduce(1, self.owner.expand(len(scores), -1), scores, "amax")
+        index = {concept: i for i, concept in enumerate(self.ids)}
+        own = best.gather(1, torch.tensor([[index[c]] for c in truth]))
+        return (~(best < own)).sum(1) - 1  # a tie, or NaN, counts against it
+
+
+def embed_concepts(judge: Judge, dataset: str) -> Concepts:
+    names: dict[str, set[str]] = defaultdict(set)
+    for split in ("train", "validation", "heldout_compositions"):
+        data = load_pictures(dataset, split)
+        for concept, name in zip(data["concept"], data["name"], strict=True):
+            names[concept].add(name)
+    ids = sorted(names)
+    owner = [i for i, concept in enumerate(ids) for _ in names[concept]]
+    return Concepts(
+        ids, torch.tensor(owner), judge.embed_names([n for concept in ids for n in sorted(names[concept])])
+    )

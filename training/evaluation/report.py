@@ -1,0 +1,409 @@
+"""Everything that is measured of a model, in one command: report.json, and a page of pictures with it.
+
+    python -m training.evaluate report --model models/emoji --output report
+
+Pictures are drawn once, for captions of the training pictures, of compositions and of concepts that training
+never saw, and serve every figure; they are kept in OUTPUT/samples, so a report that was stopped goes on.
+"""
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines import TextToImagePipeline
+from pipelines.chain.equations import LEARNED_VARIANCES
+from training.data.caches import LiveText, cache_latents, content_key, memory_map, model_key
+from training.data.pictures import PictureCache, cache_pictures, load_pictures
+from training.emoji import read_json
+from training.evaluation.inception import find_weights, inception_figures
+from training.evaluation.judge import Concepts, Judge, embed_concepts
+from training.evaluation.metrics import (
+    bootstrap_interval,
+    clip_score,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    nearest_neighbours,
+    precision_recall,
+    recall_at,
+)
+from training.evaluation.samples import draw, own_guidance, pipeline_key, two_halves, with_guides
+from training.objectives.denoising import BUCKETS, DenoisingLoss, validation_loss
+from training.run.settings import require
+from training.text_to_image import TextToImageConfig
+
+SPLITS = {  # what the page calls them: the data set's name
+    "seen captions": "train",
+    "held-out compositions": "heldout_compositions",
+    "held-out concepts": "validation",
+}
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+NOISE_DRAWS = 4  # of the validation loss, for its standard error
+
+
+@dataclass
+class ReportConfig:
+    """Settings of `training.evaluate report`."""
+
+    model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure."})
+    output: str = field(default="report", metadata={"help": "Folder of the report and its pictures."})
+    judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores pictures."})
+    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
+    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures, their embeddings."})
+    num_pictures: int = field(
+        default=500,
+        metadata={"help": "Drawn for training captions, and real ones in either half; 6 or more."},
+    )
+    num_held_out: int = field(default=200, metadata={"help": "At most so many for each held-out split."})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps; the model's own by default."}
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Classifier-free guidance; the model's own by default."}
+    )
+    clip_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
+    )
+    batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
+    num_validation: int = field(
+        default=256,
+        metadata={"help": "Pictures of each split whose loss is taken, some twice if it has fewer."},
+    )
+    replicates: int = field(default=200, metadata={"help": "Bootstrap replicates of each interval."})
+    num_shown: int = field(default=60, metadata={"help": "Pictures of each split on the page."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choices, noise and first picture."})
+    inception_weights: str = field(
+        default="", metadata={"help": "Inception's weights for FID and IS; else torch's hub cache."}
+    )
+
+    def check(self) -> None:
+        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        least = {"num_pictures": 6, "num_held_out": 2, "num_validation": 40, "replicates": 20}
+        for name, low in (least | {"batch_size": 1, "num_shown": 1}).items():
+            require(getattr(self, name) >= low, name, getattr(self, name), f"at least {low}")
+        steps, scale = self.num_inference_steps, self.guidance_scale
+        require(steps is None or steps >= 1, "num_inference_steps", steps, "at least 1")
+        require(scale is None or scale >= 0, "guidance_scale", scale, "0 or more")
+        clip_scale = self.clip_guidance_scale
+        require(clip_scale is None or clip_scale >= 0, "clip_guidance_scale", clip_scale, "0 or more")
+        find_weights(self.inception_weights)
+        try:
+            Path(self.output, "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output must be a folder to write to, got {self.output!r}: {error}") from error
+
+
+@dataclass
+class Part:
+    """One split: its real pictures with their embeddings, and those chosen to be drawn again."""
+
+    pictures: PictureCache
+    embeds: Tensor  # (N, D) of all its pictures
+    numbers: list[int]  # of those chosen
+    drawn: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, 3, H, W)
+    drawn_embeds: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, D)
+    ranks: dict[str, Tensor] = field(default_factory=dict)  # of the true concepts, (n,)
+    neighbours: tuple[Tensor, Tensor] | None = None  # distance and number of the nearest training picture
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.pictures.captions[self.pictures.choices[i][0]] for i in self.numbers]
+
+    @property
+    def concepts(self) -> list[str]:
+        return [self.pictures.columns["concept"][i] for i in self.numbers]
+
+
+@dataclass
+class Measured:
+    """What the page shows besides the figures."""
+
+    parts: dict[str, Part]
+    reference: list[int]  # half A of the training pictures
+    distances: dict[str, Tensor]  # to the nearest training picture, of drawn and of real pictures
+
+
+# ------------------------------------------------------------ the pictures
+
+
+def embed_pictures(judge: Judge, pictures: PictureCache, cache_dir: str) -> Tensor:
+    """(N, D): the judge's embeddings of a whole split, computed once, keyed by both."""
+    path = Path(cache_dir) / f"judge-{content_key(pictures.key, model_key(judge.model))}.npy"
+
+    def fill(target: np.ndarray) -> None:
+        for start in tqdm(range(0, len(target), 128), desc="embedding real pictures", unit="batch"):
+            rows = torch.arange(start, min(start + 128, len(target)))
+            target[start : start + 128] = judge.embed_images(pictures.images(rows)).numpy()
+
+    width = judge.model.config.projection_dim
+    rows = memory_map(path, (len(pictures), width), np.dtype(np.float32), fill)
+    return torch.from_numpy(np.array(rows))
+
+
+def read_parts(
+    config: ReportConfig, judge: Judge, pipe: TextToImagePipeline
+) -> tuple[dict[str, Part], list[int]]:
+    """The three splits, and half A of the training pictures. What is drawn of those is half B."""
+    side = pipe.unet.config.sample_size
+    require(isinstance(side, int), "model", config.model, "a pipeline of square pictures")
+    parts: dict[str, Part] = {}
+    reference: list[int] = []
+    for name, split in SPLITS.items():
+        data = load_pictures(config.dataset, split)
+        pictures = cache_pictures(data, side * pipe.vae_scale_factor, config.cache_dir, "image", "caption")
+        embeds = embed_pictures(judge, pictures, config.cache_dir)
+        if split == "train":
+            require(len(pictures) >= 12, "dataset", config.dataset, "of at least 12 training pictures")
+            reference, numbers = two_halves(len(pictures), config.num_pictures, config.seed)
+        else:
+            order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))
+            numbers = order[: config.num_held_out].tolist()
+        parts[name] = Part(pictures, embeds, numbers)
+    return parts, reference
+
+
+# ------------------------------------------------------------ the figures
+
+
+def estimate(
+    config: ReportConfig, statistic: Callable[..., float], *samples: Tensor
+) -> dict[str, float | list[float]]:
+    """The figure with its 95 % bootstrap interval."""
+    interval = bootstrap_interval(statistic, *samples, replicates=config.replicates, seed=config.seed)
+    return {"value": statistic(*samples), "interval": list(interval)}
+
+
+def fewest_matches(labels: list[str]) -> int:
+    """By how many places to move all labels on, so that the fewest stay what they were."""
+    shifts = range(1, len(labels))
+    return min(
+        shifts, key=lambda k: sum(a == b for a, b in zip(labels, labels[k:] + labels[:k], strict=True))
+    )
+
+
+def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, part: Part) -> dict[str, Any]:
+    """Retrieval among all concepts and CLIP score: of the drawn pictures, the real ones of the same captions,
+    and the drawn ones each under another's caption."""
+    texts = judge.embed_texts(part.captions)
+    columns = {
+        "generated": part.drawn_embeds,
+        "real": part.embeds[part.numbers],
+        "shuffled": part.drawn_embeds.roll(-fewest_matches(part.concepts), dims=0),
+    }
+    figures: dict[str, Any] = {"pictures": len(part.numbers), "concepts": len(set(part.concepts))}
+    for column, embeds in columns.items():
+        ranks = part.ranks[column] = concepts.rank(embeds, part.concepts)
+        figures[column] = {f"R@{k}": estimate(config, lambda r, k=k: recall_at(r, k), ranks) for k in (1, 5)}
+        scores = clip_score(embeds, texts)
+        figures[column]["CLIP score"] = estimate(config, lambda s: float(s.mean()), scores)
+    return figures
+
+
+def distribution(config: ReportConfig, reference: Tensor, columns: dict[str, Tensor]) -> dict[str, Any]:
+    """How far pictures are from half A in the judge's image space, (N, D) each, of the same N."""
+    figures: dict[str, Any] = {"pictures": len(reference)}
+    scale = reference.shape[1] ** 0.5  # unit vectors to the size that KID's kernel is made for
+    for column, embeds in tqdm(columns.items(), desc="bootstrap of the distances", unit="column"):
+        precision, recall = precision_recall(reference, embeds)
+        density, coverage = density_coverage(reference, embeds)
+        figures[column] = {
+            "Frechet distance": estimate(config, frechet_distance, embeds, reference),
+            "KID": estimate(config, kernel_distance, scale * embeds, scale * reference),
+            "precision": {"value": precision},
+            "recall": {"value": recall},
+            "density": {"value": density},
+            "coverage": {"value": coverage},
+        }
+    return figures
+
+
+def losses(config: ReportConfig, pipe: TextToImagePipeline, parts: dict[str, Part]) -> dict[str, Any]:
+    """Unweighted loss in ten timestep buckets, with the standard error over draws of the noise."""
+    learned = pipe.scheduler.config.get("variance_type") in LEARNED_VARIANCES
+    settings = TextToImageConfig(output_dir="", loss="hybrid" if learned else "simple", snr_gamma=None)
+    loss = DenoisingLoss(settings, pipe, pipe.unet, None, LiveText(pipe.tokenizer, pipe.text_encoder))
+    total = loss.scheduler.config.num_train_timesteps
+    edges = [-(-total * i // BUCKETS) for i in range(BUCKETS + 1)]
+    figures: dict[str, Any] = {
+        "target": pipe.scheduler.config.prediction_type,
+        "loss": settings.loss,
+        "draws of the noise": NOISE_DRAWS,
+        "timesteps": [f"{low} .. {high - 1}" for low, high in zip(edges, edges[1:], strict=False)],
+    }
+    bar = tqdm(total=len(parts) * NOISE_DRAWS, desc="validation loss", unit="draw")
+    for name, part in parts.items():
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(part.pictures), generator=generator).tolist()
+        chosen = [order[i % len(order)] for i in range(config.num_validation)]  # so that no bucket is empty
+        pictures: Any = picked(part.pictures, chosen)
+        if pipe.vae is not None:
+            pictures = cache_latents(pictures, pipe.vae, config.cache_dir)
+        values = []
+        for draw_number in range(NOISE_DRAWS):
+            values.append(validation_loss(loss, pictures, config.seed + draw_number, len(chosen)))
+            bar.update()
+        drawn = torch.tensor(values, dtype=torch.float64)  # (draws, buckets)
+        figures[name] = {
+            "pictures": len(set(chosen)),
+            "mean": drawn.mean(0).tolist(),
+            "standard error": (drawn.std(0) / NOISE_DRAWS**0.5).tolist(),
+        }
+    bar.close()
+    return figures
+
+
+def picked(pictures: PictureCache, numbers: list[int]) -> PictureCache:
+    """Some of the pictures as a cache of their own."""
+    rows = np.array(numbers) if pictures.rows is None else pictures.rows[numbers]
+    choices = [pictures.choices[i] for i in numbers]
+    return PictureCache(pictures.pixels, pictures.captions, choices, {}, rows, pictures.name)
+
+
+def memorisation(parts: dict[str, Part]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Cosine distance to the nearest training picture: of drawn pictures, and of real ones that training
+    never saw (of training pictures to the nearest other one).
+
+    A model that copies is nearer to its training pictures than unseen ones of the same kind are.
+    """
+    train = parts["seen captions"]
+    distances = {}
+    for name, part in parts.items():
+        part.neighbours = nearest_neighbours(part.drawn_embeds, train.embeds)
+        distances[f"generated, {name}"] = part.neighbours[0]
+        own = torch.tensor(part.numbers)
+        if part is train:
+            distances["real, training"] = nearest_neighbours(train.embeds[own], train.embeds, own)[0]
+        else:
+            distances[f"real, {name}"] = nearest_neighbours(part.embeds, train.embeds)[0]
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    figures: dict[str, Any] = {"quantiles": list(QUANTILES)}
+    unseen = distances["real, held-out concepts"].double().quantile(0.05)
+    for name, values in distances.items():
+        figures[name] = {
+            "pictures": len(values),
+            "distances": values.double().quantile(levels).tolist(),
+            "nearer than 95 % of unseen real pictures are": float((values < unseen).double().mean()),
+        }
+    for name, part in parts.items():
+        assert part.neighbours is not None
+        copies = train.pictures.images(part.neighbours[1])
+        errors = 127.5 * (part.drawn - copies).square().flatten(1).mean(1).sqrt()  # of 0 .. 255
+        figures[f"generated, {name}"]["smallest RMSE to that picture, of 255 levels"] = float(errors.min())
+    return figures, distances
+
+
+# ------------------------------------------------------------ all of it
+
+
+def describe_data(config: ReportConfig, parts: dict[str, Part]) -> dict[str, Any]:
+    """Where the pictures come from, as far as the data set says."""
+    train = parts["seen captions"].pictures
+    figures: dict[str, Any] = {
+        "name": config.dataset,
+        "pictures": {split: len(parts[name].pictures) for name, split in SPLITS.items()},
+        "training concepts": len(set(train.columns["concept"])),
+    }
+    for column in ("licence", "style"):
+        if column in train.columns:
+            figures[f"training pictures by {column}"] = dict(Counter(train.columns[column]).most_common())
+    summary = Path(config.dataset, "splits.json")
+    if summary.is_file():
+        figures["packages"] = read_json(summary)["packages"]
+    return figures
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    """Measure, write report.json, overview.png and index.html into `output`, return the figures."""
+    from training.evaluation.report_page import write_report  # which draws with this module's classes
+
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[stage] = round(time.perf_counter() - start, 1)
+
+    judge, pipe = Judge(config.judge), with_guides(config.model)
+    with timed("reading and embedding real pictures"):
+        concepts = embed_concepts(judge, config.dataset)
+        parts, reference = read_parts(config, judge, pipe)
+    steps, eta = config.num_inference_steps, pipe.scheduler.config.get("eta", 1.0)
+    scale, clip_scale = own_guidance(pipe, config.guidance_scale, config.clip_guidance_scale)
+    settings = {
+        "steps": pipe.config["default_num_inference_steps"] if steps is None else steps,
+        "guidance scale": scale,
+        "CLIP guidance scale": clip_scale,
+        "scheduler": type(pipe.scheduler).__name__ + (f" with eta {eta:g}" if eta < 1 else ""),
+        "seeds": f"{config.seed} on, one for each picture of a split",
+    }
+    samples = Path(config.output, "samples")
+    there = set(samples.glob("*.png"))
+    with timed("drawing"):
+        for name, part in parts.items():
+            part.drawn = draw(
+                pipe,
+                part.captions,
+                seed=config.seed,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                clip_guidance_scale=clip_scale,
+                batch_size=config.batch_size,
+                folder=samples,
+                label=f"drawing {name}",
+            )
+            part.drawn_embeds = judge.embed_images(part.drawn)
+    drawn_now = len(set(samples.glob("*.png")) - there)
+    train = parts["seen captions"]
+    with timed("retrieval and CLIP score"):
+        retrieval = {name: against_captions(config, judge, concepts, part) for name, part in parts.items()}
+    with timed("distances between distributions"):
+        columns = {"generated": train.drawn_embeds, "real": train.embeds[train.numbers]}
+        distances = distribution(config, train.embeds[reference], columns)
+    with timed("validation loss"):
+        validation = losses(config, pipe, parts)
+    with timed("nearest neighbours"):
+        neighbours, nearest = memorisation(parts)
+    with timed("Inception"):
+        weights = find_weights(config.inception_weights)
+        inception = inception_figures(weights, train.drawn, train.pictures.images(reference))
+    drawing_parts = {k: v for k, v in pipe.components.items() if k not in ("noisy_clip", "noisy_classifier")}
+    if clip_scale > 0:
+        drawing_parts["noisy_clip"] = pipe.noisy_clip
+    modules = [part for part in drawing_parts.values() if isinstance(part, torch.nn.Module)]
+    figures = {
+        "model": config.model,
+        "model key": pipeline_key(pipe),
+        "parameters": sum(p.numel() for module in modules for p in module.parameters()),
+        "judge": config.judge,
+        "judge key": model_key(judge.model)[:16],
+        "concepts": len(concepts.ids),
+        "seed": config.seed,
+        "data": describe_data(config, parts),
+        "drawing": settings | {"drawn": sum(len(part.numbers) for part in parts.values())},
+        "against captions": retrieval,
+        "against half of the training pictures": distances,
+        "validation loss": validation,
+        "nearest training pictures": neighbours,
+        "Inception": inception,
+        "bootstrap replicates": config.replicates,
+        "seconds": seconds | {"of these, pictures drawn anew": drawn_now},
+        "computed with": {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_report(config, figures, Measured(parts, reference, nearest))
+    return figures

@@ -1,0 +1,136 @@
+"""Pictures drawn for many captions, a seed each; with a folder, none is drawn twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines import TextToImagePipeline
+from pipelines.components.noisy_classifier import NoisyClassifier
+from pipelines.components.noisy_clip import NoisyCLIP
+from pipelines.drawing.images import to_pil, to_tensor
+from pipelines.folders.files import save_png
+from training.data.caches import content_key, model_key
+
+
+def load_pipeline(name: str) -> TextToImagePipeline:
+    """Raises ValueError, which names it, when there is no pipeline to load."""
+    try:
+        return TextToImagePipeline.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+
+
+def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") -> TextToImagePipeline:
+    """The pipeline `model` with the components of these folders in place of its own, where they are given;
+    one that has none takes what the folder beside it holds."""
+    pipe, beside = load_pipeline(model), Path(f"{model.rstrip('/')}-guidance")
+    if (pipe.noisy_clip is None or pipe.noisy_classifier is None) and beside.is_dir():
+        pipe.load_guides(beside)
+    if noisy_clip:
+        pipe.register_modules(noisy_clip=NoisyCLIP.from_pretrained(noisy_clip))
+    if noisy_classifier:
+        pipe.register_modules(noisy_classifier=NoisyClassifier.from_pretrained(noisy_classifier))
+    return pipe
+
+
+def pipeline_key(pipe: TextToImagePipeline) -> str:
+    """A digest of all that draws: the weights and configs of U-Net, text encoder and VAE, the scheduler's."""
+    models = (pipe.unet, pipe.text_encoder, pipe.vae)
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    return content_key(
+        *(model_key(model) for model in models if model is not None),
+        type(pipe.scheduler).__name__ + json.dumps(scheduler, sort_keys=True, default=str),
+    )
+
+
+def own_guidance(
+    pipe: TextToImagePipeline, guidance_scale: float | None, clip_guidance_scale: float | None
+) -> tuple[float, float]:
+    """What the pipeline takes for these where it draws at its own size; see `guidance_defaults`."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    scale, clip_scale = pipe.guidance_defaults(guidance_scale, clip_guidance_scale, (side, side))
+    return float(scale), float(clip_scale)
+
+
+def draw(
+    pipe: TextToImagePipeline,
+    captions: list[str],
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 25,
+    folder: str | Path | None = None,
+    label: str = "drawing",
+    clip_guidance_scale: float | None = None,
+    class_labels: list[str] | None = None,
+    classifier_guidance_scale: float = 0.0,
+    num_candidates: int = 1,
+) -> Tensor:
+    """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
+
+    Args:
+        num_inference_steps, guidance_scale, clip_guidance_scale: the model's own where None, the last if both
+            scales are; it is that of its noised CLIP.
+        folder: where each picture is kept as a PNG, so all are rounded to 256 levels. Its name is a digest
+            of the model, the caption's tokens, the seed and both settings: a run that goes on after it was
+            stopped, or wants more pictures, draws only those that are not there.
+        label: of the progress bar.
+        class_labels, classifier_guidance_scale: a class for each caption, and s of guidance to it by the
+            pipeline's noised classifier, 0 is off.
+        num_candidates: so many are drawn for each, the first with the seed seed + i, another with 2^24 more
+            than the one before (torch's CPU generator sees 32 bits of it), and the best is kept;
+            `batch_size` counts all that are drawn.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
+    scale, clip_guidance_scale = own_guidance(pipe, guidance_scale, clip_guidance_scale)
+    paths: list[Path] = []
+    if folder is not None:
+        key, ids = pipeline_key(pipe), pipe.tokenizer(captions, verbose=False).input_ids
+        guided = f" {clip_guidance_scale} {model_key(pipe.noisy_clip)}" if clip_guidance_scale > 0 else ""
+        settings = [f"{steps} {scale}{guided}"] * len(captions)
+        if classifier_guidance_scale > 0 and class_labels is not None:
+            classifier = f" {classifier_guidance_scale} {model_key(pipe.noisy_classifier)}"
+            settings = [f"{own}{classifier} {one}" for own, one in zip(settings, class_labels, strict=True)]
+        if num_candidates > 1:
+            settings = [f"{own} best of {num_candidates}" for own in settings]
+        names = [content_key(key, f"{ids[i]} {seed + i} {settings[i]}") for i in range(len(captions))]
+        paths = [Path(folder) / f"{name}.png" for name in names]
+    missing = [i for i in range(len(captions)) if not paths or not paths[i].is_file()]
+    parts = []
+    with tqdm(total=len(captions), initial=len(captions) - len(missing), desc=label, unit="picture") as bar:
+        at_once = max(1, batch_size // num_candidates)
+        for start in range(0, len(missing), at_once):
+            batch = missing[start : start + at_once]
+            seeds = [seed + i + j * 2**24 for i in batch for j in range(num_candidates)]
+            classes = None if class_labels is None else [class_labels[i] for i in batch]
+            drawn: Any = pipe(
+                [captions[i] for i in batch],
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                clip_guidance_scale=clip_guidance_scale,
+                class_labels=classes,
+                classifier_guidance_scale=classifier_guidance_scale,
+                num_candidates=num_candidates,
+                generator=[torch.Generator().manual_seed(own) for own in seeds],
+                output_type="pt",
+            )
+            images = drawn.images * 2 - 1
+            for i, image in zip(batch, to_pil(images), strict=True):
+                if paths:
+                    save_png(image, paths[i])
+            parts.append(images)
+            bar.update(len(batch))
+    return torch.cat([to_tensor(Image.open(path)) for path in paths] if paths else parts)
+
+
+def two_halves(total: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of `count` pictures of 0 .. total - 1 at random, and of as many others; fewer if need be."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(count, total // 2)
+    return order[:count], order[count : 2 * count]

