@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines.drawing.images import nearest_size
-from pipelines.inpaint import put_back
+from pipelines.inpaint import crop_around_mask, put_back
 
 
 def enlarged(pipe: Any, image: Image.Image, prompt: str, generator: Any) -> Image.Image:
@@ -31,7 +31,7 @@ def repaint(
 
     Black pixels of the mask come back to the last bit. Raises ValueError as the pipeline does.
     """
-    box, whole, grey, part, part_mask = pipe.crop_around_mask(picture, mask, None, None, padding)
+    box, whole, grey, part, part_mask = crop_around_mask(pipe, picture, mask, None, None, padding)
     part = part / 2 + 0.5  # [-1, 1] -> [0, 1]
     drawn = pipe(prompt, image=part, mask_image=part_mask, generator=generator, **call).images[0]
     if box[2] - box[0] > drawn.width or box[3] - box[1] > drawn.height:

@@ -5,32 +5,18 @@ merged into the latents (Lugmayr et al. 2022, "RePaint", with its resampling as 
 for it, as GLIDE was: it sees the mask and the masked picture as further input channels.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .chain.guidance import in_guidance_interval, noise_levels
-from .drawing.checks import (
-    OUTPUT_TYPES,
-    check,
-    check_callback,
-    check_clip_skip,
-    check_counts,
-    check_cross_attention_kwargs,
-    check_generator,
-    check_guidance,
-    check_shares,
-    is_whole,
-)
-from .drawing.images import check_pixels, decode_latents, read_masks, read_pictures, to_grey, to_pil, to_rgb
+from .drawing.images import check_pixels, read_masks, read_pictures, to_grey, to_pil, to_rgb
+from .drawing.loop import draw
 from .drawing.masks import (
     FORGETFUL,
     Box,
@@ -42,18 +28,121 @@ from .drawing.masks import (
     repaint_order,
     shrink_to_fit,
 )
-from .drawing.sizes import TwoStageMixin as TwoStageMixin
-from .drawing.text import TextInputs, check_prompt, context_length, estimate_x0, join_text
+from .drawing.request import COUNT, Request, check, is_whole, takes
+from .drawing.sizes import check_allowed
+from .image_to_image import ImageToImage, ImageToImagePipeline, check_rows, for_each
 
-# The code of a saved folder is copied as far as its pipeline's own file imports it, so what only the parents
-# need is imported here too.
-from .folders.adapters import refuse_ip_adapter
-from .folders.conversion import ConversionMixin as ConversionMixin
-from .folders.loading import LoadMixin as LoadMixin
-from .folders.model_card import ModelCardMixin as ModelCardMixin
-from .folders.saving import SaveMixin as SaveMixin
-from .image_to_image import OUTPUTS, ImageToImagePipeline, check_rows, for_each
-from .text_to_image import TextToImagePipeline as TextToImagePipeline
+
+class Inpaint(ImageToImage):
+    """The masked part is drawn, the known region is kept: by merging it in, or by a U-Net that sees it."""
+
+    soft: torch.Tensor  # the mask as it was given, (1 or prompts, 1, H, W) in [0, 1]
+    binary: torch.Tensor  # 1 where it is 1/2 or more
+    box: Box | None = None  # the region that is repainted of a larger picture
+    whole: Image.Image  # that picture, in RGB
+    grey: Image.Image  # and its mask
+
+    def read(self) -> None:
+        request, sees_mask = self.request, self.pipe.sees_mask
+        if request.jump_n_sample > 1:
+            kind = type(self.pipe.scheduler).__name__
+            check("scheduler", kind, kind in FORGETFUL, f"one of {FORGETFUL} for `jump_n_sample` above 1")
+            check("jump_n_sample", request.jump_n_sample, not sees_mask, "1 for a U-Net made for inpainting")
+        if request.padding_mask_crop is not None:
+            kind = request.output_type
+            check("output_type", kind, kind == "pil", "'pil' with `padding_mask_crop`")
+            self.box, self.whole, self.grey, self.pictures, mask = crop_around_mask(
+                self.pipe,
+                request.image,
+                request.mask_image,
+                request.height,
+                request.width,
+                request.padding_mask_crop,
+            )
+            self.soft = mask  # what comes back is blended into the whole, at its size
+        else:
+            self.pictures = self.read_images(request.image)
+            size = (self.pictures.shape[2], self.pictures.shape[3])
+            mask = read_masks(request.mask_image, size)
+            # Lanczos leaves ripples
+            self.soft = read_masks(request.mask_image, size, Image.Resampling.BILINEAR)
+        self.binary = (mask >= 0.5).float()
+        if not self.binary.any(dim=0).any():
+            raise ValueError("`mask_image` has nothing to repaint: white is repainted, black is kept.")
+        self.height, self.width = self.pictures.shape[2:]
+
+    def check(self) -> int:
+        prompts = super().check()
+        check_rows("mask_image", self.binary, prompts)
+        return prompts
+
+    def check_channels(self) -> None:
+        channels, config = self.channels, self.pipe.unet.config
+        if config.in_channels not in (channels, 2 * channels + 1) or config.out_channels % channels:
+            raise ValueError(
+                f"The U-Net must have {channels} or {2 * channels + 1} input channels and {channels} or "
+                f"{2 * channels} output channels, got {config.in_channels} and {config.out_channels}."
+            )
+
+    def visit(self, device: Any) -> tuple[torch.Tensor, int]:
+        self.visited, steps = super().visit(device)
+        return self.visited, steps
+
+    def order(self, count: int) -> Sequence[int]:
+        return repaint_order(count, self.request.jump_length, self.request.jump_n_sample)
+
+    def start(self, pictures: int, visited: torch.Tensor, device: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Encode the picture, noise it, and encode what the mask leaves of it: draws in diffusers' order."""
+        request, scheduler = self.request, self.pipe.scheduler
+        merges = not self.pipe.sees_mask
+        picture = None
+        if request.strength < 1 or merges:
+            picture = self.encode(self.pictures, pictures, device, dtype)
+        self.known, self.z = picture if merges else None, self.noise(pictures, device, dtype)
+        if request.strength == 1 or picture is None:
+            latents = self.z * scheduler.init_noise_sigma
+        else:
+            latents = scheduler.add_noise(picture, self.z, visited[:1].repeat(pictures))
+        mask = F.interpolate(self.binary, latents.shape[2:]).to(device=device, dtype=dtype)
+        masked = request.masked_image_latents
+        if masked is None:
+            masked = self.encode(self.pictures * (1 - self.binary), pictures, device, dtype)
+        masked = for_each(masked.to(device=device, dtype=dtype), pictures)
+        self.tensors = {"mask": for_each(mask, pictures), "masked_image_latents": masked}
+        return latents
+
+    def see(self, x_t: torch.Tensor) -> torch.Tensor:
+        if not self.pipe.sees_mask:
+            return x_t
+        return torch.cat([x_t, *self.tensors.values()], dim=1)  # (B, 2C + 1, H, W)
+
+    def before(self, latents: torch.Tensor, k: int, last: int | None) -> torch.Tensor:
+        """Where resampling goes back: from where step `last` left the latents to step k's noise level."""
+        if last is None or k > last:
+            return latents
+        abar = self.pipe.scheduler.alphas_cumprod.double().cpu()[self.visited.cpu()].tolist() + [1.0]
+        z = randn_tensor(latents.shape, self.request.generator, latents.device, latents.dtype)
+        return renoise(latents, z, abar[last + 1], abar[k])
+
+    def after(self, latents: torch.Tensor, k: int) -> torch.Tensor:
+        """The known region, noised to the level that step k leaves, in place of what was drawn there."""
+        if self.known is None:
+            return latents
+        if self.request.jump_n_sample > 1:
+            self.z = randn_tensor(latents.shape, self.request.generator, self.z.device, self.z.dtype)
+        known, mask = self.known, self.tensors["mask"]
+        if k < len(self.visited) - 1:
+            known = self.pipe.scheduler.add_noise(known, self.z, self.visited[k + 1 : k + 2])
+        return (1 - mask) * known + mask * latents
+
+    def finish(self, pictures: torch.Tensor, kept: torch.Tensor) -> Any:
+        """Put back what was to be kept."""
+        if self.box is not None:
+            drawn = super().finish(pictures, kept)
+            return [put_back(one, self.whole, self.grey, self.box) for one in drawn]
+        count = len(self.tensors["mask"])
+        soft, picture = (for_each(x.to(pictures.device), count)[kept] for x in (self.soft, self.pictures))
+        return super().finish(torch.lerp(picture, pictures.float(), soft), kept)
 
 
 class InpaintPipeline(ImageToImagePipeline):
@@ -82,138 +171,30 @@ class InpaintPipeline(ImageToImagePipeline):
         """Whether the U-Net was made for inpainting."""
         return self.unet.config.in_channels == 2 * self.num_channels_latents + 1
 
-    # ---- the stages of __call__ that image to image has not ----
-
-    def check_inputs(
-        self,
-        text: TextInputs,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        guidance_rescale: float = 0.0,
-        clip_skip: int | None = None,
-        callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> int:
-        """The number of prompts. Raises ValueError for whatever `__call__` cannot do."""
-        check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
-        check_shares(eta=eta, guidance_rescale=guidance_rescale)
-        check_guidance(guidance_scale, guidance_interval)
-        check("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {OUTPUT_TYPES}")
-        if self.text_encoder is not None:
-            check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
-        check_cross_attention_kwargs(cross_attention_kwargs, hasattr(self.unet, "attn_processors"))
-        asked = callback_on_step_end_tensor_inputs or []
-        check_callback(callback_on_step_end, asked, self._callback_tensor_inputs)
-
-        context = None if self.text_encoder is None else context_length(self.tokenizer, self.text_encoder)
-        guided = guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
-        pictures = check_prompt(text, guided, self.requires_pooled_text, context) * num_images_per_prompt
-        check_generator(generator, pictures)
-        channels, config = self.num_channels_latents, self.unet.config
-        if config.in_channels not in (channels, 2 * channels + 1) or config.out_channels % channels:
-            raise ValueError(
-                f"The U-Net must have {channels} or {2 * channels + 1} input channels and {channels} or "
-                f"{2 * channels} output channels, got {config.in_channels} and {config.out_channels}."
-            )
-        shape, given = self._latents_shape(pictures, channels, height, width), getattr(latents, "shape", None)
-        check("latents", given, latents is None or given == shape, f"a tensor of {shape}")
-        return pictures // num_images_per_prompt
-
-    def crop_around_mask(
-        self, image: Any, mask_image: Any, height: int | None, width: int | None, padding: int
-    ) -> tuple[Box, Image.Image, Image.Image, torch.Tensor, torch.Tensor]:
-        """(box, the whole picture in RGB, its mask in grey, and of the box both as tensors)."""
-        for name, given in (("image", image), ("mask_image", mask_image)):
-            check(name, type(given).__name__, isinstance(given, Image.Image), "a PIL picture to be cropped")
-            check_pixels(given.width, given.height, name)
-        whole, grey = to_rgb(image), to_grey(mask_image)
-        if grey.size != whole.size:
-            grey = grey.resize(whole.size, Image.Resampling.BILINEAR)
-        sample_width, sample_height = self.sample_size
-        height, width = height or sample_height, width or sample_width
-        self.check_allowed(height, width, "`height` and `width`")
-        box = crop_region(grey, width, height, padding)
-        parts = [shrink_to_fit(part.crop(box), width, height) for part in (whole, grey)]
-        return box, whole, grey, read_pictures(parts[0]), read_masks(parts[1])
-
-    @property
-    def sample_size(self) -> tuple[int, int]:
-        """(width, height) in pixels that the U-Net was made for."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return width * self.vae_scale_factor, height * self.vae_scale_factor
-
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self,
-        prompt: str | list[str] | None = None,
-        image: Any = None,
-        mask_image: Any = None,
-        masked_image_latents: torch.Tensor | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        padding_mask_crop: int | None = None,
-        strength: float = 1.0,
-        num_inference_steps: int | None = None,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        ip_adapter_image: None = None,
-        ip_adapter_image_embeds: None = None,
-        output_type: str | None = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        negative_pooled_prompt_embeds: torch.Tensor | None = None,
-        jump_length: int = 10,
-        jump_n_sample: int = 1,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
-        r"""Repaints the white part of `mask_image` in `image`, `num_images_per_prompt` times for each prompt.
+    @takes(
+        "inpaint",
+        "prompt image mask_image masked_image_latents height width padding_mask_crop strength "
+        "num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta "
+        "generator latents prompt_embeds negative_prompt_embeds ip_adapter_image "
+        "ip_adapter_image_embeds output_type return_dict cross_attention_kwargs clip_skip "
+        "callback_on_step_end callback_on_step_end_tensor_inputs guidance_rescale guidance_interval pooled_prompt_embeds "
+        "negative_pooled_prompt_embeds jump_length jump_n_sample",
+        strength=1.0,
+    )
+    def __call__(self, request: Request) -> Any:
+        """Repaints the white part of `mask_image` in `image`, `num_images_per_prompt` times for each prompt.
 
         Where the mask is 0 the pictures returned equal `image` to the last bit, whatever the model and the
         size. The model repaints where it is 1/2 or more. Between 0 and 1, in a soft mask, what it drew is
-        blended in by that share, mask * drawn + (1 - mask) * image: there pixels do change.
+        blended in by that share, mask * drawn + (1 - mask) * image: there pixels do change. A mask of another
+        size than `image` is stretched to it.
 
-        Args: what `TextToImagePipeline.__call__` and diffusers' StableDiffusionInpaintPipeline take, and
-            image: what to repaint, one for all prompts or one for each; see `images.read_pictures`.
-            mask_image: white is repainted, black or transparent is kept; one, or one for each prompt. Of
-                another size than `image` it is stretched to its size.
-            masked_image_latents: ready latents of the picture with the masked part grey (0), in place of
-                encoding it; for a U-Net made for inpainting.
-            height, width: both, and picture and mask are resized to them; or neither, and they keep the
-                picture's size (diffusers squeezes them into the U-Net's).
-            padding_mask_crop: repaint only the region around the mask, with so many pixels on each side,
-                enlarged or shrunk to `height` x `width` (default: what the U-Net was made for), and put it
-                back. For PIL pictures and output, and one prompt's picture.
-            strength: in 0..1, the share of the schedule that is run. 1 starts from pure noise; less lets the
-                masked part of the picture show through.
-            latents: z of N(0, I) in place of drawn noise, also where `strength` is below 1.
-            callback_on_step_end: may also see and replace "mask" and "masked_image_latents", a row a picture.
-            jump_length, jump_n_sample: RePaint's resampling: every `jump_length` steps go so many back and
-                denoise them anew, `jump_n_sample` times in all; 1 is off, 10 is the paper's. It makes the two
-                regions agree better and multiplies the time. For DDPM and DDIM schedulers, and U-Nets that do
-                not see the mask.
+        `height` and `width`, both, resize picture and mask; without them they keep the picture's size
+        (diffusers squeezes them into the U-Net's). `padding_mask_crop` is for PIL pictures and output, and
+        one prompt's picture. Callbacks may see and replace "mask" and "masked_image_latents" too, a row for
+        each picture. RePaint's resampling (`jump_n_sample` above 1) makes the two regions agree better and
+        multiplies the time; it is for DDPM and DDIM schedulers, and U-Nets that do not see the mask.
 
         With a list of generators all of a picture's noise comes from its own (in diffusers that of the
         encoder does not).
@@ -222,183 +203,7 @@ class InpaintPipeline(ImageToImagePipeline):
         Raises ValueError for arguments that make no sense, and a mask that nowhere reaches 1/2, before any
         work.
         """
-        # 1. Settle the defaults and check the rest
-        refuse_ip_adapter(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
-        steps = (
-            self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        )
-        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-        num_images_per_prompt = 1 if num_images_per_prompt is None else num_images_per_prompt
-        output_type = "pil" if output_type is None else output_type
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        elif callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
-        inputs = TextInputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-            pooled_prompt_embeds, negative_pooled_prompt_embeds,
-        )  # fmt: skip
-        check_shares(strength=strength)
-        check_counts(jump_length=jump_length, jump_n_sample=jump_n_sample)
-        if jump_n_sample > 1:
-            kind = type(self.scheduler).__name__
-            check("scheduler", kind, kind in FORGETFUL, f"one of {FORGETFUL} for `jump_n_sample` above 1")
-            check("jump_n_sample", jump_n_sample, not self.sees_mask, "1 for a U-Net made for inpainting")
-        box = None
-        if padding_mask_crop is not None:
-            check("padding_mask_crop", padding_mask_crop, is_whole(padding_mask_crop, 0), "pixels, 0 or more")
-            check("output_type", output_type, output_type == "pil", "'pil' with `padding_mask_crop`")
-            box, whole, grey, picture, mask_condition = self.crop_around_mask(
-                image, mask_image, height, width, padding_mask_crop
-            )
-            soft = mask_condition  # what comes back is blended into the whole, at its size
-        else:
-            picture = self.read_images(image, height, width)
-            size = (picture.shape[2], picture.shape[3])
-            mask_condition = read_masks(mask_image, size)
-            soft = read_masks(mask_image, size, Image.Resampling.BILINEAR)  # Lanczos leaves ripples
-        binary = (mask_condition >= 0.5).float()  # (1 or B, 1, H, W)
-        if not binary.any(dim=0).any():
-            raise ValueError("`mask_image` has nothing to repaint: white is repainted, black is kept.")
-        height, width = picture.shape[2:]
-        batch_size = self.check_inputs(
-            inputs,
-            height,
-            width,
-            steps,
-            scale,
-            num_images_per_prompt,
-            eta,
-            generator,
-            latents,
-            output_type,
-            cross_attention_kwargs,
-            guidance_rescale,
-            clip_skip,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            guidance_interval,
-        )
-        check_rows("image", picture, batch_size)
-        check_rows("mask_image", binary, batch_size)
-        self._guidance_scale, self._guidance_rescale, self._clip_skip = scale, guidance_rescale, clip_skip
-        self._cross_attention_kwargs, self._interrupt = cross_attention_kwargs, False
-        device, pictures, channels = (
-            self._execution_device, batch_size * num_images_per_prompt, self.num_channels_latents
-        )  # fmt: skip
-
-        # 2. Lay out the timesteps that are left, and the order to take them in
-        visited, steps = self.get_timesteps(steps, strength, device, timesteps, sigmas)
-        order = repaint_order(len(visited), jump_length, jump_n_sample)
-        steps += len(order) - len(visited)
-        self._num_timesteps = len(order)
-        self_conditioning = self.unet.config.get("self_conditioning", False)
-        levels = [math.nan] * len(visited)
-        if guidance_interval is not None or self_conditioning:
-            levels = noise_levels(self.scheduler, self.scheduler.timesteps)[-len(visited) :]
-
-        # 3. Encode the prompts
-        guided, lora_scale = self.do_classifier_free_guidance, (cross_attention_kwargs or {}).get("scale")
-        text = self.encode_text_inputs(inputs, num_images_per_prompt, guided, clip_skip, device, lora_scale)
-        prompt_embeds, pooled = join_text(text)
-        negative_prompt_embeds = text.negative
-
-        # 4. Encode the picture, noise it, and encode what the mask leaves of it: draws in diffusers' order
-        dtype = prompt_embeds.dtype
-        encode = lambda x: self.encode_images(x, pictures, device, dtype, generator)  # noqa: E731
-        image_latents = encode(picture) if strength < 1 or not self.sees_mask else None
-        shape = self._latents_shape(pictures, channels, height, width)
-        noise = latents
-        if noise is None:
-            noise = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
-        noise = noise.to(device=device, dtype=dtype)
-        if strength == 1 or image_latents is None:
-            latents = noise * self.scheduler.init_noise_sigma
-        else:
-            latents = self.scheduler.add_noise(image_latents, noise, visited[:1].repeat(pictures))
-        mask = for_each(F.interpolate(binary, shape[2:]).to(device=device, dtype=dtype), pictures)
-        if masked_image_latents is None:
-            masked_image_latents = encode(picture * (1 - binary))
-        masked_image_latents = for_each(masked_image_latents.to(device=device, dtype=dtype), pictures)
-        x0_self = torch.zeros_like(latents) if self_conditioning else None
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-
-        # 5. Denoise
-        warmup_steps = len(order) - steps * self.scheduler.order
-        with self.progress_bar(total=steps) as progress_bar:
-            for i, k in enumerate(order):
-                if self.interrupt:
-                    continue
-                t = visited[k]
-                if i > 0 and k <= order[i - 1]:
-                    latents = self._go_back(latents, visited, order[i - 1], k, generator)
-                active = guided and in_guidance_interval(levels[k], guidance_interval)
-                x_t = self.scheduler.scale_model_input(latents, t)
-                if self.sees_mask:
-                    x_t = torch.cat([x_t, mask, masked_image_latents], dim=1)  # (B, 2C + 1, H, W)
-                model_output = self.predict(x_t, t, active, prompt_embeds, pooled, x0_self)
-                step = self.scheduler.step(model_output, t, latents, **extra_step_kwargs)
-                if x0_self is not None:
-                    kind = self.scheduler.config.prediction_type
-                    x0_self = estimate_x0(step, model_output[:, :channels], latents, levels[k], kind)
-                latents = step.prev_sample
-                if image_latents is not None and not self.sees_mask:
-                    if jump_n_sample > 1:
-                        noise = randn_tensor(shape, generator=generator, device=noise.device, dtype=dtype)
-                    known = image_latents
-                    if k < len(visited) - 1:
-                        known = self.scheduler.add_noise(image_latents, noise, visited[k + 1 : k + 2])
-                    latents = (1 - mask) * known + mask * latents
-
-                if callback_on_step_end is not None:
-                    values: Any = (
-                        latents, prompt_embeds, negative_prompt_embeds, mask, masked_image_latents
-                    )  # fmt: skip
-                    tensors = dict(zip(self._callback_tensor_inputs, values, strict=True))
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, i, t, asked) or {}
-                    latents, prompt_embeds, negative_prompt_embeds, mask, masked_image_latents = list(
-                        tensors.values()
-                    )[:5]
-                if i == len(order) - 1 or ((i + 1) > warmup_steps and (i + 1) % self.scheduler.order == 0):
-                    progress_bar.update()
-
-        # 6. Decode, and put back what was to be kept
-        images: Any = latents
-        flagged = None
-        if output_type != "latent":
-            decoded = decode_latents(self.vae, latents, generator)
-            decoded, flagged = self.run_safety_checker(decoded, dtype)
-            if box is None:
-                soft, picture = (for_each(x.to(decoded.device), pictures) for x in (soft, picture))
-                decoded = torch.lerp(picture, decoded.float(), soft)
-            images = OUTPUTS[output_type](decoded)
-            if box is not None:
-                images = [put_back(drawn, whole, grey, box) for drawn in images]
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, flagged
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
-
-    def _unet_kwargs(
-        self, rows: int, pooled: torch.Tensor | None, x0_self: torch.Tensor | None
-    ) -> dict[str, Any]:
-        if x0_self is not None:  # the U-Net has as many inputs for it as for the rest
-            x0_self = pad_channels(x0_self, self.unet.config.in_channels)
-        return super()._unet_kwargs(rows, pooled, x0_self)
-
-    def _go_back(
-        self,
-        latents: torch.Tensor,
-        visited: torch.Tensor,
-        done: int,
-        k: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """From where step `done` left the latents to the noise level that step `k` starts from."""
-        abar = self.scheduler.alphas_cumprod.double().cpu()[visited.cpu()].tolist() + [1.0]
-        z = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        return renoise(latents, z, abar[done + 1], abar[k])
+        return draw(self, request, Inpaint(self, request))
 
     def outpaint(
         self,
@@ -433,7 +238,7 @@ class InpaintPipeline(ImageToImagePipeline):
         rule = f"1..{min(side) - 1}, less than a window"
         check("overlap", overlap, is_whole(overlap, 1) and overlap < min(side), rule)
         check("output_type", call.get("output_type", "pil"), call.get("output_type", "pil") == "pil", "'pil'")
-        check_counts(num_images_per_prompt=num_images_per_prompt)
+        check("num_images_per_prompt", num_images_per_prompt, is_whole(num_images_per_prompt, 1), COUNT.text)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         check("prompt", prompt, isinstance(prompts, list), "a str or a list of them")
         originals = to_pil(read_pictures(image))
@@ -482,9 +287,22 @@ class InpaintPipeline(ImageToImagePipeline):
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
 
-def pad_channels(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B, channels, H, W), the new ones 0."""
-    return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+def crop_around_mask(
+    pipe: Any, image: Any, mask_image: Any, height: int | None, width: int | None, padding: int
+) -> tuple[Box, Image.Image, Image.Image, torch.Tensor, torch.Tensor]:
+    """(box, the whole picture in RGB, its mask in grey, and of the box both as tensors of height x width, by
+    default the model's own)."""
+    for name, given in (("image", image), ("mask_image", mask_image)):
+        check(name, type(given).__name__, isinstance(given, Image.Image), "a PIL picture to be cropped")
+        check_pixels(given.width, given.height, name)
+    whole, grey = to_rgb(image), to_grey(mask_image)
+    if grey.size != whole.size:
+        grey = grey.resize(whole.size, Image.Resampling.BILINEAR)
+    width, height = width or pipe.sample_size[0], height or pipe.sample_size[1]
+    check_allowed(height, width, pipe.size_unit, "`height` and `width`")
+    box = crop_region(grey, width, height, padding)
+    parts = [shrink_to_fit(part.crop(box), width, height) for part in (whole, grey)]
+    return box, whole, grey, read_pictures(parts[0]), read_masks(parts[1])
 
 
 def put_back(drawn: Image.Image, whole: Image.Image, grey: Image.Image, box: Box) -> Image.Image:

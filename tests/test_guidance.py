@@ -17,9 +17,9 @@ from pipelines.chain.guidance import (
     guidance_scale_embedding,
     guide,
     in_guidance_interval,
-    noise_levels,
     rescale_guidance,
 )
+from pipelines.drawing.loop import noise_levels
 from pipelines.drawing.steering import GradientGuidance
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pipelines import DDPMScheduler
-from pipelines.chain.guidance import classifier_guidance, clip_guidance, guide, noise_levels
+from pipelines.chain.guidance import classifier_guidance, clip_guidance, guide
+from pipelines.drawing.loop import estimate_x0, noise_levels
 from pipelines.drawing.steering import GradientGuidance
-from pipelines.drawing.text import estimate_x0
 
 M, S, TAU, Y = 0.3, 1.0, 0.8, 1.5
 COUNT = 10_000

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import pipelines
 from pipelines import DDPMScheduler, ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
-from pipelines.drawing.images import MAX_PIXELS, to_tensor
+from pipelines.drawing.images import MAX_PIXELS, encode_pictures, to_tensor
 from pipelines.drawing.masks import (
     crop_region,
     extend_canvas,
@@ -177,7 +177,7 @@ def test_callbacks_see_and_replace_the_mask(load_both):
     """With the mask all zero from the first step on, the latents end as the picture's own."""
     _, ours = load_both("merged")
     own = ImageToImagePipeline.from_pipe(ours)
-    latents = own.encode_images(to_tensor(picture()), 1, "cpu", torch.float32, seeded())
+    latents = encode_pictures(own.vae, to_tensor(picture()), seeded())
 
     def keep_all(pipe, i, t, tensors):
         assert tensors["mask"].shape == (1, 1, 16, 16) and tensors["masked_image_latents"].shape == (

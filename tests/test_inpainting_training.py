@@ -12,8 +12,8 @@ from evaluation_folders import clip_folder, dataset_folder  # noqa: F401
 from PIL import Image
 
 from pipelines import DDPMScheduler, InpaintPipeline
+from pipelines.drawing.loop import pad_channels
 from pipelines.drawing.text import encode_text
-from pipelines.inpaint import pad_channels
 from training import text_to_image
 from training.data.caches import cache_text
 from training.data.pictures import PictureCache

@@ -7,10 +7,8 @@ the score of another network: both give s grad_{x_t} score, and that goes into t
     deterministic schedulers: eps - sqrt(1 - abar_t) s grad                      Dhariwal 2021, algorithm 2
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,35 +65,6 @@ def guide(
     if phi > 0:
         guided = rescale_guidance(guided, cond[:, :channels], phi)
     return torch.cat([guided, cond[:, channels:]], dim=1)
-
-
-def takes_variance(scheduler: Any) -> bool:
-    """Whether `scheduler.step` wants a learned variance beside the prediction.
-
-    The config alone does not tell: `from_config` hands DDPM's variance_type on to schedulers that do not know
-    it (DDIM), or that know it and then cut the output to 3 channels (DPM-Solver).
-    """
-    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
-    knows = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    return learned and knows and hasattr(scheduler, "_get_variance")
-
-
-def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
-    """sigma_t = sqrt((1 - abar_t) / abar_t) of each timestep `scheduler` will visit (Karras et al. 2022).
-
-    It is the noise's standard deviation where the picture, in [-1, 1], has weight 1: 0 is clean, infinity is
-    pure noise. Schedulers that step in sigma hold the exact values (their timesteps may be rounded), the
-    others `alphas_cumprod`. Call it after `set_timesteps`.
-
-    Raises ValueError for a scheduler that holds neither.
-    """
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) >= len(timesteps):
-        return [float(sigma) for sigma in sigmas[: len(timesteps)]]
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"{type(scheduler).__name__} does not tell its noise levels")
-    abar = scheduler.alphas_cumprod.double().cpu()[timesteps.cpu().long()]
-    return ((1 - abar) / abar).sqrt().tolist()
 
 
 def in_guidance_interval(sigma: float, interval: tuple[float, float] | None) -> bool:

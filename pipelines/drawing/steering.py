@@ -1,8 +1,12 @@
-"""Guidance of one call: classifier and CLIP guidance as objects, and what a pipeline has of them."""
+"""Guidance by other networks: classifier and CLIP guidance of a call, and the choice of its best candidates.
+
+Each guide gives s grad_{x_t} score (`chain.guidance`), and that goes into the chain in one of two ways: into
+the mean of an ancestral step, or into the prediction that a deterministic scheduler is given.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +17,12 @@ from ..chain.guidance import (
     clip_guidance,
     clip_prediction,
     cut_outs,
-    guidance_scale_embedding,
-    guide,
     log_prob,
     shift_mean,
     shift_prediction,
-    takes_variance,
 )
+from .images import decode_latents
+from .request import Request, check, is_whole
 
 
 def step_variance(scheduler: Any, model_output: Tensor, t: Any, x_t: Tensor) -> Tensor | float | None:
@@ -111,201 +114,161 @@ class GradientGuidance:
         return output.detach(), gradient
 
 
-# ---- what a pipeline has of it
+# ---- the guides of a call
 
 
-class GuidanceInputs(NamedTuple):
-    """A call's arguments that need more than the U-Net; `TextToImagePipeline.__call__` says what each is."""
+def check_guides(
+    request: Request, parts: dict[str, Any], prompts: int, guided: bool, size: tuple[int, int]
+) -> None:
+    """ValueError for guidance, combined prompts or candidates that this pipeline or call cannot have.
 
-    clip_guidance_scale: float = 0.0
-    clip_guidance: str = "noised"
-    clip_guidance_cut_outs: int = 8
-    clip_guidance_through_unet: bool = False
-    classifier_guidance_scale: float = 0.0
-    class_labels: int | str | list[int] | list[str] | None = None
-    combined_prompts: dict[str, float] | None = None
-    num_candidates: int = 1
-
-
-class GuidanceMixin:
-    """The guided passes of a denoising loop, and the optional models that guide.
-
-    A loop that steers sets `_guidance_scale`, `_guidance_rescale` and `_weights` (of combined prompts), calls
-    `prepare_guidance` once and then, at each step, that object on `predict`.
+    parts: the pipeline's components; prompts: how many; guided: by classifier-free guidance; size: (height,
+    width) of x_t.
     """
+    words = request.prompt is not None
+    pooled = words or request.pooled_prompt_embeds is not None
+    clip, noised, classifier = map(parts.get, ("clip_guidance_model", "noisy_clip", "noisy_classifier"))
+    scale, by_noised = request.clip_guidance_scale or 0.0, request.clip_guidance == "noised"
+    if scale > 0 and by_noised:
+        check_part("clip_guidance_scale", scale, noised, "noisy_clip", "training.clip --noised")
+        check("clip_guidance_scale", scale, pooled, "0 without `pooled_prompt_embeds`")
+    elif scale > 0:
+        check_part("clip_guidance", "clean", clip, "clip_guidance_model", "training.clip")
+        check("clip_guidance", "clean", words, "'noised' without `prompt`, which the CLIP reads")
 
-    config: Any
-    vae_scale_factor: Any
-    unet: Any
-    scheduler: Any
-    noisy_clip: Any
-    noisy_classifier: Any
-    clip_guidance_model: Any
-    _execution_device: Any
-    _decode: Any  # latents -> pictures in [-1, 1], differentiable
-    _cross_attention_kwargs: dict[str, Any] | None
-    _guidance_scale: float
-    _clip_guidance_scale: float
-    _guidance_rescale: float
-    _weights: Sequence[float] = ()
+    by_class, labels = request.classifier_guidance_scale, request.class_labels
+    if by_class > 0:
+        check_part(
+            "classifier_guidance_scale", by_class, classifier, "noisy_classifier", "training.classifier"
+        )
+        names = list(parts["noisy_classifier"].config.labels)
+        listed = labels if isinstance(labels, list) else [labels]
+        known = all((is_whole(one, 0) and one < len(names)) or one in names for one in listed)
+        rule = f"one of {names}, by name or number, or a list of {prompts}, one for each prompt"
+        check("class_labels", labels, known and len(listed) in (1, prompts), rule)
+    else:
+        check("class_labels", labels, labels is None, "left out without classifier_guidance_scale above 0")
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+    if request.combined_prompts is not None:
+        rule = "left out without `prompt` and guidance_scale above 1"
+        check("combined_prompts", request.combined_prompts, guided and words, rule)
 
-    @property
-    def clip_guidance_scale(self) -> float:
-        return self._clip_guidance_scale
+    reranks = request.num_candidates > 1 and by_class == 0  # else by what guides
+    by_clip = clip is not None and words
+    if reranks and not by_clip:
+        models = "noisy_clip or clip_guidance_model"
+        part = noised if pooled else None
+        check_part("num_candidates", request.num_candidates, part, models, "training.clip")
+    if noised is not None and ((scale > 0 and by_noised) or (reranks and not by_clip)):
+        side, dim, tower = noised.config.sample_size, noised.config.projection_dim, parts["text_encoder"]
+        check("height and width", size, size == (side, side), f"such that noisy_clip sees {side} x {side}")
+        if tower is not None:
+            width = (
+                tower.config.projection_dim if hasattr(tower, "text_projection") else tower.config.hidden_size
+            )
+            rule = f"trained for this model, whose pooled text has {width} dimensions"
+            check("noisy_clip", f"one of {dim} dimensions", dim == width, rule)
 
-    def guidance_defaults(
-        self, guidance_scale: float | None, clip_guidance_scale: float | None, size: tuple[int, int] | Any
-    ) -> tuple[float, float]:
-        """(s of classifier-free, s of CLIP guidance) of a call, the folder's own where None is given:
-        the latter where both are None and its `noisy_clip` sees pictures of this (height, width), else 0."""
-        own, clip = self.config.default_clip_guidance_scale, self.noisy_clip
-        if clip_guidance_scale is None:
-            side = 0 if clip is None else clip.config.sample_size * self.vae_scale_factor
-            clip_guidance_scale = own if guidance_scale is None and size == (side, side) else 0.0
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        return guidance_scale, clip_guidance_scale
 
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
+def check_part(name: str, value: Any, part: Any, wanted: str, recipe: str) -> None:
+    """ValueError for an argument whose model the pipeline does not have, with the ways to get one."""
+    if part is None:
+        shipped = "noisy" in wanted  # models/emoji-guidance, for models/emoji
+        ways = "pipe.load_guides(folder) takes those beside a model, such as models/emoji-guidance; or train"
+        raise ValueError(
+            f"`{name}`={value!r} needs a model that this pipeline does not have, {wanted}: "
+            f"{ways if shipped else 'train'} one with {recipe} and pass it to from_pretrained by that name."
+        )
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """guidance_scale > 1, unless the U-Net takes the scale as an input (time_cond_proj_dim)."""
-        return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
 
-    @property
-    def requires_pooled_text(self) -> bool:
-        """Whether the U-Net reads pooled text, so that ready `prompt_embeds` must come with theirs."""
-        keys = ("pooled_text_time_embedding", "text_concat_channels")
-        return self.unet is not None and any(self.unet.config.get(key) for key in keys)
+def guides_of(
+    pipe: Any,
+    request: Request,
+    words: list[str],
+    pooled: Tensor | None,
+    pictures: int,
+    to_x0: Callable[[Tensor, Tensor, float], Tensor],
+    channels: int,
+) -> GradientGuidance:
+    """The gradients of a call that passed `check_guides`.
 
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        return self._cross_attention_kwargs
+    words: the prompts as plain text; pooled: the text tower's, a row for each picture; channels: C of x_t.
+    """
+    noised: list[Callable[[Tensor, Any, float], Tensor]] = []
+    clean = None
+    if request.classifier_guidance_scale > 0:
+        labels = label_numbers(pipe, request.class_labels, pictures)
+        by_class, most = request.classifier_guidance_scale, pipe.noisy_classifier.config.get("guidance_limit")
 
-    def predict(
-        self,
-        x_t: Tensor,
-        t: Any,
-        guided: bool,
-        prompt_embeds: Tensor,
-        pooled: Tensor | None = None,
-        x0_self: Tensor | None = None,
-    ) -> Tensor:
-        """What `scheduler.step` is given: one U-Net pass, over two or more copies of x_t where `guided`.
+        def by_classifier(x_t: Tensor, t: Any, sigma: float) -> Tensor:
+            limit = math.inf if most is None else most / max(1 - 1 / (1 + sigma**2), 1e-9) ** 0.5
+            return classifier_guidance(lambda x: pipe.noisy_classifier(x, t), x_t, labels, by_class, limit)
 
-        x_t: (B, C, H, W) as `scale_model_input` made it. prompt_embeds: [negative, further prompts, prompt]
-        in one tensor (copies * B, L, D), pooled likewise; unguided, the last B rows are used. Returns
-        (B, C, H, W), or (B, 2C, H, W) for a scheduler that takes a learned variance.
-        """
-        channels = self.unet.config.in_channels
-        copies = 2 + len(self._weights) if guided else 1
-        rows = copies * len(x_t)
-        output = self.unet(
-            torch.cat([x_t] * copies),
-            t,
-            encoder_hidden_states=prompt_embeds[-rows:],
-            return_dict=False,
-            **self._unet_kwargs(rows, pooled, x0_self),
-        )[0]
-        if guided:
-            output = guide(output, channels, self.guidance_scale, self.guidance_rescale, self._weights)
-        return output if takes_variance(self.scheduler) else output[:, :channels]
+        noised.append(by_classifier)
+    scale = request.clip_guidance_scale or 0.0
+    if scale > 0 and request.clip_guidance == "noised":
+        assert pooled is not None
+        text, logit_scale = F.normalize(pooled.float(), dim=-1), float(pipe.noisy_clip.scale)
 
-    def _unet_kwargs(self, rows: int, pooled: Tensor | None, x0_self: Tensor | None) -> dict[str, Any]:
-        """What the U-Net is told besides x_t, t and the token states: only what its config asks for."""
-        added: dict[str, Tensor] = {}
-        if self.requires_pooled_text and pooled is not None:
-            added["pooled_text"] = pooled[-rows:]  # (rows, P)
-        if x0_self is not None:
-            added["x0_self"] = torch.cat([x0_self] * (rows // len(x0_self)))
-        kwargs: dict[str, Any] = {"cross_attention_kwargs": self.cross_attention_kwargs}
-        if (dim := self.unet.config.get("time_cond_proj_dim")) is not None:
-            embedding = guidance_scale_embedding(self.guidance_scale, dim)  # (1, dim)
-            kwargs["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype).expand(rows, -1)
-        return kwargs | {"added_cond_kwargs": added or None}
+        def by_clip(x_t: Tensor, t: Any, sigma: float) -> Tensor:
+            return clip_guidance(lambda x: pipe.noisy_clip(x, t), x_t, text, logit_scale, scale)
 
-    def prepare_guidance(
-        self,
-        given: GuidanceInputs,
-        words: list[str],
-        pooled: Tensor | None,
-        pictures: int,
-        to_x0: Callable[[Tensor, Tensor, float], Tensor],
-    ) -> GradientGuidance:
-        """The gradients of a call that passed `checks.check_guidance_models`.
+        noised.append(by_clip)
+    elif scale > 0:
+        clip, count = pipe.clip_guidance_model, request.clip_guidance_cut_outs
 
-        words: the prompts as plain text; pooled: the text tower's, a row for each picture.
-        """
-        noised: list[Callable[[Tensor, Any, float], Tensor]] = []
-        clean = None
-        if given.classifier_guidance_scale > 0:
-            labels = self._labels(given.class_labels, pictures)
-            scale, most = given.classifier_guidance_scale, self.noisy_classifier.config.get("guidance_limit")
+        def embed(x0: Tensor, seed: int) -> Tensor:
+            images = decoded(pipe, x0)
+            images = images + (images.clamp(-1, 1) - images).detach()  # the gradient passes the clamp
+            views = cut_outs(images, count, clip.image_size, seed)  # (count, B, 3, size, size)
+            return clip.embed_images(views.flatten(0, 1)).unflatten(0, (count, len(images)))
 
-            def by_classifier(x_t: Tensor, t: Any, sigma: float) -> Tensor:
-                limit = math.inf if most is None else most / max(1 - 1 / (1 + sigma**2), 1e-9) ** 0.5
-                return classifier_guidance(lambda x: self.noisy_classifier(x, t), x_t, labels, scale, limit)
+        text = clip.embed_texts(words).repeat_interleave(pictures // len(words), dim=0)
+        clean = (embed, text, float(clip.scale), scale)
+    through = request.clip_guidance_through_unet
+    return GradientGuidance(pipe.scheduler, channels, to_x0, noised, clean, through)
 
-            noised.append(by_classifier)
-        if given.clip_guidance_scale > 0 and given.clip_guidance == "noised":
-            assert pooled is not None
-            text, logit_scale = F.normalize(pooled.float(), dim=-1), float(self.noisy_clip.scale)
 
-            def by_clip(x_t: Tensor, t: Any, sigma: float) -> Tensor:
-                scale = given.clip_guidance_scale
-                return clip_guidance(lambda x: self.noisy_clip(x, t), x_t, text, logit_scale, scale)
+def best_candidates(
+    pipe: Any, request: Request, latents: Tensor, words: list[str], pooled: Tensor | None
+) -> Tensor:
+    """Rows of the `num_images_per_prompt` best candidates of each prompt, best first, of latents
+    (prompts * n, C, H, W); pooled: a row for each.
 
-            noised.append(by_clip)
-        elif given.clip_guidance_scale > 0:
-            clip, count = self.clip_guidance_model, given.clip_guidance_cut_outs
+    By f(x_0) . g(c), as DALL-E reranks (Ramesh 2021, section 2.6), of `clip_guidance_model` where there
+    is one, else of `noisy_clip` at t = 0. Where a class guides, by what all guidance climbs, at its scales:
+    s_class log p(y | x_0) + s_clip l f . g.
+    """
+    s_class, clip, keep = (
+        request.classifier_guidance_scale,
+        pipe.clip_guidance_model,
+        request.num_images_per_prompt,
+    )
+    count = keep * request.num_candidates
+    s_clip = (request.clip_guidance_scale or 0.0) if s_class > 0 else 1.0
+    scores = latents.new_zeros(len(latents), dtype=torch.float32)
+    if s_clip > 0 and clip is not None and words and (s_class == 0 or request.clip_guidance == "clean"):
+        views = cut_outs(decoded(pipe, latents).clamp(-1, 1), 1, clip.image_size, 0)[0]
+        text = clip.embed_texts(words).repeat_interleave(count, dim=0)
+        scores += s_clip * float(clip.scale) * (clip.embed_images(views) * text).sum(-1)
+    elif s_clip > 0 and pooled is not None:
+        images, text = pipe.noisy_clip(latents, 0), F.normalize(pooled.float(), dim=-1)
+        scores += s_clip * float(pipe.noisy_clip.scale) * (images * text).sum(-1)
+    if s_class > 0:
+        labels = label_numbers(pipe, request.class_labels, len(latents))
+        scores += s_class * log_prob(pipe.noisy_classifier(latents, 0), labels)
+    best = scores.unflatten(0, (-1, count)).topk(keep).indices
+    return (best + count * torch.arange(len(best), device=best.device)[:, None]).flatten()
 
-            def embed(x0: Tensor, seed: int) -> Tensor:
-                images = self._decode(x0)
-                images = images + (images.clamp(-1, 1) - images).detach()  # the gradient passes the clamp
-                views = cut_outs(images, count, clip.image_size, seed)  # (count, B, 3, size, size)
-                return clip.embed_images(views.flatten(0, 1)).unflatten(0, (count, len(images)))
 
-            text = clip.embed_texts(words).repeat_interleave(pictures // len(words), dim=0)
-            clean = (embed, text, float(clip.scale), given.clip_guidance_scale)
-        through = given.clip_guidance_through_unet
-        return GradientGuidance(self.scheduler, self.unet.config.in_channels, to_x0, noised, clean, through)
+def decoded(pipe: Any, latents: Tensor) -> Tensor:
+    """Pictures in [-1, 1] of latents of any precision; differentiable."""
+    return decode_latents(pipe.vae, latents.to(pipe.unet.dtype))
 
-    def rank_candidates(
-        self, given: GuidanceInputs, latents: Tensor, words: list[str], pooled: Tensor | None, keep: int
-    ) -> Tensor:
-        """Rows of the `keep` best candidates of each prompt, best first, of latents (prompts * n, C, H, W).
 
-        By f(x_0) . g(c), as DALL-E reranks (Ramesh 2021, section 2.6), of `clip_guidance_model` where there
-        is one, else `noisy_clip` at t = 0. Where a class guides, by what all guidance climbs, at its scales:
-        s_class log p(y | x_0) + s_clip l f . g. pooled: a row for each.
-        """
-        s_class, clip = given.classifier_guidance_scale, self.clip_guidance_model
-        count = keep * given.num_candidates
-        s_clip = given.clip_guidance_scale if s_class > 0 else 1.0
-        scores = latents.new_zeros(len(latents), dtype=torch.float32)
-        if s_clip > 0 and clip is not None and words and (s_class == 0 or given.clip_guidance == "clean"):
-            views = cut_outs(self._decode(latents).clamp(-1, 1), 1, clip.image_size, 0)[0]
-            text = clip.embed_texts(words).repeat_interleave(count, dim=0)
-            scores += s_clip * float(clip.scale) * (clip.embed_images(views) * text).sum(-1)
-        elif s_clip > 0 and pooled is not None:
-            images, text = self.noisy_clip(latents, 0), F.normalize(pooled.float(), dim=-1)
-            scores += s_clip * float(self.noisy_clip.scale) * (images * text).sum(-1)
-        if s_class > 0:
-            labels = self._labels(given.class_labels, len(latents))
-            scores += s_class * log_prob(self.noisy_classifier(latents, 0), labels)
-        best = scores.unflatten(0, (-1, count)).topk(keep).indices
-        return (best + count * torch.arange(len(best), device=best.device)[:, None]).flatten()
-
-    def _labels(self, given: Any, pictures: int) -> Tensor:
-        """Class numbers or names, one or one for each prompt -> (pictures,)."""
-        names, listed = [*self.noisy_classifier.config.labels], given if isinstance(given, list) else [given]
-        numbers = [names.index(one) if isinstance(one, str) else int(one) for one in listed]
-        labels = torch.tensor(numbers, device=self._execution_device)
-        return labels.repeat_interleave(pictures // len(labels))
+def label_numbers(pipe: Any, given: Any, pictures: int) -> Tensor:
+    """Class numbers or names, one or one for each prompt -> (pictures,)."""
+    names, listed = [*pipe.noisy_classifier.config.labels], given if isinstance(given, list) else [given]
+    numbers = [names.index(one) if isinstance(one, str) else int(one) for one in listed]
+    labels = torch.tensor(numbers, device=pipe._execution_device)
+    return labels.repeat_interleave(pictures // len(labels))

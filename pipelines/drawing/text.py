@@ -1,12 +1,15 @@
 """From words to what the U-Net is conditioned on. Training and sampling both call `encode_text`, so that the
 null prompt and every other prompt mean the same to a model when it learns and when it draws."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from ..folders.adapters import text_lora_scaled
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +196,64 @@ def encode_prompt(
     )
 
 
+def encode_for(
+    pipe: Any,
+    inputs: TextInputs,
+    num_images_per_prompt: int = 1,
+    do_classifier_free_guidance: bool = True,
+    clip_skip: int | None = None,
+    device: torch.device | str | None = None,
+    lora_scale: float | None = None,
+) -> TextEmbeddings:
+    """`encode_prompt` with a pipeline's tower, textual inversions, adapters and precision."""
+    tokenizer = pipe.tokenizer  # with tokens of textual inversion, maybe
+    learned = tokenizer and set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
+    for name in ("prompt", "negative_prompt"):
+        if learned and getattr(inputs, name) is not None:
+            converted = pipe.maybe_convert_prompt(getattr(inputs, name), tokenizer)
+            inputs = inputs._replace(**{name: converted})
+    scaled = lora_scale is not None and lora_scale != 1
+    with text_lora_scaled(pipe.text_encoder, lora_scale) if scaled else contextlib.nullcontext():
+        return encode_prompt(
+            tokenizer,
+            pipe.text_encoder,
+            inputs,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            clip_skip,
+            device=pipe._execution_device if device is None else device,
+            dtype=(pipe.text_encoder if pipe.unet is None else pipe.unet).dtype,
+        )
+
+
+class Conditioning(NamedTuple):
+    """What the U-Net passes of one call are conditioned on; None and [] for one that reads no text."""
+
+    states: torch.Tensor | None  # [negative, further prompts, prompt] of all pictures, (copies * B, L, D)
+    pooled: torch.Tensor | None  # likewise, (copies * B, P)
+    negative: torch.Tensor | None  # the negative prompts' states alone
+    own_pooled: torch.Tensor | None  # the prompts' pooled text alone, (B, P)
+    words: list[str]  # the prompts without their weights, [] where ready embeddings were given
+
+
+def encode_all(
+    pipe: Any,
+    inputs: TextInputs,
+    further: Iterable[str],
+    num_images_per_prompt: int,
+    do_classifier_free_guidance: bool,
+    clip_skip: int | None = None,
+    device: torch.device | str | None = None,
+    lora_scale: float | None = None,
+) -> Conditioning:
+    """`encode_for` of a call's prompts and of `further` ones, which are combined with each of them."""
+    options: Any = (clip_skip, device, lora_scale)
+    text = encode_for(pipe, inputs, num_images_per_prompt, do_classifier_free_guidance, *options)
+    others = [encode_for(pipe, TextInputs(one), 1, False, *options) for one in further]
+    states, pooled = join_text(text, others)
+    return Conditioning(states, pooled, text.negative, text.pooled, plain_texts(inputs.prompt))
+
+
 def join_text(
     text: TextEmbeddings, further: Sequence[TextEmbeddings] = ()
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -211,11 +272,12 @@ def join_text(
     return prompt_embeds, torch.cat([text.negative_pooled, *rows, text.pooled])
 
 
-def check_prompt(inputs: TextInputs, guided: bool, requires_pooled_text: bool, context: int | None) -> int:
-    """The number of prompts, after raising ValueError for anything `encode_prompt` cannot serve.
-
-    `context` is the text tower's context length, None where the pipeline has no tower.
-    """
+def check_prompt(
+    inputs: TextInputs, guided: bool, requires_pooled_text: bool, tokenizer: Any, text_encoder: Any
+) -> int:
+    """The number of prompts, after raising ValueError for anything `encode_prompt` cannot serve; a pipeline
+    without a text tower has None there."""
+    context = None if text_encoder is None else context_length(tokenizer, text_encoder)
     prompt, negative_prompt, embeds, negative_embeds, pooled, negative_pooled = inputs
     if (prompt is None) == (embeds is None):
         raise ValueError("Pass either `prompt` or `prompt_embeds`, and not both.")
@@ -266,26 +328,6 @@ def check_prompt(inputs: TextInputs, guided: bool, requires_pooled_text: bool, c
             partner = name.replace("prompt", "pooled_prompt")
             raise ValueError(f"This model reads pooled text: with `{name}` pass `{partner}` too.")
     return batch_size
-
-
-def estimate_x0(
-    step: Any, model_output: torch.Tensor, x_t: torch.Tensor, sigma: float, prediction_type: str
-) -> torch.Tensor:
-    """The x0 that a self-conditioned U-Net sees at the next step (Chen et al. 2022, "Analog bits").
-
-    The scheduler's own estimate, clipped as it clips, where `scheduler.step` returned one; else from the
-    model's output, with abar = 1 / (1 + sigma^2): eps: (x_t - sqrt(1-abar) eps) / sqrt(abar);
-    v: sqrt(abar) x_t - sqrt(1-abar) v; sample: itself. All (B, C, H, W), x_t of unit variance.
-    """
-    for name in ("pred_original_sample", "denoised"):  # the second is LCMScheduler's
-        if getattr(step, name, None) is not None:
-            return getattr(step, name)
-    abar = 1 / (1 + sigma**2)
-    if prediction_type == "epsilon":
-        return (x_t - (1 - abar) ** 0.5 * model_output) / max(abar, 2.0**-48) ** 0.5
-    if prediction_type == "v_prediction":
-        return abar**0.5 * x_t - (1 - abar) ** 0.5 * model_output
-    return model_output
 
 
 def _warn_of_cuts(tokenizer: Any, prompts: list[str], max_length: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipelines import DDPMScheduler, InpaintPipeline, TextToImagePipeline
 from pipelines.chain.equations import predict_x0, signal_to_noise_ratio
 from pipelines.drawing.text import NULL_PROMPT
-from pipelines.inpaint import pad_channels
+from pipelines.drawing.loop import pad_channels
 from training.data.caches import encode_latents
 from training.data.pictures import PictureCache, seed_for
 from training.objectives.inpainting import random_masks, see_mask
