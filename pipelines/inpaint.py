@@ -176,9 +176,9 @@ class InpaintPipeline(ImageToImagePipeline):
         "inpaint",
         "prompt image mask_image masked_image_latents height width padding_mask_crop strength "
         "num_inference_steps timesteps sigmas guidance_scale negative_prompt num_images_per_prompt eta "
-        "generator latents prompt_embeds negative_prompt_embeds ip_adapter_image "
-        "ip_adapter_image_embeds output_type return_dict cross_attention_kwargs clip_skip "
-        "callback_on_step_end callback_on_step_end_tensor_inputs guidance_rescale guidance_interval pooled_prompt_embeds "
+        "generator latents prompt_embeds negative_prompt_embeds ip_adapter_image ip_adapter_image_embeds "
+        "output_type return_dict cross_attention_kwargs clip_skip callback_on_step_end "
+        "callback_on_step_end_tensor_inputs guidance_rescale guidance_interval pooled_prompt_embeds "
         "negative_pooled_prompt_embeds jump_length jump_n_sample",
         strength=1.0,
     )

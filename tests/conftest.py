@@ -13,9 +13,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 import diffusers
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
-from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines import ConditionalUNet, DDPMScheduler, NoisyClassifier, NoisyCLIP, TextToImagePipeline
+from pipelines.components.guidance_clip import GuidanceCLIP
 from training.data.tokenizer import build_clip_tokenizer
 
 CONTEXT = 32
@@ -186,3 +194,25 @@ def make_upsampler(make_unet: Any) -> Any:
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def guides(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """The three models that guide, with random weights of some size."""
+    torch.manual_seed(4)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = shared | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(
+        text_config=text | {"bos_token_id": tokenizer.bos_token_id, "max_position_embeddings": 32},
+        vision_config=shared | {"image_size": 8, "patch_size": 4},
+        projection_dim=12,
+    )
+    clip = CLIPModel(config)
+    noisy = NoisyCLIP(sample_size=16, patch_size=4, width=16, layers=1, heads=2, projection_dim=24)
+    classifier = NoisyClassifier(["animals", "food", "flags"], 16, 3, 2, (8, 16), 4, 2)
+    for model in (clip, noisy, classifier):
+        for name, parameter in model.named_parameters():
+            if "logit_scale" not in name:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+    parts = {"noisy_clip": noisy.eval(), "noisy_classifier": classifier.eval()}
+    return parts | {"clip_guidance_model": GuidanceCLIP.of(clip, copy.deepcopy(tokenizer))}

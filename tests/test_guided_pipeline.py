@@ -1,6 +1,5 @@
 """Classifier and CLIP guidance, combined and weighted prompts, and best of n, in the pipeline."""
 
-import copy
 import functools
 import math
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
-from transformers import CLIPConfig, CLIPModel
 
 from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.chain.guidance import cut_outs
@@ -27,28 +25,6 @@ CLASS = {"classifier_guidance_scale": 60.0, "class_labels": "food"}
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def guides(tokenizer) -> dict:
-    """The three models that guide, with random weights of some size."""
-    torch.manual_seed(4)
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = shared | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(
-        text_config=text | {"bos_token_id": tokenizer.bos_token_id, "max_position_embeddings": 32},
-        vision_config=shared | {"image_size": 8, "patch_size": 4},
-        projection_dim=12,
-    )
-    clip = CLIPModel(config)
-    noisy = NoisyCLIP(sample_size=16, patch_size=4, width=16, layers=1, heads=2, projection_dim=24)
-    classifier = NoisyClassifier(LABELS, 16, 3, 2, (8, 16), 4, 2)
-    for model in (clip, noisy, classifier):
-        for name, parameter in model.named_parameters():
-            if "logit_scale" not in name:
-                parameter.data += 0.2 * torch.randn_like(parameter)
-    parts = {"noisy_clip": noisy.eval(), "noisy_classifier": classifier.eval()}
-    return parts | {"clip_guidance_model": GuidanceCLIP.of(clip, copy.deepcopy(tokenizer))}
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ class AttentionMaps:
     """
 
     def __init__(self, pipe: Any, prompt: str, words: list[str]) -> None:
+        if getattr(pipe, "tokenizer", None) is None:
+            raise ValueError(f"`pipe` must read text, and this {type(pipe).__name__} has no tokenizer")
         self.places = {word: word_places(pipe.tokenizer, prompt, word) for word in words}
         context = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
         for word, places in self.places.items():

@@ -21,7 +21,7 @@ from ..chain.guidance import guidance_scale_embedding, guide, in_guidance_interv
 from .images import decode_latents, to_numpy, to_pil, to_unit
 from .request import Request, check, is_number
 from .steering import GradientGuidance, best_candidates, check_guides, guides_of
-from .text import Conditioning, check_prompt, encode_all
+from .text import Conditioning, check_prompt, encode_all, plain_texts
 
 OUTPUTS: dict[str, Callable[[Tensor], Any]] = {"pil": to_pil, "np": to_numpy, "pt": to_unit}
 
@@ -330,12 +330,11 @@ def draw(pipe: Any, request: Request, task: Task) -> StableDiffusionPipelineOutp
     pipe._num_timesteps, updates = len(order), steps + len(order) - len(visited)
 
     # 3. Encode the prompts. Negatives come first, so that the last rows are always the prompts' own
-    text = Conditioning(None, None, None, None, [])
     if task.reads_text:
-        further = request.combined_prompts or ()
-        text = encode_all(
-            pipe, request.text, further, each, guided, request.clip_skip, device, request.lora_scale
-        )
+        options: Any = (each, guided, request.clip_skip, device, request.lora_scale)
+        text = encode_all(pipe, request.text, request.combined_prompts or (), *options)
+    else:
+        text = Conditioning(None, None, None, None, plain_texts(request.prompt))
 
     # 4. Draw the noise to start from, and denoise
     dtype = pipe.unet.dtype if text.states is None else text.states.dtype
