@@ -88,6 +88,10 @@ class Record:
             raise KeyError(f"{name} is recorded twice")
         self.entries[name] = entry
 
+    def failed(self, name: str, error: BaseException) -> None:
+        print(f"--- {name}", *traceback.format_exception(error), sep="\n", file=sys.stderr)
+        self.add(name, {"kind": "error", "error": f"{type(error).__name__}: {error}"})
+
     def array(self, name: str, array: Any, grid: int = 4) -> None:
         """The bytes of an array, and its means over `grid` x `grid` cells where it holds pictures."""
         array = np.ascontiguousarray(array.detach().numpy() if isinstance(array, torch.Tensor) else array)
@@ -166,8 +170,7 @@ def compute(sections: dict[str, Section], only: str = "*") -> dict[str, Entry]:
             try:
                 section(record)
             except (Exception, SystemExit) as error:
-                print(f"--- {title}", *traceback.format_exception(error), sep="\n", file=sys.stderr)
-                record.entries["failed"] = {"kind": "error", "error": f"{type(error).__name__}: {error}"}
+                record.failed("broke off", error)
             entries |= {f"{title}: {name}": entry for name, entry in record.entries.items()}
     return entries
 
@@ -209,9 +212,12 @@ def difference(old: Entry, new: Entry, exact: bool, same_libraries: bool) -> str
 def differences(
     old: dict[str, Entry], new: dict[str, Entry], exact: bool, same_libraries: bool
 ) -> Iterator[str]:
+    """A line for each difference; a section that broke off is one line, without all it did not reach."""
+    broken = {name.split(":")[0] for name in new if name.endswith(": broke off")}
     for name in old | new:
         if name not in new:
-            yield f"{name}: is gone"
+            if name.split(":")[0] not in broken:
+                yield f"{name}: is gone"
         elif name not in old:
             yield f"{name}: {new[name].get('error', 'is not in the record')}".splitlines()[0]
         elif line := difference(old[name], new[name], exact, same_libraries):

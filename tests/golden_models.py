@@ -1,4 +1,4 @@
-"""Tiny models for the golden record: weights by fixed seeds, whatever their classes' own way to initialise."""
+"""Tiny models for the golden record, with weights by fixed seeds, however their classes initialise."""
 
 import functools
 from typing import Any
