@@ -117,15 +117,15 @@ def recipe(record: Record, module: str, name: str, *arguments: object, **setting
     (folder / "config.yaml").write_text(yaml.safe_dump(shared | settings))
     printed = python(record.folder, f"training.{module}", "--config", folder / "config.yaml", *arguments)
     record.printed(f"{name}, printed", printed)
+    frozen = [out / "pipeline" / part for part in ("text_encoder", "vae")]
+    configs = ("model_index.json", "config.json", "scheduler_config.json")
     for path in sorted(out.rglob("*")):
-        title, part = f"{name}/{path.relative_to(out)}", path.parent.name
+        title = f"{name}/{path.relative_to(out)}"
         if path.suffix == ".png":
             record.png(title, path)
-        elif path.suffix == ".safetensors" and part not in ("text_encoder", "vae"):  # these stay as they were
+        elif path.suffix == ".safetensors" and path.parent not in frozen:
             record.file(title, path)
-        elif (
-            path.name in ("model_index.json", "config.json", "scheduler_config.json") and "pipeline" in title
-        ):
+        elif path.name in configs and out / "pipeline" in path.parents:
             record.file(title, path)
     return out
 
