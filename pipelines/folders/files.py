@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
+from PIL import Image
 
 INDEX, CARD = "model_index.json", "README.md"  # of a model folder
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -75,13 +75,13 @@ def read_text(path: Path, errors: str = "surrogateescape") -> str | None:
     return path.read_bytes().decode("utf-8", errors) if path.is_file() else None
 
 
-def png_bytes(image: Image, **options: Any) -> bytes:
+def png_bytes(image: Image.Image, **options: Any) -> bytes:
     """`options` are Pillow's, such as `pnginfo`."""
     stream = io.BytesIO()
     image.save(stream, format="PNG", **options)
     return stream.getvalue()
 
 
-def save_png(image: Image, path: str | Path, **options: Any) -> None:
+def save_png(image: Image.Image, path: str | Path, **options: Any) -> None:
     """As PNG whatever the file's suffix is; `options` are Pillow's, such as `pnginfo`."""
     write_file(path, png_bytes(image, **options))
