@@ -137,15 +137,6 @@ SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**SMALL, "num_class_embeds": 10, "class_embeddings_concat": True},
         {"class_labels": torch.tensor([0, 9])},
     ),
-    "text and sizes of sdxl": (
-        {
-            **SMALL,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 6,
-            "projection_class_embeddings_input_dim": 5 + 3 * 6,
-        },
-        {"added_cond_kwargs": {"text_embeds": randn(2, 5), "time_ids": randn(2, 3, seed=4)}},
-    ),
     "text states projected": ({**SMALL, "encoder_hid_dim": 9}, {}),
     "guidance embedding": ({**SMALL, "time_cond_proj_dim": 10}, {"timestep_cond": randn(2, 10)}),
     "two transformer layers": ({**SMALL, "transformer_layers_per_block": 2}, {}),
@@ -323,7 +314,7 @@ REFUSED: dict[str, list[Any]] = {
     "timestep_post_act": ["tanh"],
     "resnet_time_scale_shift": ["ada_group", "spatial"],
     "class_embed_type": ["label"],
-    "addition_embed_type": ["text", "text_image", "image", "image_hint"],
+    "addition_embed_type": ["text_time", "text", "text_image", "image", "image_hint"],
     "encoder_hid_dim_type": ["text_image_proj", "image_proj", "ip_image_proj"],
     "num_attention_heads": [8, (2, 4)],
     "dual_cross_attention": [True],
@@ -365,11 +356,6 @@ def test_refuses_by_name(key: str, value: Any) -> None:
     [
         ({"class_embed_type": "projection"}, "projection_class_embeddings_input_dim=None"),
         ({"class_embed_type": "simple_projection"}, "projection_class_embeddings_input_dim=None"),
-        (
-            {"addition_embed_type": "text_time", "addition_time_embed_dim": 4},
-            "projection_class_embeddings_input_dim=None",
-        ),
-        ({"addition_embed_type": "text_time"}, "addition_time_embed_dim=None"),
         ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim=None"),
         (NESTED, r"reverse_transformer_layers_per_block=\[2\]"),
         ({"transformer_layers_per_block": [[1, 1], 1]}, r"transformer_layers_per_block=\[1, 1\]"),
@@ -391,11 +377,6 @@ def test_refuses_what_lacks_its_partner(config: dict[str, Any], culprit: str) ->
         ({"pooled_text_time_embedding": True}, {}, "'pooled_text'.*pooled_text_time_embedding"),
         ({"text_concat_channels": 2}, {"added_cond_kwargs": {}}, "'pooled_text'.*text_concat_channels"),
         ({"patch_size": 3}, {}, "patch_size=3.*16x8"),
-        (
-            SHARED["text and sizes of sdxl"][0],
-            {"added_cond_kwargs": {"text_embeds": randn(2, 5)}},
-            "time_ids",
-        ),
     ],
 )
 def test_inputs_that_do_not_fit_the_config(

@@ -2,10 +2,8 @@
 
 import copy
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -15,7 +13,6 @@ from diffusers import RePaintScheduler, StableDiffusionInpaintPipeline, UNet2DCo
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFilter
 
-import pipelines
 from pipelines import DDPMScheduler, ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from pipelines.drawing.images import MAX_PIXELS, encode_pictures, to_tensor
 from pipelines.drawing.masks import (
@@ -609,17 +606,6 @@ def test_outpainting_refuses_what_makes_no_sense(make_inpaint, call, message):
 
 
 # ---------------------------------------------------------------- folders
-
-
-def test_every_import_of_the_parents_travels():
-    """diffusers copies what pipeline.py imports, and not what that imports in turn."""
-    home = Path(pipelines.__file__).parent
-    imports = {
-        name: set(re.findall(r"^from \.(\S+) import", (home / f"{name}.py").read_text(), re.MULTILINE))
-        for name in ("text_to_image", "image_to_image", "inpaint")
-    }
-    assert imports["text_to_image"] | {"text_to_image"} <= imports["image_to_image"]
-    assert imports["image_to_image"] | {"image_to_image"} <= imports["inpaint"]
 
 
 ELSEWHERE = """

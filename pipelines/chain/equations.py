@@ -15,6 +15,7 @@ Papers: Ho 2020 (arXiv 2006.11239), Song 2020 (2010.02502), Nichol 2021 (2102.09
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +30,15 @@ SMALLEST_VARIANCE = 1e-20  # logarithms start here
 SMALLEST_ABAR = 2.0**-48  # what predict_x0 divides by at zero terminal SNR
 
 
+def invalid(name: str, value: object, allowed: str) -> ValueError:
+    """An error that names an argument, its value and what is allowed."""
+    return ValueError(f"{name}={value!r}: must be {allowed}")
+
+
 def require(condition: object, name: str, value: object, allowed: str) -> None:
-    """ValueError that names an argument, its value and what is allowed, unless the condition holds."""
+    """Raises `invalid` unless the condition holds."""
     if not condition:
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+        raise invalid(name, value, allowed)
 
 
 def expand(coefficient: Tensor | float, x: Tensor) -> Tensor:
@@ -191,6 +197,77 @@ def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) 
     s = torch.stack([torch.quantile(image.abs(), ratio) for image in x])  # (B,); quantile takes 2^24 values
     s = expand(s.clamp(min=1, max=max_value), x)  # (B, 1, 1, 1)
     return (torch.clamp(x, -s, s) / s).to(x0.dtype)
+
+
+def reverse_variance(
+    variance_type: str | None, abar_t: Tensor, abar_prev: Tensor, stand_in: Tensor, v: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """sigma_t^2 of p(x_prev | x_t) and its logarithm, shaped as v if it is learned, else as abar_t.
+
+    fixed_large: beta_t; fixed_small: beta~_t (Ho 2020, section 3.2); learned: exp(v); learned_range: see
+    `learned_range_log_variance`. Where abar_prev = 1, beta~_t = 0 and `stand_in` is used instead. Raises
+    ValueError for a learned variance without v.
+    """
+    beta = (1 - abar_t / abar_prev).clamp(min=SMALLEST_VARIANCE)
+    if variance_type in ("fixed_large", "fixed_large_log"):
+        return beta, beta.log()
+    small = torch.where(abar_prev < 1, posterior_variance(abar_t, abar_prev), stand_in)
+    small = small.clamp(min=SMALLEST_VARIANCE)
+    if variance_type not in LEARNED_VARIANCES:
+        return small, small.log()
+    if v is None:
+        raise ValueError(f"predicted_variance=None: must be given with variance_type={variance_type!r}")
+    v = v.to(abar_t.dtype)
+    learned = variance_type == "learned"
+    log_variance = v if learned else learned_range_log_variance(v, beta.log(), small.log())
+    return log_variance.exp(), log_variance
+
+
+class ReverseStep(NamedTuple):
+    """p(x_prev | x_t) = N(mean, variance I), float32 or better; the variances broadcast to the mean."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_x0: Tensor
+
+
+def p_mean_variance(
+    model_output: Tensor,
+    x_t: Tensor,
+    abar_t: Tensor,
+    abar_prev: Tensor,
+    *,
+    prediction_type: str = "epsilon",
+    variance_type: str | None = "fixed_small",
+    stand_in: tuple[Tensor, Tensor] | None = None,
+    clip_range: float | None = None,
+    threshold: tuple[float, float] | None = None,
+    eta: float = 1.0,
+) -> ReverseStep:
+    """p(x_prev | x_t) from a model's output: x0, clipped or thresholded, its posterior mean, the variance.
+
+    Args:
+        model_output: (B, C, ...), or (B, 2C, ...) with a learned variance, whose v are the last C channels.
+        x_t: (B, C, ...).
+        stand_in: abar_t, abar_prev of the step whose beta~ is used where abar_prev = 1; None: 1 - abar_t is.
+        clip_range: x0 is clamped to +-clip_range, unless None.
+        threshold: (ratio, max_value) of `dynamic_threshold`, which takes the place of clipping.
+        eta: of the mean, see `posterior_mean`; the variance is that of eta = 1.
+    """
+    v = None
+    if variance_type in LEARNED_VARIANCES:
+        model_output, v = model_output.chunk(2, dim=1)  # (B, 2C, ...) -> 2 x (B, C, ...)
+    abar_t, abar_prev = expand(abar_t, x_t), expand(abar_prev, x_t)  # (B, 1, 1, 1)
+    x_t = x_t.to(abar_t.dtype)
+    x0 = predict_x0(model_output.to(abar_t.dtype), x_t, abar_t, prediction_type)
+    if threshold is not None:
+        x0 = dynamic_threshold(x0, *threshold)
+    elif clip_range is not None:
+        x0 = x0.clamp(-clip_range, clip_range)
+    mean = posterior_mean(x0, x_t, abar_t, abar_prev, eta)
+    small = 1 - abar_t if stand_in is None else posterior_variance(*stand_in)
+    return ReverseStep(mean, *reverse_variance(variance_type, abar_t, abar_prev, small, v), x0)
 
 
 def spaced_timesteps(spacing: str, T: int, n: int, offset: int = 0) -> np.ndarray:

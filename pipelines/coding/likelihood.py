@@ -87,9 +87,7 @@ def vlb_term(scheduler: Any, model_output: Tensor, t: int | Tensor, x0: Tensor, 
     """
     p = scheduler.p_mean_variance(model_output, t, x_t)
     prev = torch.as_tensor(scheduler.previous_timestep(t), device=x_t.device)
-    abar_t, abar_prev = (
-        expand(a, p.mean) for a in (_abar(scheduler, t, p.mean), _abar(scheduler, prev, p.mean))
-    )
+    abar_t, abar_prev = (expand(scheduler.abar(step, p.mean), p.mean) for step in (t, prev))
     # 0 on the last step, whose KL is not used: its logarithm stays finite and so do the gradients
     variance = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
     mean = posterior_mean(x0.to(p.mean.dtype), x_t.to(p.mean.dtype), abar_t, abar_prev)
@@ -103,7 +101,7 @@ def vlb_term(scheduler: Any, model_output: Tensor, t: int | Tensor, x0: Tensor, 
 
 def prior_term(scheduler: Any, x0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x0) || N(0, I)), (B,) in bits per dimension; x_T is the noisiest the chain visits."""
-    abar = expand(_abar(scheduler, scheduler.timesteps[0], x0), x0)
+    abar = expand(scheduler.abar(scheduler.timesteps[0], x0), x0)
     zero = torch.zeros_like(x0)
     return _mean_bits(gaussian_kl(abar.sqrt() * x0, torch.log1p(-abar), zero, zero))
 
@@ -167,13 +165,6 @@ def _log_ndtr(z: Tensor) -> Tensor:
     below, above = z.clamp(max=0), z.clamp(min=0)
     tail = torch.log(torch.special.erfcx(below * -math.sqrt(0.5)) / 2) - below**2 / 2
     return torch.where(z < 0, tail, torch.special.log_ndtr(above))
-
-
-def _abar(scheduler: Any, t: int | Tensor, like: Tensor) -> Tensor:
-    """abar_t as the scheduler's own arithmetic takes it, 1 where t < 0."""
-    t = torch.as_tensor(t, device=like.device)
-    abar = scheduler.alphas_cumprod.to(like.device, like.dtype)[t.clamp(min=0)]
-    return torch.where(t < 0, torch.ones_like(abar), abar)
 
 
 def _mean(x: Tensor) -> Tensor:

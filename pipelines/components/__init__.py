@@ -1,1 +1,1 @@
-"""What a saved model consists of: one self-contained, exportable class per file."""
+"""What a saved model consists of: one exportable class per file."""

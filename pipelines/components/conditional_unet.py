@@ -8,10 +8,9 @@ Dhariwal and Nichol 2021 (https://arxiv.org/abs/2105.05233) the scale-shift norm
 https://arxiv.org/abs/2112.10741) the pooled text vector in the time embedding.
 
 Config keys and state-dict names are those of diffusers' `UNet2DConditionModel` wherever the two share
-something, so a folder saved by either class loads into the other. The file is self-contained on purpose: it
-travels with the weights. In shape comments B is the batch, C channels, H x W the picture as the network sees
-it (after `patch_size` folding), N = H * W positions, L text tokens, D text width, E the width of the time
-embedding. `config` is always the model's own config.
+something, so a folder saved by either class loads into the other. In shape comments B is the batch, C
+channels, H x W the picture as the network sees it (after `patch_size` folding), N = H * W positions, L text
+tokens, D text width, E the width of the time embedding. `config` is always the model's own config.
 """
 
 import math
@@ -42,7 +41,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None, *ACTIVATIONS),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
-    "addition_embed_type": (None, "text_time"),
+    "addition_embed_type": (None,),  # SDXL's "text_time" needs a second text encoder
     "encoder_hid_dim_type": (None, "text_proj"),
     "num_attention_heads": (None,),  # attention_head_dim counts the heads
     "dual_cross_attention": (False,),
@@ -367,9 +366,7 @@ def check_config(config: Any) -> None:
     needed = ["norm_num_groups", "patch_size"]
     if config.encoder_hid_dim_type is not None:
         needed.append("encoder_hid_dim")
-    if config.addition_embed_type is not None:
-        needed.append("addition_time_embed_dim")
-    if config.addition_embed_type is not None or "projection" in (config.class_embed_type or ""):
+    if "projection" in (config.class_embed_type or ""):
         needed.append("projection_class_embeddings_input_dim")
     for key in needed:
         if config[key] is None or config[key] < 1:
@@ -426,7 +423,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
       value, or one per level. In the last, a level's value may be a list with one number per layer; the up
       levels then need theirs in `reverse_transformer_layers_per_block`, in their own order.
     - `class_embed_type`: None (with `num_class_embeds`, a table: the x4 upscaler's noise level), "timestep",
-      "identity", "projection", "simple_projection". `addition_embed_type`: None or "text_time" (SDXL).
+      "identity", "projection", "simple_projection".
     - `encoder_hid_dim`: width of the text states, when a Linear has to bring them to `cross_attention_dim`.
 
     Keys of our own, all off by default:
@@ -520,10 +517,6 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.class_embedding = nn.Linear(projected_dim, time_dim)
         elif num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds, time_dim)
-        self.add_embedding: nn.Module | None = None
-        if addition_embed_type == "text_time":
-            self.add_time_proj = Timesteps(addition_time_embed_dim or 0, config)
-            self.add_embedding = TimestepEmbedding(projected_dim, time_dim, "silu")
         self.time_embed_act = ACTIVATIONS[time_embedding_act_fn]() if time_embedding_act_fn else nn.Identity()
 
         # 2. The levels
@@ -591,8 +584,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None,
         timestep_cond: Tensor | None, added_cond: dict[str, Tensor],
     ) -> Tensor:  # fmt: skip
-        """The vector every ResNet block sees: MLP(sinusoid(t)), plus what the config asks for of pooled text,
-        class and picture size. Returns (B, E), or (B, 2E) with `class_embeddings_concat`."""
+        """The vector every ResNet block sees: MLP(sinusoid(t)), plus what the config asks for of pooled text
+        and class. Returns (B, E), or (B, 2E) with `class_embeddings_concat`."""
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
         emb = self.time_embedding(self.time_proj(t).to(sample.dtype), timestep_cond)  # (B, E)
         if self.pooled_text_time_proj is not None:
@@ -605,11 +598,6 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 class_labels = self.time_proj(class_labels).to(sample.dtype)
             class_emb = self.class_embedding(class_labels).to(sample.dtype)  # (B, E)
             emb = torch.cat([emb, class_emb], 1) if self.config.class_embeddings_concat else emb + class_emb
-        if self.add_embedding is not None:
-            text = required(added_cond, "text_embeds", "addition_embed_type='text_time'")
-            ids = required(added_cond, "time_ids", "addition_embed_type='text_time'")
-            sizes = self.add_time_proj(ids.flatten()).reshape(text.shape[0], -1)  # (B, ids * dim)
-            emb = emb + self.add_embedding(torch.cat([text, sizes], dim=-1).to(emb.dtype))
         return self.time_embed_act(emb)
 
     def join_input(self, sample: Tensor, added_cond: dict[str, Tensor]) -> Tensor:
@@ -652,8 +640,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timestep_cond: (B, time_cond_proj_dim), the embedded guidance scale of distilled models.
             attention_mask: (B, M), 1 keep and 0 ignore, on the keys of each block's first attention.
             cross_attention_kwargs: {"scale": s}, the strength of the loaded LoRA adapters.
-            added_cond_kwargs: "pooled_text" (B, pooled_text_dim); "x0_self" like sample; SDXL's "text_embeds"
-                (B, width) and "time_ids" (B, 6).
+            added_cond_kwargs: "pooled_text" (B, pooled_text_dim); "x0_self" like sample.
             down_block_additional_residuals, mid_block_additional_residual: what a ControlNet adds to the skip
                 connections and to the middle; both or neither.
             encoder_attention_mask: (B, L), 1 keep and 0 ignore, on the text tokens.

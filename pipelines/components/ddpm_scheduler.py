@@ -1,6 +1,6 @@
 """The ancestral sampler: `DDPMScheduler`, on the equations of `chain.equations`."""
 
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -18,30 +18,20 @@ from ..chain.equations import (
     PREDICTION_TYPES,
     SMALLEST_VARIANCE,
     TIMESTEP_SPACINGS,
-    dynamic_threshold,
-    expand,
-    learned_range_log_variance,
+    ReverseStep,
+    invalid,
     make_betas,
-    posterior_mean,
+    p_mean_variance,
     posterior_variance,
-    predict_x0,
     q_sample,
     require,
     rescale_to_zero_terminal_snr,
+    reverse_variance,
     spaced_timesteps,
     velocity,
 )
 
 logger = logging.get_logger(__name__)
-
-
-class ReverseStep(NamedTuple):
-    """p(x_prev | x_t) = N(mean, variance I), float32 or better; the variances broadcast to the mean."""
-
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
-    pred_x0: Tensor
 
 
 class DDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -189,7 +179,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             return timestep - 1
         t = torch.as_tensor(timestep, device=self.timesteps.device)
         hits = t.reshape(-1, 1) == self.timesteps  # (B, n)
-        require(hits.any(dim=1).all(), "timestep", timestep, "one that scheduler.timesteps holds")
+        if not hits.any(dim=1).all():
+            raise invalid("timestep", timestep, "one that scheduler.timesteps holds")
         following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), -1)])
         return following[hits.int().argmax(dim=1)].reshape(t.shape)
 
@@ -200,18 +191,27 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep () or (B,). Differentiable. On the last step, where beta~ = 0 and `step` uses no variance,
         beta~ of the step before stands in (beta~_1 of a full chain), or beta_t if there is but one step.
         """
-        prediction, v = self._split(model_output, sample)
-        abar_t, abar_prev = self._abar(timestep, sample), self._abar(self.previous_timestep(timestep), sample)
-        abar_t, abar_prev = expand(abar_t, sample), expand(abar_prev, sample)  # (B, 1, 1, 1)
-        x_t = sample.to(abar_t.dtype)
-        x0 = predict_x0(prediction.to(abar_t.dtype), x_t, abar_t, self.config.prediction_type)
-        if self.config.thresholding:
-            x0 = dynamic_threshold(x0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
-        elif self.config.clip_sample:
-            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        mean = posterior_mean(x0, x_t, abar_t, abar_prev)
-        variance, log_variance = self._variance(self.config.variance_type, abar_t, abar_prev, v)
-        return ReverseStep(mean, variance, log_variance, x0)
+        return self._reverse(model_output, timestep, sample, 1.0)
+
+    def _reverse(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float
+    ) -> ReverseStep:
+        config = self.config
+        self._check_shapes(model_output, sample)
+        abar_t, abar_prev = self.abar(timestep, sample), self.abar(self.previous_timestep(timestep), sample)
+        thresholds = config.dynamic_thresholding_ratio, config.sample_max_value
+        return p_mean_variance(
+            model_output,
+            sample,
+            abar_t,
+            abar_prev,
+            prediction_type=config.prediction_type,
+            variance_type=config.variance_type,
+            stand_in=self._last_step(abar_t),
+            clip_range=config.clip_sample_range if config.clip_sample else None,
+            threshold=thresholds if config.thresholding else None,
+            eta=eta,
+        )
 
     def step(
         self,
@@ -228,15 +228,14 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(generator, (list, tuple)):
             generator, count = list(generator), len(generator)
-            require(count == len(sample), "number of generators", count, f"{len(sample)}, one per image")
+            if count != len(sample):
+                raise invalid("number of generators", count, f"{len(sample)}, one per image")
         t: Any = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-        single = isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)
-        require(single, "timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
+        if not (isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)):
+            raise invalid("timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
-        prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, t, sample)
-        if (eta := self.config.eta) < 1:
-            abar_t, abar_prev = (self._abar(step, sample) for step in (t, self.previous_timestep(t)))
-            prev_sample = posterior_mean(x0, sample.to(x0.dtype), abar_t, abar_prev, eta)
+        eta = self.config.eta
+        prev_sample, variance, log_variance, x0 = self._reverse(model_output, t, sample, eta)
         if t > 0 and eta > 0:
             # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
             # unused, so that a generator that serves several runs goes through the same states.
@@ -253,10 +252,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             return prev_sample, x0
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
-    def _abar(self, timesteps: int | Tensor, like: Tensor) -> Tensor:
+    def abar(self, timesteps: int | Tensor, like: Tensor) -> Tensor:
         """abar at integer timesteps of any shape, 1 where t < 0; device of `like`, float32 or better."""
         t = torch.as_tensor(timesteps, device=like.device)
-        require(not t.is_floating_point(), "timesteps", t.dtype, "integers")
+        if t.is_floating_point():
+            raise invalid("timesteps", t.dtype, "integers")
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moves once
         abar = self.alphas_cumprod[t.clamp(min=0)].to(torch.promote_types(like.dtype, torch.float32))
         return torch.where(t < 0, torch.ones_like(abar), abar)
@@ -265,40 +265,26 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """abar of shape (B,) or (1,), once shapes are known to fit; B noises may share one picture."""
         batch = max(len(x0), len(eps))
         fits = x0.shape[1:] == eps.shape[1:] and {len(x0), len(eps)} <= {1, batch}
-        require(fits, "noise shape", tuple(eps.shape), f"that of the samples, {tuple(x0.shape)}")
-        abar = self._abar(timesteps, x0).flatten()
-        require(len(abar) in (1, batch) or batch == 1, "number of timesteps", len(abar), f"1 or {batch}")
+        if not fits:
+            raise invalid("noise shape", tuple(eps.shape), f"that of the samples, {tuple(x0.shape)}")
+        abar = self.abar(timesteps, x0).flatten()
+        if len(abar) not in (1, batch) and batch != 1:
+            raise invalid("number of timesteps", len(abar), f"1 or {batch}")
         return abar
 
-    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output -> (prediction, v) with learned variance, (prediction, None) without."""
+    def _check_shapes(self, model_output: Tensor, sample: Tensor) -> None:
         kind, given, wanted = self.config.variance_type, list(model_output.shape), list(sample.shape)
         if kind in LEARNED_VARIANCES and sample.ndim > 1:
             wanted[1] *= 2
-        require(given == wanted, "model_output shape", given, f"{wanted} with variance_type={kind!r}")
-        if kind not in LEARNED_VARIANCES:
-            return model_output, None
-        prediction, v = model_output.chunk(2, dim=1)  # (B, 2C, ...) -> 2 x (B, C, ...)
-        return prediction, v
+        if given != wanted:
+            raise invalid("model_output shape", given, f"{wanted} with variance_type={kind!r}")
 
-    def _variance(
-        self, kind: str | None, abar_t: Tensor, abar_prev: Tensor, v: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """sigma_t^2 and its log, shaped as v when learned, else as abar_t; see `p_mean_variance`."""
-        beta = (1 - abar_t / abar_prev).clamp(min=SMALLEST_VARIANCE)
-        if kind in ("fixed_large", "fixed_large_log"):
-            return beta, beta.log()
-        final = [self._abar(t, abar_t) for t in self.timesteps[-2:]]  # one step: no beta~ but 0
-        stand_in = posterior_variance(*final) if len(final) == 2 else 1 - abar_t
-        small = torch.where(abar_prev < 1, posterior_variance(abar_t, abar_prev), stand_in)
-        small = small.clamp(min=SMALLEST_VARIANCE)
-        if kind not in LEARNED_VARIANCES:
-            return small, small.log()
-        if v is None:
-            raise ValueError(f"predicted_variance=None: must be given with variance_type={kind!r}")
-        v = v.to(abar_t.dtype)
-        log_variance = v if kind == "learned" else learned_range_log_variance(v, beta.log(), small.log())
-        return log_variance.exp(), log_variance
+    def _last_step(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """abar_t and abar_prev of the last step whose beta~ is not 0; None if the chain has one step."""
+        if len(self.timesteps) < 2:
+            return None
+        before, last = self.timesteps[-2:]
+        return self.abar(before, like), self.abar(last, like)
 
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
@@ -306,11 +292,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """For callers of diffusers' method of this name, in its units: sigma^2 for fixed_small, fixed_large;
         sigma for fixed_small_log; log sigma^2 for the rest. Elsewhere use `p_mean_variance`."""
         kind = variance_type or self.config.variance_type or "fixed_small"
-        abar_t, abar_prev = self._abar(t, self.one), self._abar(self.previous_timestep(t), self.one)
+        abar_t, abar_prev = self.abar(t, self.one), self.abar(self.previous_timestep(t), self.one)
         if kind in ("fixed_small", "fixed_small_log"):
             variance = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
             return variance.sqrt() if kind == "fixed_small_log" else variance
-        variance, log_variance = self._variance(kind, abar_t, abar_prev, predicted_variance)
+        last = self._last_step(abar_t)
+        stand_in = 1 - abar_t if last is None else posterior_variance(*last)
+        variance, log_variance = reverse_variance(kind, abar_t, abar_prev, stand_in, predicted_variance)
         return variance if kind == "fixed_large" else log_variance
 
 

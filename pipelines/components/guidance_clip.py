@@ -1,10 +1,9 @@
 """A CLIP for clean pictures that guides: open_clip's models or transformers' CLIPModel behind one interface.
 
-The file is self-contained on purpose: it travels with the weights, and the tokenizer's files lie beside them.
-open_clip is imported only for its own models, and by a call, so that nobody else has to have it.
+The tokenizer's files lie beside the weights. open_clip is imported only for its own models, so that nobody
+else needs to install it.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,6 +16,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from ..folders.files import read_json
 
 NEITHER = (
     "must be a folder of a transformers or open_clip CLIP, or open_clip's name of one, such as "
@@ -74,10 +75,10 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
         Raises ValueError for anything else.
         """
         folder = Path(name)
-        if (folder / "config.json").is_file() and "text_config" in _read(folder / "config.json"):
+        if (folder / "config.json").is_file() and "text_config" in read_json(folder / "config.json"):
             model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
             processor = folder / "preprocessor_config.json"
-            settings = _read(processor) if processor.is_file() else {}
+            settings = read_json(processor) if processor.is_file() else {}
             kept = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
             return cls.of(model, CLIPTokenizer.from_pretrained(str(folder)), **kept)
         open_clip = import_module("open_clip")
@@ -185,7 +186,3 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor, texts: list[str]) -> Tensor:
         """Logits of every picture with every text, (N, M)."""
         return self.scale * self.embed_images(images) @ self.embed_texts(texts).T
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@ leaves (Dhariwal and Nichol 2021, section 4, https://arxiv.org/abs/2105.05233). 
 question of a picture, what it shows and how it is drawn, each with classes of its own; and it may be several
 networks that were trained apart (deep ensembles, Lakshminarayanan 2017, https://arxiv.org/abs/1612.01474).
 
-The file is self-contained on purpose: it travels with the weights. In shape comments B is the batch, C
+In shape comments B is the batch, C
 channels, H x W positions, E the width of the time embedding.
 """
 

@@ -2,8 +2,8 @@
 https://arxiv.org/abs/2112.10741), in the space of a text tower that is not part of it.
 
 A vision transformer with pre-norm blocks (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929); the
-timestep's embedding is added to every patch. The file is self-contained on purpose: it travels with the
-weights. In shape comments B is the batch, N = (sample_size / patch_size)^2 patches, W the width.
+timestep's embedding is added to every patch. In shape comments B is the batch, N = (sample_size /
+patch_size)^2 patches, W the width.
 """
 
 import math

@@ -15,7 +15,8 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLo
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import scale_lora_layers
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+from .files import PICKLES
+
 NO_IP_ADAPTER = (
     "is not supported: IP-Adapter needs attention layers for images, which ConditionalUNet has not. Use "
     "diffusers' StableDiffusionPipeline with its UNet2DConditionModel."

@@ -4,12 +4,15 @@ import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
+
+from .adapters import safetensors_only
+from .loading import align_weights, own_class
 
 LINKS = ("https://", "http://", "huggingface.co/", "hf.co/")
 
@@ -30,12 +33,7 @@ def without_false_alarms() -> Iterator[None]:
 
 
 class ConversionMixin:
-    """`from_pipe` and `from_single_file` of a pipeline. It brings `own_class` and `align_weights` of the leaf
-    `loading`, and `safetensors_only` of `adapters`."""
-
-    own_class: Callable[[str], Any]
-    align_weights: Callable[[Any], None]
-    safetensors_only: Callable[[Any, dict[str, Any]], dict[str, Any]]
+    """`from_pipe` and `from_single_file` of a pipeline."""
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -50,7 +48,7 @@ class ConversionMixin:
         parameters = inspect.signature(cls.__init__).parameters
         for name in parameters.keys() & pipeline.components.keys():
             component = kwargs.get(name, pipeline.components[name])
-            own = cls.own_class(type(component).__name__)
+            own = own_class(type(component).__name__)
             # passed by name, for else diffusers leaves out what is not exactly of an annotated class
             kwargs[name] = component if own is None else rebuild(component, own)
         with without_false_alarms():
@@ -65,12 +63,12 @@ class ConversionMixin:
         `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError for what is not to be had.
         """
         source = str(pretrained_model_link_or_path)
-        cls.safetensors_only(source, {})
+        safetensors_only(source, {})
         ours = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("default_")}
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or torch.float32
         theirs = read_single_file(StableDiffusionPipeline, source, torch_dtype=dtype, **kwargs)
         pipeline = cls.from_pipe(theirs, torch_dtype=dtype, **ours)
-        cls.align_weights(pipeline)
+        align_weights(pipeline)
         return pipeline
 
 

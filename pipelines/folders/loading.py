@@ -7,9 +7,7 @@ The classes are found by name at run time and never imported here: a pipeline fi
 to the Hub brings this helper along, and there the components come as files of their own.
 """
 
-import glob
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -22,9 +20,11 @@ from diffusers.utils import logging
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
+from .files import CARD, INDEX, PICKLES, read_json, read_text
+from .hub import download
+
 logger = logging.get_logger("diffusers.pipelines.pipeline_utils")  # whose log lists the other components
 
-INDEX, CARD = "model_index.json", "README.md"
 # the class an index names -> the module and class that we load for it
 OWN_CLASSES = {
     "UNet2DConditionModel": ("conditional_unet", "ConditionalUNet"),
@@ -34,7 +34,6 @@ OWN_CLASSES = {
     "NoisyClassifier": ("noisy_classifier", "NoisyClassifier"),
     "GuidanceCLIP": ("guidance_clip", "GuidanceCLIP"),
 }
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 READ = (".json", ".txt", ".model", ".jinja")  # besides weights: configs and vocabularies
 # model.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json, and the older
 # orders model-00001-of-00002.fp16.safetensors and model.safetensors.fp16.index.json
@@ -73,7 +72,7 @@ class LoadMixin:
         align_weights(pipeline)
         follow_stable_diffusion(folder, pipeline)
         pipeline.register_to_config(_name_or_path=name)
-        pipeline._model_card = read_text(folder / CARD)  # for the card of what is saved from here
+        pipeline._model_card = read_text(folder / CARD, "replace")  # for the card of what is saved from here
         pipeline._loaded_name = None if Path(name).is_dir() else name
         return pipeline
 
@@ -93,7 +92,7 @@ class LoadMixin:
         if not found:
             raise OSError(f"{folder} has neither a folder noisy_clip nor one noisy_classifier")
         for name, part in found.items():
-            guide: Any = own_class(read_json(part / "config.json").get("_class_name", ""))
+            guide: Any = own_class(read_config(part / "config.json").get("_class_name", ""))
             if guide is None:
                 raise OSError(f"{part} holds no model that guides: its config.json names none")
             model = guide.from_pretrained(str(part), torch_dtype=self.dtype)
@@ -165,8 +164,12 @@ def model_folder(name: str, given: dict[str, Any], pipeline_class: type) -> Path
         files = choose_files([file.relative_to(folder).as_posix() for file in inside], index, given, name)
         check_links(folder, inside)
     else:
-        folder, files = download(name, given, pipeline_class)
-        index = read_json(folder / INDEX)
+
+        def choose(folder: Path, names: list[str]) -> list[str]:
+            return choose_files(names, read_index(folder, pipeline_class, name), given, name)
+
+        folder, files = download(name, given, choose)
+        index = read_config(folder / INDEX)
     check_contents(folder, files, component_entries(index))
     return folder
 
@@ -177,7 +180,7 @@ def read_index(folder: Path, pipeline_class: type, source: str) -> dict[str, Any
     What Stable Diffusion folders hold besides is left alone, as diffusers leaves it; but without its second
     text encoder, say, another kind of model would draw nothing, or noise.
     """
-    index = read_json(folder / INDEX)
+    index = read_config(folder / INDEX)
     kind = index.get("_class_name")
     kind = kind[-1] if isinstance(kind, list) and kind else kind
     if not isinstance(kind, str):
@@ -266,7 +269,7 @@ def check_contents(folder: Path, files: list[str], entries: dict[str, tuple[str,
                 "away, and load the adapters with load_lora_weights"
             )
         elif ".safetensors" in base:
-            places = read_json(folder / file).get("weight_map")
+            places = read_config(folder / file).get("weight_map")
             if not isinstance(places, dict):
                 raise OSError(f"{folder / file} must map names to shards in `weight_map`, got {places!r:.50}")
             for shard in sorted(set(map(str, places.values()))):
@@ -275,12 +278,12 @@ def check_contents(folder: Path, files: list[str], entries: dict[str, tuple[str,
                         f"{folder / file} names the shard {shard!r}, which is not one of that folder's"
                     )
         elif base.endswith(".json") and entries[component][1].startswith("Auto"):
-            if "auto_map" in read_json(folder / file):
+            if "auto_map" in read_config(folder / file):
                 raise OSError(
                     f"{folder / file} asks for code through {entries[component][1]}, which is not run: load "
                     f"{component} yourself and pass it to from_pretrained"
                 )
-        if base == "config.json" and (kernels := kernels_of(read_json(folder / file))):
+        if base == "config.json" and (kernels := kernels_of(read_config(folder / file))):
             raise OSError(
                 f"{folder / file} asks for attention code, {' and '.join(kernels)}, which is not fetched: "
                 "take `attn_implementation` out of it"
@@ -318,76 +321,6 @@ def _single_file_hint(folder: Path) -> str:
     return f" It has {single[0]}: diffusers' from_single_file reads such checkpoints{convert}."
 
 
-# ---- the Hub ----
-
-
-def download(name: str, given: dict[str, Any], pipeline_class: type) -> tuple[Path, list[str]]:
-    """(folder, files) of the Hub's model `name`, all of one commit, or what the cache has when out of reach.
-
-    Raises OSError that says what to do about it; what has arrived by then is kept, and no folder counts as
-    whole before all of it has.
-    """
-    from huggingface_hub import get_cached_repo_tree, resolve_revision, snapshot_download
-
-    keys = ("token", "cache_dir", "local_files_only", "force_download")
-    options = {key: given[key] for key in keys if given.get(key) is not None}
-    place = {"cache_dir": given.get("cache_dir")}
-    try:
-        asked = {key: value for key, value in options.items() if key != "force_download"}
-        revision = resolve_revision(name, revision=given.get("revision"), **asked)
-        options["revision"] = revision
-        folder = Path(snapshot_download(name, allow_patterns=[INDEX, CARD], **options))
-        names = [file.path for file in get_cached_repo_tree(name, revision=revision, **place)]
-    except Exception as error:
-        raise OSError(_explain(error, name, given.get("revision"))) from error
-    if INDEX not in names:
-        raise OSError(f"{name} on the Hub is no model of diffusers' kind: it has no {INDEX}")
-    index = read_index(folder, pipeline_class, name)
-    files = choose_files(names, index, given, name)
-    try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=[glob.escape(file) for file in files], **options)
-        )
-    except Exception as error:
-        raise OSError(_explain(error, name, given.get("revision"))) from error
-    return folder, files
-
-
-def _explain(error: Exception, name: str, revision: str | None) -> str:
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.HFValidationError):
-        return f"{name!r} is neither a folder nor a name that the Hub could have"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} on the Hub has no revision {revision!r}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} on the Hub is gated: ask for access on its page, then `hf auth login` or pass `token`"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{name} is neither a folder here nor a model that the Hub shows you. If it is private, "
-            "`hf auth login` or pass a `token` that may read it"
-        )
-    if status in (401, 403):
-        return (
-            f"The Hub refused the token for {name} ({status}): `hf auth login` again or pass another `token`"
-        )
-    unreachable = (
-        errors.LocalEntryNotFoundError,
-        errors.CachedRepoTreeNotFoundError,
-        errors.RevisionResolutionError,
-    )
-    if isinstance(error, unreachable):
-        return (
-            f"{name} is no folder here; as a name on the Hub it is not, or not wholly, in the cache, and the "
-            f"Hub is out of reach: {error}"
-        )
-    return (
-        f"The download of {name} broke off ({type(error).__name__}: {error}). What has arrived is kept: the "
-        "same call goes on from there"
-    )
-
-
 # ---- components ----
 
 
@@ -397,7 +330,7 @@ def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.
     `given` are from_pretrained's keywords; of them `variant` and `device_map` count here. `dtype` is one for
     all, or diffusers' dict by component, with "default".
     """
-    index = read_json(folder / INDEX)
+    index = read_config(folder / INDEX)
     variant = given.get("variant")
     loaded = {}
     for name, (_, class_name) in component_entries(index).items():
@@ -424,7 +357,7 @@ def follow_stable_diffusion(folder: Path, pipeline: Any) -> None:
     parts that it is handed, so pictures would differ from everybody else's without this. Its upscaler's
     folders it takes as they are.
     """
-    saved_as = str(read_json(folder / INDEX).get("_class_name", ""))
+    saved_as = str(read_config(folder / INDEX).get("_class_name", ""))
     if not saved_as.startswith("StableDiffusion") or "Upscale" in saved_as:
         return
     if (scheduler := pipeline.scheduler) is not None:
@@ -450,17 +383,12 @@ def align_weights(pipeline: Any) -> None:
                     tensor.data = tensor.data.clone()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. OSError that names the file when it is none."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises OSError that names the file if it holds anything else."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except ValueError as error:
-        raise OSError(f"{path} is no JSON: {error}") from error
+        raise OSError(str(error)) from error
     if not isinstance(content, dict):
         raise OSError(f"{path} must hold a JSON object, and holds {content!r:.50}")
     return content
-
-
-def read_text(path: Path) -> str | None:
-    """A text file's content, None when there is no such file."""
-    return path.read_bytes().decode("utf-8", "replace") if path.is_file() else None

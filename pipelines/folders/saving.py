@@ -12,11 +12,8 @@ import inspect
 import json
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,12 @@ import torch
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
+from .files import CARD, INDEX, read_json, read_text, write_file, write_json
+from .hub import create_repository, fetch_card, upload
+from .travel import CODE, LIBRARIES, code_files, source_file
+
 logger = logging.get_logger(__name__)
 
-INDEX, CARD, CODE = "model_index.json", "README.md", "pipeline.py"
-LIBRARIES = ("diffusers", "transformers")
 # our class -> the class of diffusers that reads the same folder while no feature of ours is on
 DIFFUSERS_CLASSES = {
     "TextToImagePipeline": "StableDiffusionPipeline",
@@ -88,7 +87,7 @@ class SaveMixin:
             card = fetch_card(name, token) if card is None else card
         self._write(folder, in_diffusers_format, variant, max_shard_size, name, card, model_card)
         if push_to_hub:
-            upload(self, folder, name, variant, token, commit_message, create_pr)
+            self._upload(folder, name, variant, token, commit_message, create_pr)
 
     def push_to_hub(
         self,
@@ -115,12 +114,26 @@ class SaveMixin:
             repo_id = create_repository(repo_id, private, token)
             card = None if subfolder else fetch_card(repo_id, token)
             self._write(folder, plain, variant, max_shard_size, repo_id, card, model_card)
-            return upload(self, folder, repo_id, variant, token, commit_message, create_pr, subfolder)
+            return self._upload(folder, repo_id, variant, token, commit_message, create_pr, subfolder)
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
         """Writes model_index.json and the code of the classes that it names; `push_to_hub` uploads."""
         super().save_config(str(save_directory))  # type: ignore[misc]
         write_code(self, Path(save_directory))
+
+    def _upload(
+        self,
+        folder: Path,
+        name: str,
+        variant: str | None,
+        token: str | bool | None,
+        commit_message: str | None,
+        create_pr: bool,
+        subfolder: str | None = None,
+    ) -> Any:
+        message = commit_message or f"Upload {type(self).__name__}"
+        stale = [pattern for part in self.components for pattern in weight_patterns(part, variant)]
+        return upload(folder, name, token, message, stale, create_pr, subfolder)
 
     def _write(
         self,
@@ -247,46 +260,22 @@ def own_keys(cls: type) -> dict[str, Any]:
 
 
 def write_code(pipeline: Any, folder: Path) -> None:
-    """Copy the code of all classes that the libraries have not, and name it in the model index."""
+    """Write the code of all classes that the libraries do not have, and name it in the model index."""
     index = read_json(folder / INDEX)
-    files: dict[str, Path] = {}  # place in the folder -> source
+    components: dict[str, Path] = {}
     for name, part in (pipeline.components | modules_of(pipeline)).items():
-        source = source_file(type(part))
-        if source is not None and not relative_imports(source):
+        if (source := source_file(type(part))) is not None:
             index[name] = [source.stem, type(part).__name__]
-            files[f"{name}/{source.name}"] = source
+            components[name] = source
         elif type(part).__module__.split(".")[0] not in (*LIBRARIES, "builtins"):
             logger.warning(
                 "The code of %s is not in a file of its own; load it with that class imported.", name
             )
-    if (source := source_file(type(pipeline))) is not None:
+    if (code := source_file(type(pipeline))) is not None:
         index["_class_name"] = [Path(CODE).stem, type(pipeline).__name__]
-        files[CODE] = source
-        for helper in relative_imports(source):
-            files[f"{helper}.py"] = source.with_name(f"{helper}.py")
-    modules = [place.rsplit("/")[-1] for place in files]
-    if twice := {module for module in modules if modules.count(module) > 1}:
-        raise ValueError(
-            f"Two files of code are named {' and '.join(twice)}; diffusers loads all into one package"
-        )
-    for place, source in files.items():
-        (folder / place).parent.mkdir(exist_ok=True)
-        (folder / place).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    write_json(folder / INDEX, index)
-
-
-def source_file(cls: type) -> Path | None:
-    """The file that defines a class, None for the libraries' classes and those of a script or notebook."""
-    if cls.__module__.split(".")[0] in (*LIBRARIES, "builtins", "__main__"):
-        return None
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return Path(file) if file is not None and file.endswith(".py") and Path(file).is_file() else None
-
-
-def relative_imports(source: Path) -> list[str]:
-    """The modules beside it that a file imports, found as diffusers finds what it has to copy along."""
-    found = re.findall(r"^\s*from\s+\.(\S+)\s+import", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return sorted(set(found))
+    for place, text in code_files(code, components).items():
+        write_file(folder / place, text)
+    write_json(folder / INDEX, index, sort_keys=True)
 
 
 def name_diffusers_classes(pipeline: Any, folder: Path) -> None:
@@ -307,10 +296,10 @@ def name_diffusers_classes(pipeline: Any, folder: Path) -> None:
                 config["_class_name"] = DIFFUSERS_CLASSES[ours.__name__]
                 if "steps_offset" in config:  # see `obstacles`; another value makes diffusers warn
                     config["steps_offset"] = 1
-                write_json(path, config)
+                write_json(path, config, sort_keys=True)
     if type(pipeline.text_encoder).__name__ == "CLIPTextModelWithProjection":
         index["text_encoder"] = ["transformers", "CLIPTextModel"]  # only features of ours read the projection
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index, sort_keys=True)
 
 
 # ---- the components' files ----
@@ -335,19 +324,17 @@ def finish_component(folder: Path) -> None:
             index["weight_map"] = {
                 re.sub(place, prefix, key): file for key, file in index["weight_map"].items()
             }
-            write_json(path, index)
+            write_json(path, index, sort_keys=True)
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json(folder / "tokenizer.json")
         model, vocabulary = tokenizer["model"], tokenizer["model"].get("vocab")
         if model.get("type") == "BPE" and not (folder / "vocab.json").exists():
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-            (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-            (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+            write_file(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+            write_file(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
             added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
             if added := {content: number for content, number in added.items() if content not in vocabulary}:
-                (folder / "added_tokens.json").write_text(
-                    json.dumps(added, ensure_ascii=False), encoding="utf-8"
-                )
+                write_file(folder / "added_tokens.json", json.dumps(added, ensure_ascii=False))
 
 
 def clean_config(path: Path) -> None:
@@ -357,7 +344,8 @@ def clean_config(path: Path) -> None:
     first call would fail.
     """
     config = {key: value for key, value in read_json(path).items() if key not in MACHINE_KEYS}
-    write_json(path, config | ({"dtype": "float32"} if "transformers_version" in config else {}))
+    dtype = {"dtype": "float32"} if "transformers_version" in config else {}
+    write_json(path, config | dtype, sort_keys=True)
 
 
 def move_into(staging: Path, folder: Path, variant: str | None) -> None:
@@ -384,102 +372,3 @@ def weight_patterns(component: str, variant: str | None) -> list[str]:
     )
     stems = ("model", "diffusion_pytorch_model")
     return [f"{component}/{name.format(stem=stem, kind=kind)}" for stem in stems for name in names]
-
-
-def read_text(path: Path) -> str | None:
-    """A text file's content, bytes that are no UTF-8 kept as they are; None when there is no such file."""
-    return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# ---- the Hub ----
-
-
-def create_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
-    """The full name of the repository, made if it is not there; its owner defaults to the token's.
-
-    Raises ValueError where `private` is asked for and the repository is there already, and public.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    with hub_errors(repo_id):
-        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        public = private and not api.repo_info(name).private
-    if public:
-        raise ValueError(
-            f"`private` must not be True for {name}, which is there already and public; nothing was pushed. "
-            f"HfApi().update_repo_settings({name!r}, private=True) makes it private"
-        )
-    return name
-
-
-def fetch_card(repo_id: str, token: str | bool | None) -> str | None:
-    """The README.md that a repository has, None when it has none."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    with hub_errors(repo_id), tempfile.TemporaryDirectory() as temporary:
-        try:
-            return read_text(Path(hf_hub_download(repo_id, CARD, token=token, local_dir=temporary)))
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # the Hub did not answer
-                raise
-            return None
-
-
-def upload(
-    pipeline: Any,
-    folder: Path,
-    repo_id: str,
-    variant: str | None,
-    token: str | bool | None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-    subfolder: str | None = None,
-) -> Any:
-    """One commit of the folder, without the weights that an earlier push left and this one has not."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    start = f"{subfolder}/" if subfolder else ""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    added = {start + place: path for place, path in sorted(files.items()) if "/." not in "/" + place}
-    patterns = [start + p for name in pipeline.components for p in weight_patterns(name, variant)]
-    api = HfApi(token=token)
-    with hub_errors(repo_id):
-        there = set(api.list_repo_files(repo_id)) - set(added)
-        stale = [file for file in there if any(fnmatch(file, pattern) for pattern in patterns)]
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(*file) for file in added.items()]
-            + [CommitOperationDelete(file) for file in stale],
-            commit_message=commit_message or f"Upload {type(pipeline).__name__}",
-            create_pr=create_pr,
-        )
-
-
-@contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub or the network answers into an OSError that says what to do."""
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        yield
-    except HFValidationError:  # a ValueError that says what a name may be
-        raise
-    except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"{type(error).__name__}: {error}"
-        if status in (401, 403):
-            reason = f"it asks for a token that may write there ({status}): `hf auth login`, or pass `token`"
-        raise OSError(
-            f"Could not push to {repo_id} on the Hub: {reason}. A push is one commit: all of it is there, or "
-            "nothing"
-        ) from error

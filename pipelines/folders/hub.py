@@ -1,0 +1,161 @@
+"""The Hub: models fetched from it, repositories made there, one commit a push, and what its errors mean."""
+
+import glob
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .files import CARD, INDEX, read_text
+
+Choose = Callable[[Path, list[str]], list[str]]
+
+
+def download(name: str, given: dict[str, Any], choose: Choose) -> tuple[Path, list[str]]:
+    """(folder, files) of the Hub's model `name`, all of one commit, or from the cache if it is out of reach.
+
+    `choose(folder, names)` says which of the model's file `names` to fetch, by what the folder's index says.
+    `given` are from_pretrained's keywords. Raises OSError that says what to do about it; what has arrived by
+    then is kept, and a folder does not count as whole before all of it has.
+    """
+    from huggingface_hub import get_cached_repo_tree, resolve_revision, snapshot_download
+
+    keys = ("token", "cache_dir", "local_files_only", "force_download")
+    options = {key: given[key] for key in keys if given.get(key) is not None}
+    place = {"cache_dir": given.get("cache_dir")}
+    try:
+        asked = {key: value for key, value in options.items() if key != "force_download"}
+        revision = resolve_revision(name, revision=given.get("revision"), **asked)
+        options["revision"] = revision
+        folder = Path(snapshot_download(name, allow_patterns=[INDEX, CARD], **options))
+        names = [file.path for file in get_cached_repo_tree(name, revision=revision, **place)]
+    except Exception as error:
+        raise OSError(explain(error, name, given.get("revision"))) from error
+    if INDEX not in names:
+        raise OSError(f"{name} on the Hub is no model of diffusers' kind: it has no {INDEX}")
+    files = choose(folder, names)
+    try:
+        folder = Path(
+            snapshot_download(name, allow_patterns=[glob.escape(file) for file in files], **options)
+        )
+    except Exception as error:
+        raise OSError(explain(error, name, given.get("revision"))) from error
+    return folder, files
+
+
+def explain(error: Exception, name: str, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return f"{name!r} is neither a folder nor a name that the Hub could have"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} on the Hub has no revision {revision!r}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} on the Hub is gated: ask for access on its page, then `hf auth login` or pass `token`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{name} is neither a folder here nor a model that the Hub shows you. If it is private, "
+            "`hf auth login` or pass a `token` that may read it"
+        )
+    if status in (401, 403):
+        return (
+            f"The Hub refused the token for {name} ({status}): `hf auth login` again or pass another `token`"
+        )
+    unreachable = (
+        errors.LocalEntryNotFoundError,
+        errors.CachedRepoTreeNotFoundError,
+        errors.RevisionResolutionError,
+    )
+    if isinstance(error, unreachable):
+        return (
+            f"{name} is no folder here; as a name on the Hub it is not, or not wholly, in the cache, and the "
+            f"Hub is out of reach: {error}"
+        )
+    return (
+        f"The download of {name} broke off ({type(error).__name__}: {error}). What has arrived is kept: the "
+        "same call goes on from there"
+    )
+
+
+def create_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
+    """The full name of the repository, made if it is not there; its owner defaults to the token's.
+
+    Raises ValueError where `private` is asked for and the repository is there already, and public.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        public = private and not api.repo_info(name).private
+    if public:
+        raise ValueError(
+            f"`private` must not be True for {name}, which is there already and public; nothing was pushed. "
+            f"HfApi().update_repo_settings({name!r}, private=True) makes it private"
+        )
+    return name
+
+
+def fetch_card(repo_id: str, token: str | bool | None) -> str | None:
+    """The README.md that a repository has, None when it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with hub_errors(repo_id), tempfile.TemporaryDirectory() as temporary:
+        try:
+            return read_text(Path(hf_hub_download(repo_id, CARD, token=token, local_dir=temporary)))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub did not answer
+                raise
+            return None
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    token: str | bool | None,
+    commit_message: str,
+    stale: list[str],
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> Any:
+    """One commit of the folder. It deletes the files that match the `stale` patterns and are not in it."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    start = f"{subfolder}/" if subfolder else ""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    added = {start + place: path for place, path in sorted(files.items()) if "/." not in "/" + place}
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        there = set(api.list_repo_files(repo_id)) - set(added)
+        old = [file for file in there if any(fnmatch(file, start + pattern) for pattern in stale)]
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(*file) for file in added.items()]
+            + [CommitOperationDelete(file) for file in old],
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub or the network answers into an OSError that says what to do."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except HFValidationError:  # a ValueError that says what a name may be
+        raise
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"{type(error).__name__}: {error}"
+        if status in (401, 403):
+            reason = f"it asks for a token that may write there ({status}): `hf auth login`, or pass `token`"
+        raise OSError(
+            f"Could not push to {repo_id} on the Hub: {reason}. A push is one commit: all of it is there, or "
+            "nothing"
+        ) from error
