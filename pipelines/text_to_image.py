@@ -10,9 +10,9 @@ from .drawing.loop import Task, draw
 from .drawing.request import Request, check, check_size, takes
 from .drawing.sizes import enlarge, enlargement
 from .drawing.text import TextInputs, encode_for, plain_texts
-from .folders.adapters import AdapterMixin, safetensors_only
+from .folders.adapters import AdapterMixin
 from .folders.conversion import ConversionMixin
-from .folders.loading import LoadMixin, align_weights, own_class
+from .folders.loading import LoadMixin, own_class
 from .folders.model_card import ModelCardMixin
 from .folders.saving import SaveMixin
 
@@ -126,11 +126,6 @@ class TextToImagePipeline(
             default_num_inference_steps=default_num_inference_steps,
             default_clip_guidance_scale=default_clip_guidance_scale,
         )
-
-    # what ConversionMixin takes from the other leaves
-    own_class = staticmethod(own_class)
-    align_weights = staticmethod(align_weights)
-    safetensors_only = staticmethod(safetensors_only)
 
     @property
     def vae_scale_factor(self) -> int:
