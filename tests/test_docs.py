@@ -3,11 +3,15 @@
 import ast
 import functools
 import importlib
+import json
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import pipelines
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -63,6 +67,13 @@ def test_readme_is_one_screen():
     lines = text_of(ROOT / "README.md").splitlines()
     assert len(lines) <= 90
     assert max(len(line) for line in lines if not line.startswith("|")) <= 120
+
+
+def test_the_newest_change_is_of_this_version():
+    assert (
+        re.findall(r"^## (\S+)", text_of(ROOT / "CHANGELOG.md"), flags=re.MULTILINE)[0]
+        == pipelines.__version__
+    )
 
 
 @each(PAGES)
@@ -139,6 +150,30 @@ def test_python_is_python_and_imports_what_is_there(page):
                 module = importlib.import_module(node.module)
                 for name in node.names:
                     assert hasattr(module, name.name), f"{page.name}: {node.module} has no {name.name}"
+
+
+@pytest.fixture(scope="module")
+def quick_models(tmp_path_factory):
+    """A folder to run the pages' Python in: the shipped models, drawing in two steps, and pictures."""
+    home = tmp_path_factory.mktemp("pages")
+    shutil.copytree(ROOT / "models", home / "models")  # links out of a model folder are refused
+    index = home / "models" / "emoji" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"default_num_inference_steps": 2}))
+    (home / "tests").mkdir()
+    (home / "tests" / "data").symlink_to(ROOT / "tests" / "data")
+    return home
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/drawing.md", "docs/guidance.md", "docs/editing.md"])
+def test_python_of_a_page_runs(name, quick_models, monkeypatch):
+    """From top to bottom, as a reader would paste it; what needs the Hub is left out."""
+    monkeypatch.chdir(quick_models)
+    blocks = [block for block in code_blocks(text_of(ROOT / name), "python") if "push_to_hub" not in block]
+    space: dict = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), space)
+    saved = re.findall(r'save\("(.+?)"\)', "".join(blocks))
+    assert blocks and all((quick_models / file).stat().st_size > 1000 for file in saved)
 
 
 @each(CURRENT)
