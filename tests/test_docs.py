@@ -147,6 +147,25 @@ def test_settings_of_recipes_are_theirs(page):
 
 
 @each(CURRENT)
+def test_the_command_line_takes_what_pages_give_it(page):
+    """Commands and flags of `python -m pipelines`: the arguments of a Request, or named in pipelines/."""
+    from pipelines.drawing.request import ARGUMENTS
+
+    sources = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("pipelines/*.py"))
+    lines = re.findall(r"python -m pipelines (?!\.\.\.)(.*)", code_of(page).replace("\\\n", " "))
+    lines = [line.partition("  #")[0] for line in lines]
+    if page.name == "command_line.md":
+        lines += re.findall(r"`(--.+?)`", text_of(page).partition("## make")[0])
+    for line in lines:
+        if command := re.match(r"[a-z]+", line):
+            assert f'"{command[0]}"' in sources, f"{page.name}: python -m pipelines {command[0]}"
+        for flag in re.findall(r"(?<!\w)--([a-z-]+)", line):
+            argument = ARGUMENTS.get(flag.replace("-", "_"))
+            known = argument is not None and argument.metadata["kind"] is not None
+            assert known or flag == "help" or f'"--{flag}"' in sources, f"{page.name}: --{flag}"
+
+
+@each(CURRENT)
 def test_python_is_python_and_imports_what_is_there(page):
     for block in code_blocks(text_of(page), "python"):
         for node in ast.walk(ast.parse(block)):
