@@ -146,7 +146,7 @@ def test_settings_of_recipes_are_theirs(page):
             assert flag.removeprefix("no_") in settings_of_training(), f"{page.name}: --{flag}"
 
 
-@each(CURRENT)
+@each([*CURRENT, ROOT / "CHANGELOG.md"])
 def test_the_command_line_takes_what_pages_give_it(page):
     """Commands and flags of `python -m pipelines`: the arguments of a Request, or named in pipelines/."""
     from pipelines.drawing.request import ARGUMENTS
@@ -156,13 +156,17 @@ def test_the_command_line_takes_what_pages_give_it(page):
     lines = [line.partition("  #")[0] for line in lines]
     if page.name == "command_line.md":
         lines += re.findall(r"`(--.+?)`", text_of(page).partition("## make")[0])
+    if page.name == "CHANGELOG.md":  # old flags and new
+        lines = re.findall(r"`(--.+?)`", text_of(page))
+        assert len(lines) >= 14
     for line in lines:
         if command := re.match(r"[a-z]+", line):
             assert f'"{command[0]}"' in sources, f"{page.name}: python -m pipelines {command[0]}"
         for flag in re.findall(r"(?<!\w)--([a-z-]+)", line):
             argument = ARGUMENTS.get(flag.replace("-", "_"))
             known = argument is not None and argument.metadata["kind"] is not None
-            assert known or flag == "help" or f'"--{flag}"' in sources, f"{page.name}: --{flag}"
+            named = any(f'"{name}"' in sources for name in (f"--{flag}", flag, flag.replace("-", "_")))
+            assert known or flag == "help" or named, f"{page.name}: --{flag}"
 
 
 @each(CURRENT)
