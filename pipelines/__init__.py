@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .super_resolution import SuperResolutionPipeline
     from .text_to_image import TextToImagePipeline
 
+__version__ = "0.2.0"  # the one place; CHANGELOG.md tells what each version brought
+
 __all__ = [
     "ConditionalUNet",
     "DDPMScheduler",
