@@ -53,8 +53,8 @@ class LoadMixin:
         Weights come from safetensors only, and as float32 unless `torch_dtype` says otherwise, whatever the
         precision on disk. A name that is no folder is taken as the Hub's. This class and our components are
         used even where the folder brings code for them; other custom code runs with `trust_remote_code=True`
-        only. `device_map` may be a device. Raises OSError or ValueError, which says what to do, for a model that
-        cannot or should not be loaded.
+        only. `device_map` may be a device. Raises OSError or ValueError, which says what to do, for a model
+        that cannot or should not be loaded.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
