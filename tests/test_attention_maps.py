@@ -1,5 +1,8 @@
 """Cross-attention maps against torch's own attention, and their drawing."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +81,11 @@ def test_drawing_covers_the_hottest_place_and_leaves_the_coldest():
     assert np.abs(pixels[16, 16] - np.array([252, 255, 164])).max() <= 2  # the hot end of inferno
     half = np.asarray(draw_attention(image, attention, strength=0.5)).astype(int)
     assert np.abs(half[16, 16] - (pixels[16, 16] + 200) / 2).max() <= 1
+
+
+def test_the_module_of_before_still_imports_and_names_the_new_one() -> None:
+    sys.modules.pop("pipelines.attention_maps", None)
+    with pytest.warns(FutureWarning, match="import from pipelines.drawing.attention_maps") as warned:
+        old = importlib.import_module("pipelines.attention_maps")
+    assert len(warned) == 1
+    assert old.AttentionMaps is AttentionMaps and old.draw_attention is draw_attention

@@ -4,6 +4,7 @@
 """
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -788,3 +789,28 @@ def test_wrong_tensors_are_named() -> None:
     for call in (lambda: ddpm.predict_x0(x, x, 0.5, "eps"), lambda: ddpm.spaced_timesteps("even", 10, 2)):
         with pytest.raises(ValueError, match="must be one of"):
             call()
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"eta": 0.3}, {"variance_type": "learned_range", "thresholding": True}]
+)
+def test_a_step_and_a_noising_are_one_call_into_the_equations(config: dict[str, Any]) -> None:
+    """What a picture's path through the files costs: calls from the scheduler's file into the equations'."""
+    scheduler = DDPMScheduler(**config)
+    scheduler.set_timesteps(10)
+    channels = 6 if "variance_type" in config else 3
+    output, x_t, t = torch.zeros(2, channels, 4, 4), torch.ones(2, 3, 4, 4), int(scheduler.timesteps[3])
+    calls: list[str] = []
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.endswith("equations.py"):
+            if frame.f_back.f_code.co_filename.endswith("ddpm_scheduler.py"):
+                calls.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        scheduler.step(output, t, x_t, torch.Generator())
+        scheduler.add_noise(x_t, x_t, torch.tensor([3, 5]))
+    finally:
+        sys.setprofile(None)
+    assert calls == ["p_mean_variance", "q_sample"]

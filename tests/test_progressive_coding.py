@@ -17,10 +17,12 @@ from PIL import Image
 from scipy.stats import kstest, norm
 
 from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines.coding.__main__ import main
 from pipelines.coding.coding_model import BLOCK_OVERHEAD, best_end, coding_chain, denoiser, fingerprint, to_x0
 from pipelines.coding.entropy_coding import CANDIDATES, Bits, Stack, candidate, choose_candidate
+from pipelines.coding.file_format import MAGIC, unpack
 from pipelines.coding.likelihood import vlb_terms
-from pipelines.coding.progressive_coding import MAGIC, decode, encode, main, unpack
+from pipelines.coding.progressive_coding import decode, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 8
@@ -226,9 +228,9 @@ def test_round_trip(kind, prediction, variance, make_model):
     assert cost.total == len(data) and cost.kl > cost.last > 0
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
-    """`python -m pipelines.coding.progressive_coding`, a process of its own."""
-    call = [sys.executable, "-m", "pipelines.coding.progressive_coding", *map(str, arguments)]
+def command(*arguments: object, module: str = "pipelines.coding") -> subprocess.CompletedProcess:
+    """`python -m pipelines.coding`, a process of its own."""
+    call = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(
         call, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}
     )
@@ -255,7 +257,17 @@ def test_another_process_decodes_what_the_command_line_coded(model, tmp_path, ca
     for name, out in (("one.bin", "one.png"), ("all.bin", "again")):
         done = command("decode", tmp_path / name, tmp_path / out, *options[:2])
         assert done.returncode == 0 and "bit for bit" in done.stdout, done.stderr
+        assert "FutureWarning: pipelines" not in done.stderr
     assert same(Image.open(tmp_path / "one.png"), picture(1))
+    old = command(
+        "decode",
+        tmp_path / "one.bin",
+        tmp_path / "old.png",
+        *options[:2],
+        module="pipelines.progressive_coding",
+    )
+    assert old.returncode == 0 and same(Image.open(tmp_path / "old.png"), picture(1))
+    assert old.stderr.count("FutureWarning") == 1 and "run `python -m pipelines.coding`" in old.stderr
     for number in range(3):
         assert same(Image.open(tmp_path / "again" / f"{number:05d}.png"), picture(number))
     assert "corgi 2" in (tmp_path / "again" / "metadata.jsonl").read_text()

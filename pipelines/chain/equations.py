@@ -233,18 +233,10 @@ class ReverseStep(NamedTuple):
 
 
 def p_mean_variance(
-    model_output: Tensor,
-    x_t: Tensor,
-    abar_t: Tensor,
-    abar_prev: Tensor,
-    *,
-    prediction_type: str = "epsilon",
-    variance_type: str | None = "fixed_small",
-    stand_in: tuple[Tensor, Tensor] | None = None,
-    clip_range: float | None = None,
-    threshold: tuple[float, float] | None = None,
-    eta: float = 1.0,
-) -> ReverseStep:
+    model_output: Tensor, x_t: Tensor, abar_t: Tensor, abar_prev: Tensor, prediction_type: str,
+    variance_type: str | None, stand_in: tuple[Tensor, Tensor] | None = None,
+    clip_range: float | None = None, threshold: tuple[float, float] | None = None, eta: float = 1.0,
+) -> ReverseStep:  # fmt: skip
     """p(x_prev | x_t) from a model's output: x0, clipped or thresholded, its posterior mean, the variance.
 
     Args:

@@ -1,9 +1,5 @@
 """Pictures as files whose length is the variational bound: Algorithms 3 and 4 of DDPM (Ho 2020, section 4.3).
 
-    python -m pipelines.coding.progressive_coding encode in.png out.bin --caption "a corgi in a party hat"
-    python -m pipelines.coding.progressive_coding decode out.bin out.png
-    python -m pipelines.coding.progressive_coding encode --lossless folder out.bin       # with a metadata.jsonl
-
 Sender and receiver have the same model, and p(x_T), p(x_{t-1} | x_t), p(x0 | x_1) with it.
     - progressive: x_T, ..., x_1 by relative entropy coding, then x0. As it arrives, every x_t tells a better
       guess of the picture, so that a prefix of the file decodes to a coarser one (`--prefix`).
@@ -16,16 +12,8 @@ A float that differs in its last digit is another picture, so files are read whe
 same weights, libraries and number of threads, which the header names. One picture is in the U-Net at a time.
 """
 
-import argparse
-import json
 import math
-import os
-import shutil
-import sys
-import tempfile
-import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +23,12 @@ from torch import Tensor
 
 from ..chain.equations import posterior_mean, posterior_variance, require
 from ..components.ddpm_scheduler import DDPMScheduler
-from ..drawing.text import NULL_PROMPT
 from .bits_back import BitsBack, initial_words
 from .coding_model import Cost, best_end, coding_chain, denoiser, environment, fingerprint, flat, to_x0
 from .entropy_coding import Bits, Stack, candidate, choose_candidate
+from .file_format import pack, unpack
 from .likelihood import discretized_gaussian_nll, gaussian_kl
 
-MAGIC = b"corgi\x01"
 KINDS = ("progressive", "lossless")
 BLOCK_BITS = 7.0  # of KL in one relative entropy code: 2^16 candidates have twice the deviation to spare
 CHUNK_BYTES = 64  # of payload, at least, between checksums: the steps in which a prefix grows
@@ -299,176 +286,3 @@ def levels_of(picture: Image.Image, pipe: Any) -> np.ndarray:
 def to_picture(x0: Tensor) -> Image.Image:
     levels = ((x0[0] + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8)
     return Image.fromarray(levels)
-
-
-def length(value: int) -> bytes:
-    """7 bits in each byte, the lowest first, the top bit telling that another follows."""
-    head, rest = value & 127, value >> 7
-    return bytes([head | 128]) + length(rest) if rest else bytes([head])
-
-
-def pack(header: dict[str, Any], chunks: list[tuple[int, bytes]]) -> tuple[bytes, int]:
-    """(file, bytes of its header).
-
-    Magic, the header as JSON, its CRC-32; then for each chunk the number of latents in it, its length, its
-    payload and the CRC-32 of all so far, checksums aside. The chunk of 0 latents is the last.
-    """
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    data = MAGIC + length(len(text)) + text
-    crc = zlib.crc32(data)
-    data += crc.to_bytes(4, "little")
-    size = len(data)
-    for latents, payload in chunks:
-        part = bytes([latents]) + length(len(payload)) + payload
-        crc = zlib.crc32(part, crc)
-        data += part + crc.to_bytes(4, "little")
-    return data, size
-
-
-class Reader:
-    """Bytes from the front of a file, of which it keeps the CRC-32."""
-
-    def __init__(self, data: bytes):
-        self.data, self.place, self.crc = data, 0, 0
-
-    def take(self, count: int, checked: bool = True) -> bytes:
-        part = self.data[self.place : self.place + count]
-        if len(part) < count:
-            raise EOFError
-        self.place += count
-        self.crc = zlib.crc32(part, self.crc) if checked else self.crc
-        return part
-
-    def length(self) -> int:
-        value = shift = 0
-        while True:
-            byte = self.take(1)[0]
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    def check(self, what: str) -> None:
-        expected, crc = self.crc, int.from_bytes(self.take(4, checked=False), "little")
-        require(crc == expected, f"checksum of {what}", f"{crc:08x}", f"{expected:08x}: the file is damaged")
-
-
-def unpack(data: bytes, prefix: bool) -> tuple[dict[str, Any], list[tuple[int, bytes]], bool]:
-    """(header, chunks, whether all are there) of what `pack` made."""
-    reader = Reader(data)
-    try:
-        begins = reader.take(len(MAGIC)) == MAGIC
-        require(begins, "file", data[: len(MAGIC)], f"one that begins with {MAGIC!r}")
-        text = reader.take(reader.length())
-        reader.check("the header")
-    except EOFError:
-        raise ValueError(f"the file is cut off in its header, after {len(data)} bytes") from None
-    header = json.loads(text)
-    chunks: list[tuple[int, bytes]] = []
-    while not chunks or chunks[-1][0]:
-        try:
-            latents = reader.take(1)[0]
-            payload = reader.take(reader.length())
-            reader.check(f"chunk {len(chunks) + 1}")
-        except EOFError:
-            if prefix and header["kind"] == "progressive":
-                return header, chunks, False
-            hint = "; --prefix decodes what is there" if header["kind"] == "progressive" else ""
-            raise ValueError(f"the file is cut off in chunk {len(chunks) + 1}{hint}") from None
-        chunks.append((latents, payload))
-    beyond = len(data) - reader.place
-    require(not beyond, "bytes after the end", beyond, "0: the file is damaged")
-    return header, chunks, True
-
-
-# ------------------------------------------------------------ the command line
-
-
-def read_pictures(path: Path, captions: list[str]) -> tuple[list[Image.Image], list[str]]:
-    """One picture and its caption, or a folder of them with those of its metadata.jsonl."""
-    if not path.is_dir():
-        require(len(captions) < 2, "--caption", captions, "given once for one picture")
-        with Image.open(path) as picture:
-            return [picture.copy()], captions or [NULL_PROMPT]
-    require(not captions, "--caption", captions, "left out with a folder, whose metadata.jsonl has them")
-    lines = (path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    pictures = []
-    for row in rows:
-        with Image.open(path / row["file_name"]) as picture:
-            pictures.append(picture.copy())
-    return pictures, [str(row.get("text", row.get("caption", NULL_PROMPT))) for row in rows]
-
-
-def write_pictures(path: Path, decoded: Decoded) -> None:
-    """One picture as PNG, or a folder of them as `read_pictures` reads it; renamed once whole."""
-    if len(decoded.pictures) == 1:
-        partial = path.with_name(path.name + ".partial")
-        decoded.pictures[0].save(partial, format="PNG")
-        os.replace(partial, path)
-        return
-    require(not path.exists(), "output", str(path), "a folder that is not there yet")
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=".", suffix=".partial"))
-    try:
-        rows = []
-        for number, (picture, caption) in enumerate(zip(decoded.pictures, decoded.captions, strict=True)):
-            picture.save(partial / f"{number:05d}.png")
-            rows.append(json.dumps({"file_name": f"{number:05d}.png", "text": caption}, ensure_ascii=False))
-        (partial / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.coding.progressive_coding", description="Code pictures."
-    )
-    parser.add_argument("what", choices=("encode", "decode"))
-    parser.add_argument("input", type=Path, help="encode: a picture, or a folder; decode: a file")
-    parser.add_argument("output", type=Path, help="encode: a file; decode: a PNG, or a new folder")
-    parser.add_argument("--model", type=Path, default=Path("models") / "emoji", help="default: models/emoji")
-    parser.add_argument("--threads", type=int, default=1, help="of both, encoder and decoder; default: 1")
-    parser.add_argument("--caption", action="append", default=[], help="of the picture; travels in the file")
-    parser.add_argument("--lossless", action="store_true", help="bits back, for many pictures in one file")
-    parser.add_argument("--steps", type=int, default=100, help="timesteps of the chain; default: 100")
-    parser.add_argument("--end", type=int, metavar="T", help="cleanest timestep; default: found by the bound")
-    parser.add_argument("--variance-type", help="fixed_small, fixed_large, ...; default: the model's")
-    parser.add_argument("--seed", type=int, default=0, help="of the shared randomness; default: 0")
-    parser.add_argument("--prefix", action="store_true", help="decode the beginning of a progressive file")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        require(args.threads >= 1, "--threads", args.threads, "1 or more")
-        require(args.model.is_dir(), "--model", str(args.model), "a model folder")
-        require(args.output.parent.is_dir(), "output", str(args.output), "in a folder that is there")
-        given = read_pictures(args.input, args.caption) if args.what == "encode" else args.input.read_bytes()
-        torch.set_num_threads(args.threads)
-        from ..text_to_image import TextToImagePipeline
-
-        pipe = TextToImagePipeline.from_pretrained(args.model)
-        if isinstance(given, bytes):
-            decoded = decode(pipe, given, args.prefix)
-            write_pictures(args.output, decoded)
-            exact = "bit for bit" if decoded.whole else "the model's guess of it, from a prefix"
-            print(f"{len(decoded.pictures)} picture(s), {decoded.steps} of {decoded.of} latents: {exact}")
-        else:
-            kind = "lossless" if args.lossless else "progressive"
-            pictures, captions = given
-            settings = (kind, args.steps, args.end, args.variance_type, args.seed)
-            data, cost = encode(pipe, pictures, captions, *settings)
-            partial = args.output.with_name(args.output.name + ".partial")
-            partial.write_bytes(data)
-            os.replace(partial, args.output)
-            print(cost)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -201,17 +201,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         abar_t, abar_prev = self.abar(timestep, sample), self.abar(self.previous_timestep(timestep), sample)
         thresholds = config.dynamic_thresholding_ratio, config.sample_max_value
         return p_mean_variance(
-            model_output,
-            sample,
-            abar_t,
-            abar_prev,
-            prediction_type=config.prediction_type,
-            variance_type=config.variance_type,
+            model_output, sample, abar_t, abar_prev, config.prediction_type, config.variance_type,
             stand_in=self._last_step(abar_t),
             clip_range=config.clip_sample_range if config.clip_sample else None,
             threshold=thresholds if config.thresholding else None,
             eta=eta,
-        )
+        )  # fmt: skip
 
     def step(
         self,
@@ -235,7 +230,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             raise invalid("timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
         eta = self.config.eta
-        prev_sample, variance, log_variance, x0 = self._reverse(model_output, t, sample, eta)
+        prev_sample, variance, log_variance, x0 = self._reverse(model_output, int(t), sample, eta)
         if t > 0 and eta > 0:
             # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
             # unused, so that a generator that serves several runs goes through the same states.

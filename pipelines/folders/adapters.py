@@ -1,7 +1,7 @@
 """LoRA, textual inversion, FreeU: what diffusers' mixins add to a pipeline.
 
-The mixins do the work. What differs here: weights come from safetensors only, and what our U-Net has no part
-for is refused by name.
+The mixins do the work. What differs here: weights come from safetensors only, and features that our U-Net
+lacks raise an error that names them.
 """
 
 import os
@@ -29,8 +29,8 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """As diffusers', from safetensors only. ValueError for a pickle, OSError for a name that is no file
-        or folder here and that the Hub does not give."""
+        """As diffusers', from safetensors only. Raises ValueError for a pickle, OSError for a name that is
+        neither a file or folder here nor on the Hub."""
         source = pretrained_model_name_or_path_or_dict
         kwargs = safetensors_only(source, kwargs)
         try:

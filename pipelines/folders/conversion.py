@@ -39,9 +39,9 @@ class ConversionMixin:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As diffusers', with our U-Net and scheduler in place of theirs; weights are shared, not copied.
 
-        The other way, a pipeline of diffusers wants to be handed our U-Net by name:
-        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`. They keep their precision unless told
-        otherwise: a cast, diffusers' default, would change the given pipeline's too.
+        In the other direction, pass our U-Net by name:
+        `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`. Weights keep their precision unless
+        `torch_dtype` is given, because a cast, diffusers' default, would change the given pipeline's too.
         """
         if "torch_dtype" not in kwargs and "dtype" not in kwargs:
             kwargs["dtype"] = pipeline.dtype
@@ -60,7 +60,8 @@ class ConversionMixin:
 
         `config`, a model folder or its name on the Hub, has what the file has not: widths, tokenizer and
         scheduler; without it diffusers guesses a name and downloads it. The weights become float32 unless
-        `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError for what is not to be had.
+        `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError if the
+        file or its configs cannot be found.
         """
         source = str(pretrained_model_link_or_path)
         safetensors_only(source, {})

@@ -3,8 +3,8 @@
 What may be read is settled before anything is: safetensors only, nothing outside of the folder, and no code
 unless `trust_remote_code=True`.
 
-The classes are found by name at run time and never imported here: a pipeline file that travels with a model
-to the Hub brings this helper along, and there the components come as files of their own.
+Our components are found by name at run time and never imported here: this module is saved with a pipeline's
+code, and in such a folder each component brings a file of its own.
 """
 
 import inspect
@@ -53,8 +53,8 @@ class LoadMixin:
         Weights come from safetensors only, and as float32 unless `torch_dtype` says otherwise, whatever the
         precision on disk. A name that is no folder is taken as the Hub's. This class and our components are
         used even where the folder brings code for them; other custom code runs with `trust_remote_code=True`
-        only. `device_map` may be a device. Raises OSError or ValueError with the way out for what cannot or
-        should not be loaded.
+        only. `device_map` may be a device. Raises OSError or ValueError, which says what to do, for a model
+        that cannot or should not be loaded.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
@@ -100,7 +100,7 @@ class LoadMixin:
 
 
 def own_class(class_name: str) -> type | None:
-    """Our class for the one named `class_name`, or None when there is none, or no such package."""
+    """Our class for the one named `class_name`; None if there is none, or this package is not installed."""
     if class_name not in OWN_CLASSES:
         return None
     module, name = OWN_CLASSES[class_name]

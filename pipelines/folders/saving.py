@@ -1,8 +1,7 @@
 """Model folders out: whole, so that one loads by name on a machine that never saw this package.
 
-A folder holds weights in safetensors, configs, a model card and, unless diffusers' own classes can read it
-all, the code of ours: the pipeline's file as `pipeline.py` with the helpers it imports beside it, and each
-component's file in that component's folder. `model_index.json` names them the way diffusers looks for them.
+A folder holds weights in safetensors, configs, a model card and, unless diffusers' own classes can read it,
+our code (see `travel`). `model_index.json` names the classes where diffusers looks for them.
 
 Files are written into a folder of their own first and then renamed into place, so nothing that was there is
 ever half overwritten, not even the file that the weights being saved are mapped from.

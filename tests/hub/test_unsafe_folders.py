@@ -158,7 +158,7 @@ def test_adapters_that_name_another_model_are_not_followed(pipeline, folder, tmp
 
 def test_files_that_are_cut_or_missing_are_named(folder):
     index = (folder / "model_index.json").read_text()
-    for text, message in ((index[:100], "is no JSON"), ("[]", r"must hold a JSON object, and holds \[\]")):
+    for text, message in ((index[:100], "is not JSON"), ("[]", r"must hold a JSON object, and holds \[\]")):
         (folder / "model_index.json").write_text(text)
         with pytest.raises(OSError, match=f"model_index.json {message}"):
             TextToImagePipeline.from_pretrained(folder)
