@@ -1,6 +1,6 @@
 """The settings that several commands of `training.evaluate` share, in groups to inherit from."""
 
-from training.run.settings import AT_LEAST_1, DataSettings, Settings, setting, settings
+from training.run.settings import AT_LEAST_1, DataSettings, Settings, WordSettings, setting, settings
 
 OWN = "if empty the model's own, or that of the folder beside it with -guidance added."
 
@@ -62,3 +62,18 @@ class NoisyClipSettings(Settings):
 @settings
 class NoisyClassifierSettings(Settings):
     noisy_classifier: str = setting("Folder of a NoisyClassifier; " + OWN, "")
+
+
+@settings
+class EvaluationConfig(
+    ModelSettings, JudgeSettings, GuidanceSettings, BatchSettings, CountSettings, WordSettings, SplitSettings
+):
+    """Settings of `training.evaluate` zero-shot, retrieval, sheet and words."""
+
+    clip: str = setting(
+        "zero-shot, words: the CLIP to measure, words: or a pipeline; by default judge, model.", ""
+    )
+    split: str = setting("Split to take; by default what the command is for.", "")
+    num_inference_steps: int = 25
+    eta: float | None = setting("Share of DDPM's noise, 0 .. 1; the scheduler's own by default.", None)
+    teacher: bool = setting("words: the teacher's figures too.", False)
