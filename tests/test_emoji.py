@@ -12,12 +12,10 @@ import datasets
 import numpy as np
 import pytest
 
-from training.emoji import (
+from training.data.emoji import (
     PACKAGE_VERSIONS,
     STYLES,
     Emoji,
-    EmojiConfig,
-    build,
     caption_variants,
     concept_of,
     gender_of,
@@ -28,13 +26,13 @@ from training.emoji import (
     names_to_hexcodes,
     normalise_hexcode,
     read_emoji,
-    render,
     slug,
     telling_tags,
     unit_hash,
     validation_concepts,
     with_article,
 )
+from training.emoji import EmojiConfig, build, render
 
 # ------------------------------------------------------------ codes and names
 
@@ -431,7 +429,9 @@ def test_icons_of_a_package(npm_dir):
 
 
 def test_a_small_build(npm_dir, tmp_path):
-    config = EmojiConfig(str(tmp_path / "out"), 8, npm_dir=str(npm_dir), validation_fraction=0.05)
+    config = EmojiConfig(
+        output_dir=str(tmp_path / "out"), resolution=8, npm_dir=str(npm_dir), validation_fraction=0.05
+    )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale").write_text("")
     summary = build(config)
@@ -473,7 +473,11 @@ def test_a_small_build(npm_dir, tmp_path):
 
 
 def test_share_alike_art_comes_only_when_asked_for(npm_dir, tmp_path):
-    summary = build(EmojiConfig(str(tmp_path / "out"), 8, include_openmoji=True, npm_dir=str(npm_dir)))
+    summary = build(
+        EmojiConfig(
+            output_dir=str(tmp_path / "out"), resolution=8, include_openmoji=True, npm_dir=str(npm_dir)
+        )
+    )
     assert summary["styles"]["openmoji"] == 1
     train = datasets.load_from_disk(str(tmp_path / "out"))["train"]
     shared = [
@@ -486,22 +490,22 @@ def test_share_alike_art_comes_only_when_asked_for(npm_dir, tmp_path):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"resolution": 7}, r"resolution must lie in 8..1024, got 7"),
-        ({"resolution": 1025}, r"resolution must lie in 8..1024, got 1025"),
-        ({"validation_fraction": 0.5}, r"validation_fraction must lie in \[0, 0.5\), got 0.5"),
-        ({"validation_fraction": -0.1}, r"validation_fraction must lie in \[0, 0.5\), got -0.1"),
+        ({"resolution": 7}, r"resolution must be in 8..1024, got 7"),
+        ({"resolution": 1025}, r"resolution must be in 8..1024, got 1025"),
+        ({"validation_fraction": 0.5}, r"validation_fraction must be in \[0, 0.5\), got 0.5"),
+        ({"validation_fraction": -0.1}, r"validation_fraction must be in \[0, 0.5\), got -0.1"),
     ],
 )
 def test_settings_out_of_range(setting, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        build(EmojiConfig(str(tmp_path / "out"), npm_dir=str(tmp_path / "npm"), **setting))
+        build(EmojiConfig(output_dir=str(tmp_path / "out"), npm_dir=str(tmp_path / "npm"), **setting))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_machine_without_npm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="npm is not on this machine. Install Node.js"):
-        build(EmojiConfig(str(tmp_path / "out"), npm_dir=str(tmp_path / "npm")))
+        build(EmojiConfig(output_dir=str(tmp_path / "out"), npm_dir=str(tmp_path / "npm")))
     assert not (tmp_path / "out").exists()
 
 
@@ -520,7 +524,7 @@ def packages(tmp_path_factory) -> Path:
 def real(packages, tmp_path_factory) -> tuple[dict, Path]:
     """The summary and the folder of a real build of 16 x 16 pixels."""
     folder = tmp_path_factory.mktemp("emoji") / "emoji"
-    return build(EmojiConfig(str(folder), 16, npm_dir=str(packages))), folder
+    return build(EmojiConfig(output_dir=str(folder), resolution=16, npm_dir=str(packages))), folder
 
 
 def columns(folder: Path) -> dict[str, dict[str, list]]:
@@ -616,7 +620,10 @@ def test_every_part_of_a_held_out_composition_is_seen_in_training(real):
 @pytest.mark.npm
 def test_two_builds_are_the_same(real, packages, tmp_path):
     summary, folder = real
-    assert build(EmojiConfig(str(tmp_path / "again"), 16, npm_dir=str(packages))) == summary
+    assert (
+        build(EmojiConfig(output_dir=str(tmp_path / "again"), resolution=16, npm_dir=str(packages)))
+        == summary
+    )
     assert columns(tmp_path / "again") == columns(folder)
     first, second = (datasets.load_from_disk(str(path))["train"] for path in (folder, tmp_path / "again"))
     for row in range(0, len(first), 500):

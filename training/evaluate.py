@@ -21,7 +21,6 @@ whose text tower the model reads, and trained on every split.
 
 import json
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,62 +29,23 @@ from torch import Tensor
 from pipelines.coding.likelihood import chain_of
 from pipelines.drawing.images import image_grid, to_pil
 from pipelines.folders.files import save_png, write_file
+from training.data.emoji import STYLES
 from training.data.pictures import PictureCache, cache_pictures, load_pictures
-from training.emoji import STYLES
 from training.evaluation.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
 from training.evaluation.card import CardConfig, card
 from training.evaluation.editing import EditingConfig, editing
 from training.evaluation.frontier import FrontierConfig, frontier
 from training.evaluation.judge import Judge, embed_concepts
 from training.evaluation.metrics import recall_at
+from training.evaluation.noised_accuracy import NoisedAccuracyConfig, noised_accuracy
 from training.evaluation.report import ReportConfig, report
 from training.evaluation.samples import draw, with_guides
 from training.evaluation.sampling_steps import SamplingStepsConfig, sampling_steps
+from training.evaluation.settings import EvaluationConfig
 from training.evaluation.styles import StylesConfig, styles
 from training.evaluation.upscaling import UpscalingConfig, upscaling
-from training.objectives.noised import NoisedAccuracyConfig, noised_accuracy
-from training.run.settings import parse_config, require
-
-
-@dataclass
-class EvaluationConfig:
-    """Settings of `training.evaluate`."""
-
-    clip: str = field(
-        default="",
-        metadata={
-            "help": "zero-shot, words: the CLIP to measure, words: or a pipeline; by default judge, model."
-        },
-    )
-    judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores pictures."})
-    model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure."})
-    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
-    split: str = field(default="", metadata={"help": "Split to take; by default what the command is for."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
-    num_pictures: int = field(default=200, metadata={"help": "retrieval: captions drawn at random."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Classifier-free guidance; the model's own by default."}
-    )
-    clip_guidance_scale: float | None = field(
-        default=None,
-        metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
-    )
-    eta: float | None = field(
-        default=None, metadata={"help": "Share of DDPM's noise, 0 .. 1; the scheduler's own by default."}
-    )
-    batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of the captions and of the first picture."})
-    output: str = field(default="", metadata={"help": "sheet, retrieval: PNG to write."})
-    json: str = field(default="", metadata={"help": "File for the figures."})
-    teacher: bool = field(default=False, metadata={"help": "words: the teacher's figures too."})
-    wordnet_dir: str = field(default="/usr/share/wordnet", metadata={"help": "words: WordNet's files."})
-    npm_dir: str = field(default="data/npm", metadata={"help": "words: where training.emoji's packages are."})
-
-    def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
-        for name in ("num_pictures", "num_inference_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+from training.evaluation.words import measure
+from training.run.settings import parse_config
 
 
 def recall(ranks: Tensor) -> dict[str, float]:
@@ -169,8 +129,6 @@ def sheet(config: EvaluationConfig) -> dict[str, Any]:
 
 def words(config: EvaluationConfig) -> dict[str, Any]:
     """How many words that no caption holds the text tower of --clip understands."""
-    from training.evaluation.words import measure
-
     return measure(config)
 
 

@@ -24,7 +24,7 @@ from training.evaluation.bits_per_dim import new_figure, save_figure
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import clip_score, frechet_distance
 from training.evaluation.samples import pipeline_key, two_halves, with_guides
-from training.objectives.noised import OWN
+from training.evaluation.settings import OWN
 from training.run.settings import require
 
 # form -> the component that it needs

@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from training.data.pictures import load_pictures
-from training.emoji import STYLES
-
-TEMPLATES = ("{}", "a {}", *(f"{{}}, {style} style" for style in list(STYLES.values())[:6]))
+from training.data.words import TEMPLATES
 
 
 class Judge:

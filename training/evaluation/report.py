@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from pipelines import TextToImagePipeline
 from pipelines.chain.equations import LEARNED_VARIANCES
+from pipelines.folders.files import read_json
 from training.data.caches import LiveText, cache_latents, content_key, memory_map, model_key
 from training.data.pictures import PictureCache, cache_pictures, load_pictures
-from training.emoji import read_json
 from training.evaluation.inception import find_weights, inception_figures
 from training.evaluation.judge import Concepts, Judge, embed_concepts
 from training.evaluation.metrics import (
@@ -38,9 +38,8 @@ from training.evaluation.metrics import (
     recall_at,
 )
 from training.evaluation.samples import draw, own_guidance, pipeline_key, two_halves, with_guides
-from training.objectives.denoising import BUCKETS, DenoisingLoss, validation_loss
+from training.objectives.denoising import BUCKETS, DenoisingLoss, DenoisingSettings, validation_loss
 from training.run.settings import require
-from training.text_to_image import TextToImageConfig
 
 SPLITS = {  # what the page calls them: the data set's name
     "seen captions": "train",
@@ -231,7 +230,7 @@ def distribution(config: ReportConfig, reference: Tensor, columns: dict[str, Ten
 def losses(config: ReportConfig, pipe: TextToImagePipeline, parts: dict[str, Part]) -> dict[str, Any]:
     """Unweighted loss in ten timestep buckets, with the standard error over draws of the noise."""
     learned = pipe.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-    settings = TextToImageConfig(output_dir="", loss="hybrid" if learned else "simple", snr_gamma=None)
+    settings = DenoisingSettings(loss="hybrid" if learned else "simple", snr_gamma=None)
     loss = DenoisingLoss(settings, pipe, pipe.unet, None, LiveText(pipe.tokenizer, pipe.text_encoder))
     total = loss.scheduler.config.num_train_timesteps
     edges = [-(-total * i // BUCKETS) for i in range(BUCKETS + 1)]

@@ -26,7 +26,7 @@ from training.evaluation.redrawn import cache_redrawn
 from training.evaluation.report import embed_pictures
 from training.evaluation.report_page import STYLE, note, pair_tags, table_tag
 from training.evaluation.samples import draw, with_guides
-from training.objectives.noised import OWN
+from training.evaluation.settings import OWN
 from training.run.settings import require
 
 DRAWN = ("3d", "flat", "noto", "twemoji")

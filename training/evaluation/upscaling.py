@@ -20,10 +20,10 @@ from tqdm import tqdm
 from pipelines.drawing.images import image_grid, to_pil, to_tensor
 from pipelines.folders.files import save_png
 from pipelines.super_resolution import SuperResolutionPipeline
+from training.data.pairs import load_pairs
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
 from training.run.settings import require
-from training.super_resolution import load_pairs
 
 FILTERS = {
     name: getattr(Image.Resampling, name.upper())

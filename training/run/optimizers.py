@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.run.loop import has_bf16
+from training.run.precision import has_bf16
 
 OPTIMIZERS = ("adamw", "muon")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton-Schulz: steepest at 0 (Jordan 2024)
@@ -119,3 +119,15 @@ def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: in
 
     if decay:
         schedule.lr_lambdas = [functools.partial(falling, rate) for rate in schedule.lr_lambdas]
+
+
+def make_adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98)
+) -> torch.optim.AdamW:
+    """AdamW of everything that learns in the model; vectors (biases, scales of norms) do not decay."""
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in learning if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in learning if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
