@@ -48,9 +48,10 @@ from training.objectives.denoising import (
 )
 from training.objectives.losses import LOSSES, LossAwareTimesteps
 from training.run.building import build_pipeline, compile_blocks
-from training.run.loop import PRECISIONS, Checkpoints, ModelFolder, fit, make_accelerator
+from training.run.loop import Checkpoints, ModelFolder, fit, make_accelerator
 from training.run.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
 from training.run.optimizers import OPTIMIZERS, add_decay, make_optimizer
+from training.run.precision import PRECISIONS
 from training.run.settings import parse_config, require, run
 
 __all__ = [

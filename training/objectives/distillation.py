@@ -23,7 +23,7 @@ from training.data.caches import content_key, memory_map, model_key
 from training.data.pictures import seed_for
 from training.emoji import COLOURS, STYLES, unit_hash, with_article
 from training.evaluation.words import MINIMUM_ZIPF, WordNet, read_wordnet, tokens, word_lists, zipf_frequency
-from training.run.loop import resolve_precision
+from training.run.precision import resolve_precision
 
 if TYPE_CHECKING:
     from training.clip import ClipTrainingConfig

@@ -6,7 +6,6 @@ each step, so the recipe owns what differs: logs, validation, when to save.
 
 import contextlib
 import datetime
-import functools
 import json
 import logging
 import math
@@ -29,34 +28,11 @@ from accelerate.utils import (
 from diffusers import ConfigMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.data.pictures import seed_for
+from training.run.precision import attention_of, resolve_precision
 
 logger = logging.getLogger(__name__)
-
-
-PRECISIONS = (None, "auto", "no", "fp16", "bf16")
-
-
-def resolve_precision(mixed_precision: str | None) -> str | None:
-    """For "auto" "bf16" where the device multiplies in it, else "no"; anything else as it is.
-
-    A CPU without AVX512-BF16 or AMX (or Arm's BF16) emulates it, some fifty times slower than fp32.
-    """
-    if mixed_precision != "auto":
-        return mixed_precision
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return "bf16" if has_bf16("cpu" if device is None else device.type) else "no"
-
-
-@functools.cache
-def has_bf16(device: str) -> bool:
-    """Whether a device of that type multiplies bf16 matrices in hardware."""
-    if device == "cpu":
-        able = torch.cpu.get_capabilities()
-        return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def make_accelerator(
@@ -109,14 +85,6 @@ def make_accelerator(
     if not accelerator.is_main_process:
         logging.getLogger("training").setLevel(logging.ERROR)  # one warning is enough
     return accelerator
-
-
-def attention_of(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
-    """The attention kernels to train with: torch's own choice, but on a CPU in bf16 plain matrix products, as
-    the backward pass of the fused kernel took three times as long there as in fp32."""
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.run.loop import has_bf16
+from training.run.precision import has_bf16
 
 OPTIMIZERS = ("adamw", "muon")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton-Schulz: steepest at 0 (Jordan 2024)

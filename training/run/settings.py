@@ -1,16 +1,224 @@
-"""Settings: dataclasses, filled from a YAML file and then from the command line."""
+"""Settings: dataclasses, filled from a YAML file and then from the command line.
+
+A setting that several commands have stands here once, with its help and its range, in a group; a command's
+own dataclass inherits the groups it needs and restates only the defaults that differ:
+
+    @settings
+    class MySettings(RunSettings, AdamWSettings):
+        train_batch_size: int = 256
+        patch_size: int = setting("Side of a patch, in pixels.", 8, AT_LEAST_1)
+"""
 
 import dataclasses
+import inspect
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from training.run.optimizers import OPTIMIZERS
+from training.run.precision import PRECISIONS
+
 Config = TypeVar("Config")
+
+# ------------------------------------------------------------ what a setting is
+
+
+class Rule(NamedTuple):
+    """What values a setting may have; `allowed` completes "NAME must be ..."."""
+
+    holds: Callable[[Any], bool]
+    allowed: str
+
+
+def one_of(*values: Any) -> Rule:
+    return Rule(lambda value: value in values, f"one of {', '.join(map(str, values))}")
+
+
+AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
+AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
+ABOVE_0 = Rule(lambda value: value > 0, "above 0")
+SHARE = Rule(lambda value: 0 <= value <= 1, "in [0, 1]")
+
+
+def setting(help: str, default: Any = dataclasses.MISSING, rule: Rule | None = None) -> Any:
+    """A field of a settings class: its --help text, its default (a list is copied), and its range.
+
+    Without a default the setting must be given.
+    """
+    metadata: dict[str, Any] = {"help": help, "rule": rule}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(setting, dataclasses.field))
+def settings(cls: type[Config]) -> type[Config]:
+    """Make `cls` a keyword-only dataclass. A field that restates an inherited one with a plain default keeps
+    its help and its range."""
+    inherited: dict[str, dataclasses.Field] = {}
+    rules: dict[str, Rule] = {}
+    for base in reversed(cls.__mro__[1:]):
+        inherited |= getattr(base, "__dataclass_fields__", {})
+        rules |= getattr(base, "rules", {})
+    for name in inspect.get_annotations(cls):
+        own = cls.__dict__.get(name, dataclasses.MISSING)
+        if not isinstance(own, dataclasses.Field):
+            own = setting(inherited[name].metadata["help"], own, rules.get(name))
+        rules[name] = own.metadata["rule"]  # kept apart: the parser hands all metadata to argparse
+        own.metadata = MappingProxyType({"help": own.metadata["help"]})
+        setattr(cls, name, own)
+    cls.rules = {name: rule for name, rule in rules.items() if rule is not None}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(kw_only=True)(cls)
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """The one kind of error that settings cause: it names the argument, the value and what is allowed."""
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+class Settings:
+    """What every settings class can do."""
+
+    rules: ClassVar[dict[str, Rule]] = {}
+
+    def check(self) -> None:
+        """Raise a ValueError that names the argument for everything that can be known before work starts:
+        here each setting's own range; a subclass adds what concerns several."""
+        kinds = get_type_hints(type(self))
+        for name, rule in self.rules.items():
+            value, optional = getattr(self, name), type(None) in get_args(kinds[name])
+            fits = (optional and value is None) or rule.holds(value)
+            require(fits, name, value, rule.allowed + (", or none" if optional else ""))
+
+
+# ------------------------------------------------------------ groups
+
+
+@settings
+class CacheSettings(Settings):
+    cache_dir: str = setting("Where decoded pictures and embeddings are kept, computed once.", "data/cache")
+
+
+@settings
+class DataSettings(CacheSettings):
+    dataset: str = setting("Saved data set, picture folder or Hub name.", "data/emoji")
+
+
+@settings
+class PictureSettings(DataSettings):
+    resolution: int = setting("Side of the pictures, in pixels.", 64, AT_LEAST_1)
+
+
+@settings
+class PairSettings(PictureSettings):
+    """The same pictures at two sizes."""
+
+    dataset: str = "data/emoji-256"
+    resolution: int = 256
+    low_dataset: str = setting("Data set of the same pictures, small.", "data/emoji")
+    low_resolution: int = setting("Side of the small pictures; divides resolution.", 64, AT_LEAST_1)
+
+
+@settings
+class NpmSettings(Settings):
+    npm_dir: str = setting("Where training.emoji keeps its npm packages.", "data/npm")
+
+
+@settings
+class WordSettings(NpmSettings):
+    wordnet_dir: str = setting("Folder of WordNet's own files.", "/usr/share/wordnet")
+
+
+@settings
+class RunSettings(CacheSettings):
+    """What every training run has."""
+
+    output_dir: str = setting("Checkpoints, logs and the trained model go here.")
+    train_batch_size: int = setting("Pictures for each process and micro-batch.", 32, AT_LEAST_1)
+    max_train_steps: int | None = setting("Optimizer steps.", None, AT_LEAST_1)
+    learning_rate: float = setting("Peak learning rate.", 1e-3, ABOVE_0)
+    mixed_precision: str | None = setting(
+        "no, fp16, bf16, or auto: bf16 if fast here; default accelerate's.",
+        None,
+        Rule(lambda value: value in PRECISIONS, f"one of {PRECISIONS}"),
+    )
+    checkpointing_steps: int = setting("Save every so many steps.", 500, AT_LEAST_1)
+    resume_from_checkpoint: str | None = setting("'latest' or a checkpoint folder.", None)
+    seed: int = setting("Seed of weights, batches, captions and noise.", 0)
+
+
+@settings
+class TimeSettings(Settings):
+    max_train_minutes: float | None = setting("Stop after so much CPU time of the main process.", None)
+
+
+@settings
+class WarmUpSettings(Settings):
+    lr_warmup_steps: int = setting("Steps of linear warm-up.", 100, AT_LEAST_0)
+
+
+@settings
+class AdamWSettings(WarmUpSettings):
+    adam_weight_decay: float = setting("AdamW's weight decay.", 0.01, AT_LEAST_0)
+    max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0, ABOVE_0)
+
+
+@settings
+class MuonSettings(WarmUpSettings):
+    optimizer: str = setting(
+        "adamw, or muon: Muon for the hidden matrices, AdamW for the rest.", "muon", one_of(*OPTIMIZERS)
+    )
+    muon_learning_rate: float = setting("Muon's peak learning rate, where it is used.", 1e-3, ABOVE_0)
+    lr_decay_steps: int = setting("The last so many steps fall to 0 linearly.", 0, AT_LEAST_0)
+
+
+@settings
+class AverageSettings(Settings):
+    ema_decay: float | None = setting(
+        "Decay of the weights' moving average once warm: 1 - (1 + step)^(-3/4) until then.", None, SHARE
+    )
+
+
+@settings
+class UNetSettings(Settings):
+    unet: Any = setting("ConditionalUNet's config: a mapping (YAML), JSON or a JSON file.", None)
+    noise_scheduler: Any = setting("DDPMScheduler's config, likewise.", None)
+    compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
+
+
+@settings
+class CaptionSettings(Settings):
+    canonical_caption: float = setting("How often the first of a picture's captions is used.", 0.5, SHARE)
+
+
+@settings
+class TimestepSettings(Settings):
+    timestep_shift: float = setting(
+        "Above 1 draws noisier t more often, below 1 clearer ones (Esser 2024, eq. 23).", 1.0, ABOVE_0
+    )
+
+
+@settings
+class GuideSettings(DataSettings):
+    """What is trained on the pictures of a pipeline, to guide it."""
+
+    pretrained_model_name_or_path: str = setting(
+        "The pipeline whose text tower, schedule and space are taken.", "models/emoji"
+    )
+    splits: str = setting("Splits to train on, joined by +.", "train")
+    patch_size: int = setting("Side of the patches, in pixels.", 4, AT_LEAST_1)
+    shift: int = setting("Augmentation: shift by up to this many pixels.", 5, AT_LEAST_0)
+    noised: bool = setting("Train on the pipeline's noised pictures.", True)
+
+
+# ------------------------------------------------------------ parsing
 
 
 def command_line() -> str:
@@ -24,8 +232,8 @@ def parse_config(
 ) -> Config:
     """Read `--config FILE.yaml`, if given, then the other arguments, which win over the file.
 
-    A class with a field `config` has an argument of its own by that name, and no such file. `command` is what
-    the usage line calls it; default `command_line()`.
+    A class with a field of its own called `config` takes no such file. `command` is the name in the usage
+    line, by default `command_line()`.
 
     Raises:
         SystemExit: with one line that names the argument or key, its value and what is allowed.
@@ -68,22 +276,16 @@ def parse_config(
     return config
 
 
-def require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    """The one kind of error that settings cause: it names the argument, the value and what is allowed."""
-    if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
 def run(main: Callable[[], None], name: str) -> None:
-    """main(), with the ValueErrors that this package raises as one line, `name: what is wrong`.
+    """Call main() and show a ValueError of our own code as one line, `name: what is wrong`.
 
-    Those that other libraries raise keep their traceback: they are no setting's fault that we know of.
+    Errors raised in other libraries keep their traceback.
     """
-    home = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         main()
     except ValueError as error:
         raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if raised.parent.name in ("pipelines", "training", "components") and home in raised.parents:
+        if any(root / package in raised.parents for package in ("pipelines", "training")):
             raise SystemExit(f"{name}: {error}") from error
         raise
