@@ -347,7 +347,7 @@ def test_the_frontier_measures_what_each_form_draws(folder, model, judge, tmp_pa
 
     # one point again, by hand
     pipe = TextToImagePipeline.from_pretrained(model)
-    pictures = frontier.real_pictures(config, 16)
+    pictures = frontier.read_pictures(config, config.split, 16)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
     captions = [pictures.columns["caption"][i] for i in order[:4] for _ in range(2)]
     drawn = [

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -15,14 +16,41 @@ from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.drawing.images import to_pil, to_tensor
 from pipelines.folders.files import save_png
 from training.data.caches import content_key, model_key
+from training.data.pictures import PictureCache, cache_pictures, load_pictures
+from training.run.settings import DataSettings
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+def read_pictures(
+    config: DataSettings, split: str, side: int, caption_column: str = "caption"
+) -> PictureCache:
+    """A split of the data set, decoded once, (3, side, side) each."""
+    data = load_pictures(config.dataset, split)
+    return cache_pictures(data, side, config.cache_dir, "image", caption_column)
+
+
+def random_rows(total: int, count: int, seed: int) -> list[int]:
+    """`count` different numbers of 0 .. total - 1 at random; all, if there are fewer."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+
+
+def load_pipeline_as(kind: type[Pipeline], name: str, argument: str = "model") -> Pipeline:
+    """A pipeline that shows no progress bar.
+
+    Raises:
+        ValueError: there is none to load; the message names the argument.
+    """
+    try:
+        pipe = kind.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"{argument} {name!r}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def load_pipeline(name: str) -> TextToImagePipeline:
-    """Raises ValueError, which names it, when there is no pipeline to load."""
-    try:
-        return TextToImagePipeline.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model {name!r}: {error}") from error
+    return load_pipeline_as(TextToImagePipeline, name)
 
 
 def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") -> TextToImagePipeline:
@@ -46,6 +74,11 @@ def pipeline_key(pipe: TextToImagePipeline) -> str:
         *(model_key(model) for model in models if model is not None),
         type(pipe.scheduler).__name__ + json.dumps(scheduler, sort_keys=True, default=str),
     )
+
+
+def own_steps(pipe: DiffusionPipeline, num_inference_steps: int | None) -> int:
+    """The pipeline's own number of steps where None is given."""
+    return pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
 
 
 def own_guidance(
@@ -86,8 +119,7 @@ def draw(
             than the one before (torch's CPU generator sees 32 bits of it), and the best is kept;
             `batch_size` counts all that are drawn.
     """
-    pipe.set_progress_bar_config(disable=True)
-    steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
+    steps = own_steps(pipe, num_inference_steps)
     scale, clip_guidance_scale = own_guidance(pipe, guidance_scale, clip_guidance_scale)
     paths: list[Path] = []
     if folder is not None:
@@ -131,6 +163,5 @@ def draw(
 
 def two_halves(total: int, count: int, seed: int) -> tuple[list[int], list[int]]:
     """Numbers of `count` pictures of 0 .. total - 1 at random, and of as many others; fewer if need be."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(count, total // 2)
+    order, count = random_rows(total, total, seed), min(count, total // 2)
     return order[:count], order[count : 2 * count]
