@@ -340,7 +340,7 @@ def test_what_a_kept_picture_depends_on(model_folder, tmp_path):
     [
         (["--num_pictures", "5"], "num_pictures must be at least 6, got 5"),
         (["--num_validation", "9"], "num_validation must be at least 40, got 9"),
-        (["--guidance_scale", "-1"], "guidance_scale must be 0 or more, got -1.0"),
+        (["--guidance_scale", "-1"], "guidance_scale must be 0 or more, or none, got -1.0"),
         (["--inception_weights", "{tmp}/no.pth"], "inception_weights must be a file, got '{tmp}/no.pth'"),
         (["--model", "{tmp}"], "model '{tmp}': "),
         (["--judge", "{tmp}"], "there is no CLIP in '{tmp}'"),
