@@ -6,274 +6,53 @@ The art comes from Iconify's JSON packages (one per drawing style, the licence o
 `info.json`), the names and tags from `emojibase-data`. npm must be on the machine; the packages are
 fetched once into `--npm_dir`. OpenMoji is share-alike, so it is only drawn when asked for
 (`--include_openmoji`) and never goes into weights that this repository ships.
-
-Words used here. A *hexcode* is an emoji's code points joined by "-", less the invisible ones (FE0F,
-200D), e.g. "1F469-1F692". A *concept* is the hexcode less skin tone and gender, so that "woman
-firefighter: dark skin tone" and "firefighter" are one concept drawn 18 times.
 """
 
-import hashlib
 import io
 import json
-import re
-import shutil
-import subprocess
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm import tqdm
 
-from training.run.settings import parse_config
+from pipelines.folders.files import png_bytes, read_json, written_aside
+from training.data.emoji import (
+    PACKAGE_VERSIONS,
+    SHARE_ALIKE,
+    STYLES,
+    Emoji,
+    caption_variants,
+    heldout_compositions,
+    install_packages,
+    iter_icons,
+    names_to_hexcodes,
+    read_emoji,
+    telling_tags,
+    validation_concepts,
+)
+from training.run.settings import NpmSettings, Rule, parse_config, setting, settings
 
-# Package -> the word that captions use for its drawing style.
-STYLES = {
-    "fluent-emoji": "3d",
-    "fluent-emoji-flat": "flat",
-    "noto": "noto",
-    "twemoji": "twemoji",
-    "emojione": "emojione",
-    "fxemoji": "fxemoji",
-    "openmoji": "openmoji",
-}
-SHARE_ALIKE = {"openmoji"}
-PACKAGE_VERSIONS = {  # what the shipped model was trained on
-    "@iconify-json/fluent-emoji": "1.2.7",
-    "@iconify-json/fluent-emoji-flat": "1.2.6",
-    "@iconify-json/noto": "1.2.9",
-    "@iconify-json/twemoji": "1.2.5",
-    "@iconify-json/emojione": "1.2.3",
-    "@iconify-json/fxemoji": "1.2.2",
-    "@iconify-json/openmoji": "1.2.29",
-    "emojibase-data": "17.0.0",
-}
-
-INVISIBLE, GENDER_SIGNS = {"FE0F", "FE0E", "200D"}, {"2640", "2642"}
-TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
-GENDERLESS = {  # man, woman -> person; boy, girl -> child; old man, old woman -> older person
-    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2",
-    "1F474": "1F9D3", "1F475": "1F9D3",
-}  # fmt: skip
-# Pairs whose sequence form spells out the genders, under the code of the plain form.
-SAME_CONCEPT = {
-    "1F46B": "1F9D1-1F91D-1F9D1", "1F46C": "1F9D1-1F91D-1F9D1", "1F46D": "1F9D1-1F91D-1F9D1",  # holding hands
-    "1F9D1-2764-1F48B-1F9D1": "1F48F", "1F9D1-2764-1F9D1": "1F491",  # kiss, couple with heart
-    "1F9D1-1F430-1F9D1": "1F46F", "1FAF1-1FAF2": "1F91D",  # people with bunny ears, handshake
-}  # fmt: skip
-# Names of fxemoji, the oldest set, that no list of emoji names knows.
-FXEMOJI_NAMES = {
-    "asiaaustraliaglobe": "1F30F", "europeafricaglobe": "1F30D", "bunny": "1F430", "bunnyside": "1F407",
-    "cellphone": "1F4F1", "chartdownwardstrend": "1F4C9", "chartupwardstrendyen": "1F4B9", "catside": "1F408",
-    "construct": "1F6A7", "devilhorns": "1F608", "dogside": "1F415", "dragonhead": "1F432",
-    "fallingleaf": "1F342", "fishcakeswirl": "1F365", "fistedhand": "270A", "floppydisk2": "1F4BE",
-    "foxcrying": "1F63F", "frontfacingchick": "1F425", "frownmouth": "2639", "grinsweat": "1F605",
-    "grintears": "1F602", "hampster": "1F439", "heartgreen": "1F49A", "heartyellow": "1F49B",
-    "heavyexclaimationmarksymbol": "2757", "heavylatincross": "271D", "loudlycrying": "1F62D",
-    "manltepiececlock": "1F570", "monkeyhear": "1F649", "mouseside": "1F401", "nogesture": "1F645",
-    "okgesture": "1F646", "pigside": "1F416", "pigsnout": "1F43D", "rightmagnifyingglass": "1F50E",
-    "rightspeaker": "1F508", "smiletongue": "1F61B", "tennisball": "1F3BE", "tigerside": "1F405",
-    "toykotower": "1F5FC", "turnedokhand": "1F44C", "videocasette": "1F4FC", "whitestar": "2B50",
-    "whitesun": "2600", "winking": "1F609", "eightspokedasterix": "2733",
-}  # fmt: skip
-
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
-SHAPES = ("heart", "circle", "square", "book", "apple", "diamond")
+COLUMNS = ("name", "concept", "hexcode", "style", "group", "subgroup", "licence")
 
 
-@dataclass
-class EmojiConfig:
-    """Settings of the builder."""
+@settings
+class EmojiConfig(NpmSettings):
+    """Settings of `training.emoji`."""
 
-    output_dir: str = field(default="data/emoji", metadata={"help": "Folder to write, or to replace."})
-    resolution: int = field(default=64, metadata={"help": "Side of the rendered pictures, in pixels."})
-    include_openmoji: bool = field(default=False, metadata={"help": "Add OpenMoji, share-alike."})
-    npm_dir: str = field(default="data/npm", metadata={"help": "Where npm keeps the packages."})
-    validation_fraction: float = field(default=0.05, metadata={"help": "Share of concepts kept unseen."})
-
-
-@dataclass
-class Emoji:
-    """One emoji character: its names, and how it counts among the others."""
-
-    hexcode: str
-    concept: str
-    name: str  # in words, tone and gender included: "woman firefighter, dark skin tone"
-    tags: list[str]
-    group: str
-    subgroup: str
-    tones: tuple[int, ...] = ()
-    gender: str = "person"  # or "woman", "man"
-
-
-def normalise_hexcode(hexcode: str) -> str:
-    """Upper case, without variation selectors and joiners: "1f469-200d-1f692" -> "1F469-1F692"."""
-    return "-".join(point for point in hexcode.upper().split("-") if point not in INVISIBLE)
-
-
-def concept_of(hexcode: str) -> str:
-    """The hexcode less skin tone and gender."""
-    points = [p for p in normalise_hexcode(hexcode).split("-") if p not in TONES | GENDER_SIGNS]
-    concept = "-".join(GENDERLESS.get(p, p) for p in points)
-    return SAME_CONCEPT.get(concept, concept)
-
-
-def gender_of(hexcode: str) -> str:
-    """ "woman", "man" or, where the character leaves it open, "person"."""
-    points = set(hexcode.split("-"))
-    if points & {"2640", "1F469", "1F467", "1F475"}:
-        return "woman"
-    return "man" if points & {"2642", "1F468", "1F466", "1F474"} else "person"
-
-
-def slug(name: str) -> str:
-    """Icon-name form of a label: "Woman’s hat" -> "womans-hat"."""
-    plain = (
-        name.lower().replace("’", "").replace("'", "").replace("ñ", "n").replace("é", "e").replace("ô", "o")
+    output_dir: str = setting("Folder to write, or to replace.", "data/emoji")
+    resolution: int = setting(
+        "Side of the rendered pictures, in pixels.",
+        64,
+        Rule(lambda value: 8 <= value <= 1024, "in 8..1024"),
     )
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-
-
-def install_packages(npm_dir: Path) -> Path:
-    """Fetch the art and the names through npm once; return the node_modules folder.
-
-    Raises:
-        RuntimeError: npm is not on the machine, or could not fetch a package.
-    """
-    modules = npm_dir / "node_modules"
-    if all((modules / package / "package.json").exists() for package in PACKAGE_VERSIONS):
-        return modules
-    npm = shutil.which("npm")
-    if npm is None:
-        raise RuntimeError(
-            "npm is not on this machine. Install Node.js (https://nodejs.org), which brings npm."
-        )
-    npm_dir.mkdir(parents=True, exist_ok=True)
-    packages = [f"{name}@{version}" for name, version in PACKAGE_VERSIONS.items()]
-    command = [
-        npm,
-        "install",
-        "--no-audit",
-        "--no-fund",
-        "--ignore-scripts",
-        "--prefix",
-        str(npm_dir),
-        *packages,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"npm could not fetch the art: {done.stderr.strip().splitlines()[-1:]}")
-    return modules
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_emoji(emojibase: Path) -> dict[str, Emoji]:
-    """All emoji of emojibase-data, skin tones included, by normalised hexcode."""
-    meta = read_json(emojibase / "meta" / "groups.json")
-    emoji: dict[str, Emoji] = {}
-    for entry in read_json(emojibase / "en" / "data.json"):
-        group = meta["groups"].get(str(entry.get("group")), "symbols")
-        subgroup = meta["subgroups"].get(str(entry.get("subgroup")), "alphanum")
-        for item in [entry, *entry.get("skins", [])]:
-            hexcode = normalise_hexcode(item["hexcode"])
-            tone = item.get("tone", ())
-            emoji[hexcode] = Emoji(
-                hexcode,
-                concept_of(entry["hexcode"]),  # the skins of an entry belong to its concept
-                name_in_words(item["label"]),
-                entry.get("tags", []),
-                group,
-                subgroup,
-                tuple(tone) if isinstance(tone, list | tuple) else (tone,),
-                gender_of(hexcode),
-            )
-    return emoji
-
-
-def name_in_words(label: str) -> str:
-    """Emojibase's label as a person would write it: "flag: Peru" -> "flag of peru"."""
-    name = label.lower().replace("’", "'")
-    name = re.sub(r"^(flag): (.*)$", r"\1 of \2", name)
-    name = re.sub(r"^regional indicator:? (.*)$", r"letter \1", name)
-    name = re.sub(r"^keycap: (.*)$", r"keycap \1", name)
-    return name.replace(": ", ", ").replace("“", "").replace("”", "")
-
-
-def names_to_hexcodes(modules: Path, emoji: dict[str, Emoji]) -> dict[str, str]:
-    """Every spelling of an emoji's name that a package may use, to its hexcode; the surest source wins."""
-    known: dict[str, str] = {}
-
-    def add(name: str, hexcode: str) -> None:
-        hexcode = normalise_hexcode(hexcode)
-        if hexcode in emoji:
-            for spelling in (slug(name), slug(name).replace("-", "")):
-                known.setdefault(spelling, hexcode)
-
-    for item in read_json(modules / "emojibase-data" / "en" / "data.json"):
-        for entry in [item, *item.get("skins", [])]:
-            add(entry["label"], entry["hexcode"])
-            if entry["label"].startswith("flag: "):
-                for prefix in ("flag for ", "flag for flag "):
-                    add(prefix + entry["label"].removeprefix("flag: "), entry["hexcode"])
-    for package in STYLES:
-        chars = read_json(modules / "@iconify-json" / package / "chars.json")
-        icons = read_json(modules / "@iconify-json" / package / "icons.json")
-        by_name = {name: code for code, name in chars.items()}
-        for name, code in by_name.items():
-            add(name, code)
-        for name, alias in icons.get("aliases", {}).items():
-            if alias["parent"] in by_name and not {"hFlip", "vFlip", "rotate"} & alias.keys():
-                add(name, by_name[alias["parent"]])
-    for code, name in read_json(modules / "emojibase-data" / "meta" / "unicode-names.json").items():
-        add(name, code)
-    for codes in sorted((modules / "emojibase-data" / "en" / "shortcodes").glob("*.json")):
-        for code, names in read_json(codes).items():
-            for name in [names] if isinstance(names, str) else names:
-                add(name, code)
-    for hour in range(1, 13):
-        add(f"clock{hour}oclock", f"1F5{0x4F + hour:02X}")
-        add(f"clock{hour}thirty", f"1F5{0x5B + hour:02X}")
-    for name, code in FXEMOJI_NAMES.items():
-        add(name, code)
-    return known
-
-
-def iter_icons(
-    modules: Path, package: str, emoji: dict[str, Emoji], names: dict[str, str]
-) -> Iterator[tuple[str, str]]:
-    """(hexcode, svg) of each emoji of one package, once each, in the package's order."""
-    folder = modules / "@iconify-json" / package
-    icons = read_json(folder / "icons.json")
-    # Both Fluent sets share their names, but only the flat one lists the characters.
-    chars = read_json(
-        (modules / "@iconify-json" / "fluent-emoji-flat" if package == "fluent-emoji" else folder)
-        / "chars.json"
+    include_openmoji: bool = setting("Add OpenMoji, share-alike.", False)
+    validation_fraction: float = setting(
+        "Share of concepts kept unseen.", 0.05, Rule(lambda value: 0 <= value < 0.5, "in [0, 0.5)")
     )
-    by_name = {name: normalise_hexcode(code) for code, name in chars.items()}
-    seen: set[str] = set()
-    for name in [*icons["icons"], *icons.get("aliases", {})]:
-        alias = icons.get("aliases", {}).get(name, {})
-        hexcode = by_name.get(name) or names.get(slug(name)) or names.get(slug(name).replace("-", ""))
-        if hexcode not in emoji or hexcode in seen or (alias and not alias.get("hFlip")):
-            continue
-        seen.add(hexcode)
-        icon = icons["icons"][alias.get("parent", name)]
-        left, top = icon.get("left", 0), icon.get("top", 0)
-        width = icon.get("width", icons.get("width", 16))
-        height = icon.get("height", icons.get("height", 16))
-        body = icon["body"]
-        if alias.get("hFlip"):
-            body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
-        yield (
-            hexcode,
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}">{body}</svg>',
-        )
 
 
 def render(svg: str, resolution: int) -> Image.Image:
@@ -284,9 +63,7 @@ def render(svg: str, resolution: int) -> Image.Image:
         png = resvg_py.svg_to_bytes(
             svg_string=svg, width=resolution, height=resolution, background="#ffffff", skip_system_fonts=True
         )
-    except (
-        BaseException
-    ) as error:  # resvg 0.48 panics on the filter of one icon at 16 pixels; a panic is no Exception
+    except BaseException as error:  # a panic, as of resvg 0.48 on one icon at 16 pixels, is no Exception
         if type(error).__name__ != "PanicException" or resolution > 2048:
             raise
         return render(svg, 2 * resolution).reduce(2)
@@ -299,109 +76,20 @@ def render(svg: str, resolution: int) -> Image.Image:
     return image
 
 
-def with_article(name: str) -> str:
-    spoken_with_a = name.startswith(("one", "uni", "use", "eu"))  # they begin with a consonant to the ear
-    return f"{'an' if name[0] in 'aeiou' and not spoken_with_a else 'a'} {name}"
-
-
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", text.lower()))
-
-
-def telling_tags(emoji: dict[str, Emoji]) -> set[str]:
-    """Tags that may stand for an emoji by themselves, as "puppy" does for dog face.
-
-    That is, those that fewer than 40 concepts share and of which no word stands in the name of any
-    emoji: "cat" is a tag of tiger, but who writes "cat" means the cat.
-    """
-    concepts = {item.concept: item for item in emoji.values() if not any(item.tones)}
-    in_names = set().union(*(words_of(item.name) for item in concepts.values()))
-    counts = Counter(tag for item in concepts.values() for tag in item.tags)
-    return {
-        tag
-        for tag, n in counts.items()
-        if n < 40 and len(tag) > 1 and words_of(tag) and not words_of(tag) & in_names
-    }
-
-
-def caption_variants(item: Emoji, style: str, telling: set[str]) -> list[str]:
-    """Captions of one picture; the first is its canonical one, "red heart, noto style". Toned pictures
-    take no tags: they are many already, and their words are tone and gender."""
-    captions = [
-        f"{item.name}, {style} style",
-        item.name,
-        with_article(item.name),
-        f"{with_article(item.name)} in {style} style",
-    ]
-    if not any(item.tones):
-        own = [tag.lower() for tag in item.tags if tag in telling][:4]
-        for tag in own:
-            captions += [f"{tag}, {style} style", with_article(tag)]
-        if len(own) > 1:
-            captions.append(f"{item.name}, {own[0]}, {own[1]}, {style} style")
-    return list(dict.fromkeys(captions))
-
-
-def unit_hash(text: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the text alone, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(f"{salt}:{text}".encode()).digest()[:8], "big") / 2**64
-
-
-def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
-    """Hexcodes kept out of training although each of their parts is seen in other company, by rule.
-
-    colour x shape: the concept "<colour> <shape>" when (colour index + shape index) mod 4 is 2;
-    animal x expression: of the cat faces in alphabetical order, the fourth of each four;
-    profession x gender x tone: for each profession one (gender, tone) pair, picked by its hash.
-    """
-    rules: dict[str, list[str]] = {
-        "colour x shape": [],
-        "animal x expression": [],
-        "profession x gender x tone": [],
-    }
-    plain = {code: item for code, item in emoji.items() if not any(item.tones)}
-    for code, item in plain.items():
-        words = item.name.split()
-        if len(words) >= 2 and words[-2] in COLOURS and words[-1] in SHAPES:
-            if (COLOURS.index(words[-2]) + SHAPES.index(words[-1])) % 4 == 2:
-                rules["colour x shape"].append(code)
-    cats = sorted((item.name, code) for code, item in plain.items() if item.subgroup == "cat-face")
-    rules["animal x expression"] = [code for _, code in cats[3::4]]
-    roles: dict[str, list[Emoji]] = defaultdict(list)
-    for item in emoji.values():
-        if item.subgroup == "person-role" and len(item.tones) == 1:
-            roles[item.concept].append(item)
-    for concept, members in roles.items():
-        pairs = sorted({(m.gender, m.tones[0]) for m in members})
-        if len({gender for gender, _ in pairs}) > 1:
-            pick = pairs[int(unit_hash(concept, "composition") * len(pairs))]
-            rules["profession x gender x tone"] += [
-                m.hexcode for m in members if (m.gender, m.tones[0]) == pick
-            ]
-    return {rule: sorted(codes) for rule, codes in rules.items()}
-
-
-def validation_concepts(emoji: dict[str, Emoji], heldout: set[str], fraction: float) -> list[str]:
-    """Concepts unseen in training, by hash. Flags, letters and keycaps stay in training: nothing in the
-    name of an unseen one says what it looks like. So do the parts that held-out compositions need."""
-    drawable = [
-        item
-        for item in emoji.values()
-        if item.group != "flags" and item.subgroup not in ("keycap", "alphanum")
-    ]
-    needed = {emoji[code].concept for code in heldout}
-    needed |= {
-        item.concept
-        for item in emoji.values()
-        if item.name.split()[-1] in SHAPES or item.subgroup == "cat-face"
-    }
-    return sorted(
-        {
-            i.concept
-            for i in drawable
-            if i.concept not in needed and unit_hash(i.concept, "validation") < fraction
-        }
-    )
+def picture_rows(
+    config: EmojiConfig, modules: Path, package: str, emoji: dict[str, Emoji], names: dict[str, str]
+) -> list[dict[str, Any]]:
+    """A row of the data set for each emoji that a package draws."""
+    style, telling = STYLES[package], telling_tags(emoji)
+    licence = read_json(modules / "@iconify-json" / package / "info.json")["license"]["spdx"]
+    icons, rows = list(iter_icons(modules, package, emoji, names)), []
+    for hexcode, svg in tqdm(icons, desc=f"drawing {package}", unit="picture"):
+        item, image = emoji[hexcode], {"bytes": png_bytes(render(svg, config.resolution)), "path": None}
+        captions = caption_variants(item, style, telling)
+        values = (item.name, item.concept, hexcode, style, item.group, item.subgroup, licence)
+        row = {"image": image, "caption": captions[0], "captions": captions}
+        rows.append(row | dict(zip(COLUMNS, values, strict=True)))
+    return rows
 
 
 def build(config: EmojiConfig) -> dict[str, Any]:
@@ -411,77 +99,40 @@ def build(config: EmojiConfig) -> dict[str, Any]:
         ValueError: a setting is out of range, named with what is allowed.
         RuntimeError: npm is missing or failed.
     """
-    if not 8 <= config.resolution <= 1024:
-        raise ValueError(f"resolution must lie in 8..1024, got {config.resolution}")
-    if not 0 <= config.validation_fraction < 0.5:
-        raise ValueError(f"validation_fraction must lie in [0, 0.5), got {config.validation_fraction}")
-    from datasets import Dataset, DatasetDict, Features, List, Value
-    from datasets import Image as ImageFeature
-
+    config.check()
     modules = install_packages(Path(config.npm_dir))
     emoji = read_emoji(modules / "emojibase-data")
     names = names_to_hexcodes(modules, emoji)
-    telling = telling_tags(emoji)
     rules = heldout_compositions(emoji)
     heldout = {code for codes in rules.values() for code in codes}
     unseen = set(validation_concepts(emoji, heldout, config.validation_fraction))
-
-    features = Features(
-        {"image": ImageFeature(), "caption": Value("string"), "captions": List(Value("string"))}
-        | {
-            key: Value("string")
-            for key in ("name", "concept", "hexcode", "style", "group", "subgroup", "licence")
-        }
-    )
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "heldout_compositions": []}
-    per_style: Counter[str] = Counter()
-    for package, style in STYLES.items():
-        if package in SHARE_ALIKE and not config.include_openmoji:
-            continue
-        licence = read_json(modules / "@iconify-json" / package / "info.json")["license"]["spdx"]
-        icons = list(iter_icons(modules, package, emoji, names))
-        per_style[style] = len(icons)
-        for hexcode, svg in tqdm(icons, desc=f"drawing {package}", unit="picture"):
-            item = emoji[hexcode]
-            png = io.BytesIO()
-            render(svg, config.resolution).save(png, format="PNG")
-            captions = caption_variants(item, style, telling)
-            split = (
-                "validation"
-                if item.concept in unseen
-                else "heldout_compositions"
-                if hexcode in heldout
-                else "train"
-            )
-            row = {
-                "image": {"bytes": png.getvalue(), "path": None},
-                "caption": captions[0],
-                "captions": captions,
-            }
-            row |= {"name": item.name, "concept": item.concept, "hexcode": hexcode, "style": style}
-            row |= {"group": item.group, "subgroup": item.subgroup, "licence": licence}
-            rows[split].append(row)
-
-    everything = [row for split in rows.values() for row in split]
-    left_out = set() if config.include_openmoji else {f"@iconify-json/{name}" for name in SHARE_ALIKE}
+    packages = [name for name in STYLES if config.include_openmoji or name not in SHARE_ALIKE]
+    everything = [row for name in packages for row in picture_rows(config, modules, name, emoji, names)]
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "heldout_compositions": []}
+    for row in everything:
+        kept_out = "heldout_compositions" if row["hexcode"] in heldout else "train"
+        splits["validation" if row["concept"] in unseen else kept_out].append(row)
+    left_out = {f"@iconify-json/{name}" for name in STYLES if name not in packages}
     summary = {
         "resolution": config.resolution,
         "pictures": len(everything),
         "concepts": len({row["concept"] for row in everything}),
-        "styles": dict(per_style),
-        "splits": {split: len(part) for split, part in rows.items()},
+        "styles": dict(Counter(row["style"] for row in everything)),
+        "splits": {split: len(part) for split, part in splits.items()},
         "packages": {name: version for name, version in PACKAGE_VERSIONS.items() if name not in left_out},
         "validation_concepts": {c: emoji[c].name if c in emoji else c for c in sorted(unseen)},
         "heldout_compositions": {rule: {c: emoji[c].name for c in codes} for rule, codes in rules.items()},
     }
-    output = Path(config.output_dir)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    data = DatasetDict({split: Dataset.from_list(part, features=features) for split, part in rows.items()})
-    data.save_to_disk(str(partial))
-    (partial / "splits.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    features = Features(
+        {"image": ImageFeature(), "caption": Value("string"), "captions": List(Value("string"))}
+        | {column: Value("string") for column in COLUMNS}
+    )
+    with written_aside(config.output_dir) as partial:
+        DatasetDict(
+            {split: Dataset.from_list(part, features=features) for split, part in splits.items()}
+        ).save_to_disk(str(partial))
+        text = json.dumps(summary, indent=1, ensure_ascii=False)
+        (partial / "splits.json").write_text(text, encoding="utf-8")
     return summary
 
 

@@ -29,14 +29,14 @@ from training.evaluation.bits_per_dim import BitsPerDimConfig, bits_per_dim, tex
 from training.evaluation.card import CardConfig, card
 from training.evaluation.editing import EditingConfig, editing
 from training.evaluation.frontier import FrontierConfig, frontier
+from training.evaluation.noised_accuracy import NoisedAccuracyConfig, noised_accuracy
 from training.evaluation.report import ReportConfig, report
 from training.evaluation.retrieval import retrieval, sheet, zero_shot
 from training.evaluation.sampling_steps import SamplingStepsConfig, sampling_steps
 from training.evaluation.settings import EvaluationConfig
 from training.evaluation.styles import StylesConfig, styles
 from training.evaluation.upscaling import UpscalingConfig, upscaling
-from training.evaluation.words import measure as words
-from training.objectives.noised import NoisedAccuracyConfig, noised_accuracy
+from training.evaluation.words import words
 from training.run.settings import parse_config
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {

@@ -17,32 +17,30 @@ by more words, and some of them put together:
 The splits that are kept out of training are those of data/emoji, unchanged.
 """
 
-import io
 import json
 import random
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pipelines.folders.files import png_bytes, written_aside
+from training.data.emoji import TONES, unit_hash, with_article
 from training.data.pictures import load_pictures, open_picture
-from training.emoji import TONES, unit_hash, with_article
-from training.evaluation.words import (
+from training.data.words import (
     SPLITS,
-    WORDNET_DIR,
     Phrases,
     WordNet,
     concept_names,
     read_wordnet,
     word_lists,
     zipf_frequency,
-)  # fmt: skip
-from training.run.settings import parse_config
+)
+from training.objectives.distillation import Teacher, distillation_texts
+from training.run.settings import CacheSettings, WordSettings, parse_config, setting, settings
 
 LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
 NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
@@ -65,15 +63,12 @@ HATS = (
 PARTY_COLOURS = ("#e0245e", "#f4b400", "#1da1f2", "#17bf63", "#794bc4", "#f45d22", "#ff7eb6", "#ffffff")
 
 
-@dataclass
-class WideningConfig:
+@settings
+class WideningConfig(WordSettings, CacheSettings):
     """Settings of `training.widening`."""
 
-    dataset: str = field(default="data/emoji", metadata={"help": "What training.emoji wrote."})
-    output_dir: str = field(default="data/emoji-wide", metadata={"help": "Folder to write."})
-    npm_dir: str = field(default="data/npm", metadata={"help": "Where training.emoji's packages are."})
-    wordnet_dir: str = field(default=WORDNET_DIR, metadata={"help": "WordNet's files."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "The sentence encoder's embeddings."})
+    dataset: str = setting("What training.emoji wrote.", "data/emoji")
+    output_dir: str = setting("Folder to write.", "data/emoji-wide")
 
 
 # Words
@@ -129,8 +124,6 @@ def nearest(words: list[str], names: dict[str, set[str]], teacher: Any) -> dict[
 
 def more_words(config: WideningConfig, names: dict[str, set[str]]) -> dict[str, list[str]]:
     """Concept -> single words for it that no caption holds and that the test of words has not kept out."""
-    from training.objectives.distillation import Teacher, distillation_texts
-
     wordnet = read_wordnet(config.wordnet_dir)
     _, kept_out, _ = word_lists(config.dataset, config.npm_dir, wordnet)
     captions = concept_names(config.dataset)[1]
@@ -274,8 +267,6 @@ def hats_alone(rows: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
 def worn_row(
     head: dict[str, Any], hat: str, picture: Image.Image, number: int, words: Iterable[str]
 ) -> dict[str, Any]:
-    png = io.BytesIO()
-    picture.save(png, format="PNG")
     name, style = head["name"], head["style"]
     short = name.removesuffix(" face") if head["group"] == "animals-nature" else name
     captions = [f"{name} in {with_article(hat)}, {style} style"]
@@ -286,7 +277,7 @@ def worn_row(
     chosen = sorted(words, key=lambda word: unit_hash(f"{word} {hat} {style}", "hat"))[:3]
     captions += [f"{with_article(word)} in {with_article(hat)}" for word in chosen]
     return {
-        "image": {"bytes": png.getvalue(), "path": None}, "caption": captions[0], "captions": captions,
+        "image": {"bytes": png_bytes(picture), "path": None}, "caption": captions[0], "captions": captions,
         "name": f"{name} in {with_article(hat)}", "concept": f"{head['concept']} {hat}",
         "hexcode": f"{head['hexcode']} {hat} {number}",
     }  # fmt: skip
@@ -309,8 +300,6 @@ def build(config: WideningConfig) -> dict[str, Any]:
     Raises:
         ValueError: the data set, WordNet's files, wordfreq or the sentence encoder is missing.
     """
-    import datasets
-
     splits = {name: load_pictures(config.dataset, name) for name in SPLITS}
     train = splits["train"].cast_column("image", datasets.Image(decode=False))
     names: dict[str, set[str]] = defaultdict(set)
@@ -324,13 +313,9 @@ def build(config: WideningConfig) -> dict[str, Any]:
         "pictures": len(train), "words": len(set().union(*words.values())), "concepts with words": len(words),
         "heads and hats": len(rows) - len(train), "words of": words,
     }  # fmt: skip
-    output = Path(config.output_dir)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    datasets.DatasetDict(splits | {"train": wide}).save_to_disk(str(partial))
-    (partial / "widening.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    with written_aside(config.output_dir) as partial:
+        datasets.DatasetDict(splits | {"train": wide}).save_to_disk(str(partial))
+        (partial / "widening.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
     return summary
 
 

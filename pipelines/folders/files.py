@@ -1,26 +1,87 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what they hold: text, JSON, PNG."""
 
 import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
+INDEX, CARD = "model_index.json", "README.md"  # of a model folder
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+@contextmanager
+def written_aside(target: str | Path, many_writers: bool = False) -> Iterator[Path]:
+    """Yields a path beside `target` for a new file or folder; it replaces `target` when the block ends.
+
+    The parent folders are made. After an error the new one is deleted and `target` is as it was. A process
+    that is killed leaves `target` as it was and NAME.partial beside it, which the next one deletes. With
+    `many_writers`, which may write `target` at the same time, the path bears the process id.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(
+        f"{target.name}.{os.getpid()}.partial" if many_writers else f"{target.name}.partial"
+    )
+    _remove(partial)
+    try:
+        yield partial
+        if target.is_dir() and partial.is_dir():  # a rename replaces no folder that holds something
+            replaced = target.with_name(f"{target.name}.replaced")
+            _remove(replaced)
+            target.rename(replaced)
+            partial.rename(target)
+            _remove(replaced)
+        else:
+            partial.replace(target)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Written beside its place and renamed, folders made: a killed process leaves the old file, or none."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    partial.replace(target)
+    """Written aside and renamed, parent folders made: a killed process leaves the old file or none."""
+    with written_aside(path) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def png_bytes(image: Any) -> bytes:
-    """A PIL picture as the bytes of a PNG."""
+def read_json(path: str | Path) -> Any:
+    """Raises ValueError that names the file if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def write_json(path: str | Path, content: Any, sort_keys: bool = False) -> None:
+    """Indented by 2, ASCII only."""
+    write_file(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def read_text(path: Path, errors: str = "surrogateescape") -> str | None:
+    """A text file's content, or None if there is no file. `errors` says what becomes of bytes that are not
+    UTF-8; surrogates can be written back as the same bytes."""
+    return path.read_bytes().decode("utf-8", errors) if path.is_file() else None
+
+
+def png_bytes(image: Image, **options: Any) -> bytes:
+    """`options` are Pillow's, such as `pnginfo`."""
     stream = io.BytesIO()
-    image.save(stream, format="PNG")
+    image.save(stream, format="PNG", **options)
     return stream.getvalue()
 
 
-def save_png(image: Any, path: str | Path) -> None:
-    """Whatever the file is called."""
-    write_file(path, png_bytes(image))
+def save_png(image: Image, path: str | Path, **options: Any) -> None:
+    """As PNG whatever the file's suffix is; `options` are Pillow's, such as `pnginfo`."""
+    write_file(path, png_bytes(image, **options))

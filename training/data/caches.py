@@ -3,88 +3,22 @@ are a digest of the models and the data that they come from."""
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from pipelines.drawing.text import context_length, encode_text
-
-if TYPE_CHECKING:
-    from training.data.pictures import PictureCache
+from training.data.arrays import content_key, memory_map, model_key
+from training.data.pictures import PictureCache
 
 logger = logging.getLogger(__name__)
-
-
-def content_key(*parts: bytes | str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-        digest.update(b"\0")
-    return digest.hexdigest()[:16]
-
-
-def model_key(model: Any) -> str:
-    """A digest of a model's weights and config, the name of the folder it came from and library versions
-    excepted."""
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-    incidental = ("architectures", "dtype", "transformers_version")  # of the file, not of what it computes
-    kept = {key: value for key, value in config.items() if key[0] != "_" and key not in incidental}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def memory_map(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, fill: Callable[[np.ndarray], None]
-) -> np.ndarray:
-    """The array stored at `path`, filled first if it is not there.
-
-    It is written aside and renamed, so a killed run leaves no half array; processes that start together wait
-    for the first, which holds a lock. Raises OSError, before any work, when the disk has not the room for it:
-    writing to a mapped file that the disk cannot hold would end the process without a word.
-    """
-    if not path.is_file():
-        lock = path.with_name(path.name + ".lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
-                if not path.is_file():
-                    for left in path.parent.glob(f"{path.stem}.*.partial"):  # by one who was killed
-                        left.unlink()
-                    _fill_file(path, shape, dtype, fill)
-        except OSError as error:
-            raise OSError(f"cache_dir {path.parent}: {path.name} could not be written: {error}") from error
-        lock.unlink(missing_ok=True)  # whoever waits for it still finds the array when let in
-    array = np.load(path, mmap_mode="r")
-    if array.shape != shape:
-        raise ValueError(f"the cache {path} holds {array.shape}, not {shape}: delete it")
-    return array
-
-
-def _fill_file(path: Path, shape: tuple[int, ...], dtype: np.dtype, fill: Callable) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(partial, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-        fill(array)
-        array.flush()
-        del array
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------ text
@@ -190,7 +124,7 @@ class LatentCache:
     """What PictureCache is for pixels, for latents."""
 
     latents: np.ndarray  # (N, C, h, w) fp16, memory-mapped; (2 N, C, h, w) with `mirrored`
-    pictures: "PictureCache"
+    pictures: PictureCache
     mirrored: bool = False
 
     def __len__(self) -> int:
@@ -208,7 +142,7 @@ class LatentCache:
 
 
 def cache_latents(
-    pictures: "PictureCache", vae: Any, cache_dir: str | Path, mirrored: bool = False
+    pictures: PictureCache, vae: Any, cache_dir: str | Path, mirrored: bool = False
 ) -> LatentCache:
     """Encode every picture once with the frozen VAE, keyed by the content of pictures, weights and config.
 

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,12 +26,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from training.data.caches import cache_latents, cache_text, content_key, memory_map
-
-__all__ = [  # the last two live in training.data.caches
-    "PictureCache", "StepBatchSampler", "cache_pictures", "concept_weights", "load_pictures", "seed_for",
-    "cache_latents", "cache_text",
-]  # fmt: skip
+from pipelines.folders.files import read_json, write_file
+from training.data.arrays import content_key, memory_map
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +91,14 @@ def load_pictures(
         raise NoSuchSplit(f"data set {source!r} has no split {split!r}; it has {', '.join(loaded)}")
     data = loaded[split]
     return data.to_iterable_dataset() if streaming and isinstance(data, datasets.Dataset) else data
+
+
+def load_splits(source: str, splits: str) -> Any:
+    """A data set's splits, named joined by +, one after another."""
+    import datasets
+
+    parts = [load_pictures(source, split) for split in splits.split("+")]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def tar_files(folder: Path) -> dict[str, list[str]]:
@@ -426,12 +429,10 @@ def cache_pictures(
         if len(problems) == len(target):
             raise ValueError(f"no picture of the data set can be read: {problems[0]}")
         if problems:
-            partial = unread.with_suffix(f".json.{os.getpid()}.partial")
-            partial.write_text(json.dumps(problems))
-            partial.replace(unread)
+            write_file(unread, json.dumps(problems))
 
     pixels = memory_map(path, (len(data), 3, resolution, resolution), np.dtype(np.uint8), decode)
-    problems = json.loads(unread.read_text()) if unread.is_file() else {}
+    problems = read_json(unread) if unread.is_file() else {}
     captions = list(data["captions" if "captions" in data.column_names else caption_column])
     if not any(map(is_caption, captions)):
         kind = type(captions[0]).__name__

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.components.guidance_clip import GuidanceCLIP
-from training.data.caches import content_key, memory_map, model_key
+from training.data.arrays import content_key, memory_map, model_key
 from training.evaluation.figures import new_figure, save_figure
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import clip_score, frechet_distance

@@ -12,13 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from training.data.caches import content_key, memory_map, model_key
+from training.data.arrays import content_key, memory_map, model_key
 from training.data.pictures import PictureCache, load_pictures
-from training.emoji import STYLES
+from training.data.words import SPLITS, TEMPLATES
 from training.evaluation.metrics import recall_at
-
-TEMPLATES = ("{}", "a {}", *(f"{{}}, {style} style" for style in list(STYLES.values())[:6]))
-SPLITS = ("train", "validation", "heldout_compositions")  # of the emoji set
 
 
 class EmbedsNames(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.caches import content_key, memory_map
+from training.data.arrays import content_key, memory_map
 from training.evaluation.samples import pipeline_key
 
 WEAKEST, STRONGEST = 60, 240  # t: above, the style itself begins to go

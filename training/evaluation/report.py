@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from pipelines import TextToImagePipeline
 from pipelines.chain.equations import LEARNED_VARIANCES
-from training.data.caches import LiveText, cache_latents, model_key
+from pipelines.folders.files import read_json
+from training.data.arrays import model_key
+from training.data.caches import LiveText, cache_latents
 from training.data.pictures import PictureCache
-from training.emoji import read_json
 from training.evaluation.inception import find_weights, inception_figures
 from training.evaluation.judge import Concepts, Judge, embed_concepts, embed_pictures
 from training.evaluation.metrics import (
@@ -55,9 +56,8 @@ from training.evaluation.settings import (
     SeededSettings,
     at_least,
 )
-from training.objectives.denoising import BUCKETS, DenoisingLoss, validation_loss
+from training.objectives.denoising import BUCKETS, DenoisingLoss, DenoisingSettings, validation_loss
 from training.run.settings import require, setting, settings
-from training.text_to_image import TextToImageConfig
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 NOISE_DRAWS = 4  # of the validation loss, for its standard error
@@ -170,7 +170,7 @@ def distribution(config: ReportConfig, reference: Tensor, columns: dict[str, Ten
 def losses(config: ReportConfig, pipe: TextToImagePipeline, parts: dict[str, Part]) -> dict[str, Any]:
     """Unweighted loss in ten timestep buckets, with the standard error over draws of the noise."""
     learned = pipe.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-    settings = TextToImageConfig(output_dir="", loss="hybrid" if learned else "simple", snr_gamma=None)
+    settings = DenoisingSettings(loss="hybrid" if learned else "simple", snr_gamma=None)
     loss = DenoisingLoss(settings, pipe, pipe.unet, None, LiveText(pipe.tokenizer, pipe.text_encoder))
     total = loss.scheduler.config.num_train_timesteps
     edges = [-(-total * i // BUCKETS) for i in range(BUCKETS + 1)]

@@ -12,8 +12,9 @@ from torch import Tensor
 from pipelines.coding.likelihood import chain_of
 from pipelines.drawing.images import image_grid, to_pil
 from pipelines.folders.files import save_png
-from training.emoji import STYLES
-from training.evaluation.judge import SPLITS, Judge, embed_concepts, recall
+from training.data.emoji import STYLES
+from training.data.words import SPLITS
+from training.evaluation.judge import Judge, embed_concepts, recall
 from training.evaluation.samples import draw, random_rows, read_pictures, with_guides
 from training.evaluation.settings import EvaluationConfig
 

@@ -15,7 +15,7 @@ from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.drawing.images import to_pil, to_tensor
 from pipelines.folders.files import save_png
-from training.data.caches import content_key, model_key
+from training.data.arrays import content_key, model_key
 from training.data.pictures import PictureCache, cache_pictures, load_pictures
 from training.run.settings import DataSettings
 

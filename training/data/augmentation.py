@@ -1,0 +1,21 @@
+"""Random changes to pictures that keep what they show."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator) -> Tensor:
+    """Shift each picture by up to `shift` pixels on its white ground, and add noise of a random deviation, so
+    that the tower looks at shapes rather than at single pixels."""
+    batch, _, height, width = images.shape
+    if shift:
+        padded = F.pad(images, [shift] * 4, value=1.0)
+        offsets = torch.randint(0, 2 * shift + 1, (batch, 2), generator=generator).tolist()
+        images = torch.stack(
+            [p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)]
+        )
+    if noise:
+        deviation = noise * torch.rand(batch, 1, 1, 1, generator=generator)
+        images = images + deviation * torch.randn(images.shape, generator=generator)
+    return images

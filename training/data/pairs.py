@@ -1,0 +1,73 @@
+"""The same pictures at two sizes, to train and to measure upsamplers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from training.data.pictures import PictureCache, cache_pictures, load_pictures
+
+BLUR_KERNEL = 7  # pixels of the small picture: three standard deviations of the widest blur to each side
+
+
+@dataclass
+class Pairs:
+    """Pictures at two sizes, row by row the same."""
+
+    large: PictureCache
+    small: PictureCache
+
+    def __len__(self) -> int:
+        return len(self.large)
+
+    def crops(self, indices: list[int], side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random squares of the pictures, half of them mirrored: (B, 3, side, side), and (B, 3, h, h) of the
+        same place in the small ones. Both in [-1, 1]."""
+        large, small = self.large.images(indices), self.small.images(indices)
+        scale = large.shape[-1] // small.shape[-1]
+        h, room = side // scale, small.shape[-1] - side // scale + 1
+        corners = torch.randint(0, room, (len(indices), 2), generator=generator).tolist()
+        mirror = torch.rand(len(indices), generator=generator) < 0.5
+        x = torch.stack(
+            [
+                p[:, scale * i : scale * i + side, scale * j : scale * j + side]
+                for p, (i, j) in zip(large, corners, strict=True)
+            ]
+        )
+        y = torch.stack([p[:, i : i + h, j : j + h] for p, (i, j) in zip(small, corners, strict=True)])
+        x[mirror], y[mirror] = x[mirror].flip(-1), y[mirror].flip(-1)
+        return x, y
+
+
+def load_pairs(
+    dataset: str, low_dataset: str, split: str, resolution: int, low_resolution: int, cache_dir: str
+) -> Pairs:
+    """The split at both sizes.
+
+    Raises:
+        ValueError: the data sets differ in other things than size.
+    """
+    sizes = ((dataset, resolution), (low_dataset, low_resolution))
+    large, small = (
+        cache_pictures(load_pictures(name, split), side, cache_dir, "image", "caption")
+        for name, side in sizes
+    )
+    for column in ("hexcode", "style", "caption"):
+        if large.columns.get(column) != small.columns.get(column) or len(large) != len(small):
+            raise ValueError(
+                f"low_dataset must hold the pictures of {dataset!r} in their order, and {low_dataset!r} does "
+                f"not ({column} differs): build both with training.emoji, alike but for --resolution"
+            )
+    return Pairs(large, small)
+
+
+def blur(y: Tensor, max_blur: float, generator: torch.Generator) -> Tensor:
+    """Half of the pictures blurred by a Gaussian of a random width, up to `max_blur` pixels."""
+    widths = (torch.rand(len(y), generator=generator) * 2 - 1) * max_blur  # below 0: none
+    return torch.stack(
+        [
+            gaussian_blur(p, [BLUR_KERNEL] * 2, [w] * 2) if w > 0.1 else p
+            for p, w in zip(y, widths.tolist(), strict=True)
+        ]
+    )

@@ -1,0 +1,119 @@
+"""How well a noised CLIP and a noisy classifier read a picture at each noise level.
+
+python -m training.evaluate noised-accuracy --model models/emoji --output accuracy.png
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines import TextToImagePipeline
+from pipelines.drawing.images import decode_latents
+from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.judge import Judge, embed_concepts, recall
+from training.evaluation.samples import with_guides
+from training.evaluation.settings import (
+    BatchSettings,
+    CountSettings,
+    JudgeSettings,
+    ModelSettings,
+    NoisyClassifierSettings,
+    NoisyClipSettings,
+    SplitSettings,
+)
+from training.objectives.denoising import BUCKETS
+from training.objectives.noised import NoisedPictures, embed_prompts
+from training.run.settings import require, setting, settings
+
+
+@settings
+class NoisedAccuracyConfig(
+    ModelSettings,
+    JudgeSettings,
+    NoisyClipSettings,
+    NoisyClassifierSettings,
+    CountSettings,
+    BatchSettings,
+    SplitSettings,
+):
+    """Settings of `training.evaluate noised-accuracy`."""
+
+    label_column: str = setting("Column of the classifier's classes, of one set.", "group")
+    num_pictures: int = 400
+    batch_size: int = 100
+
+
+class PipelineTexts:
+    """The text side of a NoisyCLIP, as `embed_concepts` asks a judge for it."""
+
+    def __init__(self, pipe: TextToImagePipeline) -> None:
+        self.pipe = pipe
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        return embed_prompts(self.pipe, texts)
+
+    embed_names = Judge.embed_names
+
+
+@torch.no_grad()
+def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
+    """Ten noise levels, at the middle of each tenth of the chain: how often the concept of a noised picture
+    is found among all, first or in five, by the noised CLIP and by the clean one on the very same pictures;
+    and the classifier's share of right classes."""
+    pipe = with_guides(config.model, config.noisy_clip, config.noisy_classifier)
+    noisy, classifier = pipe.noisy_clip, pipe.noisy_classifier
+    require(noisy is not None or classifier is not None, "noisy_clip", config.noisy_clip, "given")
+    pictures = NoisedPictures(pipe, config.dataset, config.split, config.cache_dir)
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(pictures), generator=generator)[: config.num_pictures].tolist()
+    truth = [pictures.columns["concept"][i] for i in chosen]
+    judge = Judge(config.judge)
+    readers: dict[str, tuple[Any, Any]] = {
+        "clean CLIP": (
+            embed_concepts(judge, config.dataset),
+            lambda x, t: judge.embed_images(decode_latents(pipe.vae, x)),
+        )
+    }
+    if noisy is not None:
+        readers["noised CLIP"] = embed_concepts(PipelineTexts(pipe), config.dataset), noisy
+    total = len(pictures.chain)
+    levels = [(2 * bucket + 1) * total // (2 * BUCKETS) for bucket in range(BUCKETS)]
+    figures: dict[str, Any] = {"split": config.split, "pictures": len(chosen), "t": levels}
+    figures |= {reader: {"R@1": [], "R@5": []} for reader in readers}
+    if classifier is not None:
+        labels, values = list(classifier.config.labels), pictures.columns.get(config.label_column, [])
+        own, rule = set(values), f"a column of the classifier's classes, {labels}"
+        require(len(own) > 0 and own <= set(labels), "label_column", config.label_column, rule)
+        places = [i for i, label in enumerate(labels) if label in own]
+        classes = torch.tensor([labels.index(values[i]) for i in chosen])
+        figures["classifier"] = {"accuracy": []}
+    x0 = pictures.data.images(chosen)
+    eps = torch.randn(x0.shape, generator=generator)
+    for t in tqdm(levels, desc="noise levels", unit="level"):
+        x_t = pictures.chain.add_noise(x0, eps, torch.tensor(t)).split(config.batch_size)
+        for reader, (concepts, embed) in readers.items():
+            ranks = concepts.rank(torch.cat([embed(part, t) for part in x_t]), truth)
+            for name, share in recall(ranks).items():
+                figures[reader][name].append(share)
+        if classifier is not None:
+            best = torch.cat([classifier(part, t)[:, places].argmax(-1) for part in x_t])
+            found = torch.tensor(places)[best]
+            figures["classifier"]["accuracy"].append(float((found == classes).double().mean()))
+    if config.output:
+        draw_accuracy(figures, config.output)
+    return figures
+
+
+def draw_accuracy(figures: dict[str, Any], path: str) -> None:
+    """A curve for each reader against t."""
+    figure, ax = new_figure(6, 3.5)
+    for reader, own in figures.items():
+        if isinstance(own, dict):
+            for name, values in own.items():
+                ax.plot(figures["t"], values, marker="o", label=f"{reader}, {name}")
+    ax.set(xlabel="t", ylabel="share of noised pictures", ylim=(0, 1))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    save_figure(figure, path)
