@@ -133,6 +133,32 @@ def test_retrieval_and_clip_score(figures, again, dataset_folder):
             assert low < found[column]["CLIP score"]["value"] < high
 
 
+def test_the_shuffled_control_is_under_others_captions(figures, folder, again, dataset_folder):
+    """Picture j is scored under the caption of the picture k places before it, k leaving fewest concepts as
+    they were; the kept pictures themselves, one by one."""
+    concepts = embed_concepts(again.judge, str(dataset_folder))
+    rows = again.rows("train", again.seen)
+    captions, truth = ([row[column] for row in rows] for column in ("caption", "concept"))
+    count = len(rows)
+
+    def left(k: int) -> int:
+        return sum(truth[(j + k) % count] == truth[j] for j in range(count))
+
+    k = min(range(1, count), key=left)
+    kept = draw(again.pipe, captions, SEED, 2, 2.0, folder=folder / "samples")
+    embeds, texts = again.judge.embed_images(kept), again.judge.embed_texts(captions)
+    others = torch.stack([embeds[(j + k) % count] for j in range(count)])
+    found = figures["against captions"]["seen captions"]
+    scores = []
+    for column, images in (("generated", embeds), ("shuffled", others)):
+        scores.append(sum(100 * max(0.0, float(a @ b)) for a, b in zip(images, texts, strict=True)) / count)
+        assert found[column]["CLIP score"]["value"] == pytest.approx(scores[-1], abs=1e-3), column
+        ranks = concepts.rank(images, truth)
+        for top in (1, 5):
+            assert found[column][f"R@{top}"]["value"] == pytest.approx(float((ranks < top).float().mean()))
+    assert abs(scores[0] - scores[1]) > 1e-2  # else the control could be the drawn pictures themselves
+
+
 def test_distances_to_half_of_the_training_pictures(figures, again):
     """Half A is the reference, half B's captions are drawn and half B's pictures are the floor."""
     found = figures["against half of the training pictures"]
