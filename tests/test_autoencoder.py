@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from training import autoencoder
 from training.autoencoder import Autoencoder, reconstruction_loss
@@ -106,7 +107,7 @@ def test_the_first_gradient_is_of_the_error_and_the_weighted_kl(monkeypatch, tmp
     argv = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(sys, "argv", ["autoencoder", *argv, "--block_out_channels", "16", "16"])
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(keep_gradients)
+    hook = register_optimizer_step_pre_hook(keep_gradients)
     try:
         autoencoder.main()
     finally:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_words import FREQUENCY, write_npm, write_wordnet
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import BertConfig, BertModel, CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -372,7 +373,7 @@ def test_the_temperature_learns(train: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Towers, "forward", watched)
     monkeypatch.setattr(clip, "tokenize_by_length", placed)
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(keep_gradient)
+    hook = register_optimizer_step_pre_hook(keep_gradient)
     try:
         train("warm", distill="none", text_steps=0, max_train_steps=1, max_grad_norm=1e9)
     finally:
