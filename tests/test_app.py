@@ -105,7 +105,7 @@ def test_every_setting_reaches_the_pipeline(client, pipe):
 
 @pytest.mark.parametrize("style", common.STYLE_PHRASES)
 def test_each_style_says_what_its_training_captions_say(style):
-    from training.emoji import STYLES
+    from training.data.emoji import STYLES
 
     assert common.full_prompt("a red heart", style) == f"a red heart, {common.STYLE_PHRASES[style]}"
     assert common.STYLE_PHRASES[style].removesuffix(" style") in STYLES.values()

@@ -20,10 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from training import clip, evaluate
 from training.clip import ClipTrainingConfig, Towers, build_clip, learning_rate_factor, tokenize_by_length
-from training.emoji import unit_hash
-from training.evaluation import words
-from training.evaluation.judge import TEMPLATES
-from training.evaluation.words import WordNet, read_wordnet
+from training.data import words
+from training.data.emoji import unit_hash
+from training.data.words import TEMPLATES, WordNet, read_wordnet
 from training.objectives import distillation
 from training.objectives.distillation import (
     SHARES,
@@ -34,6 +33,8 @@ from training.objectives.distillation import (
     distillation_texts,
     principal_basis,
 )
+from training.run import loop
+from training.run.checkpoints import Checkpoints
 
 TEXTS = ["a", "a very long dog, noto style, with a red car", "dog", "", "cat and dog", "the the the"]
 
@@ -331,18 +332,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train: Any) -> None:
 
     class Stop(Exception): ...
 
-    class Stopping(clip.Checkpoints):
-        def save(self, step: int) -> Any:
-            super().save(step)
+    class Stopping(Checkpoints):
+        def save(self, step: int, *others: Any, **settings: Any) -> Any:
+            super().save(step, *others, **settings)
             raise Stop
 
-    real, clip.Checkpoints = clip.Checkpoints, Stopping  # type: ignore[misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Checkpoints", Stopping)
         for settings in ({}, {"resume_from_checkpoint": "latest"}):  # stops at step 3, on text, and at step 6
             with pytest.raises(Stop):
                 train("parts", **settings)
-    finally:
-        clip.Checkpoints = real  # type: ignore[misc]
     parts = load_file(train("parts", resume_from_checkpoint="latest") / "model.safetensors")
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():

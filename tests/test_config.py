@@ -15,7 +15,7 @@ from training.clip import ClipTrainingConfig
 from training.emoji import EmojiConfig
 from training.evaluation.settings import EvaluationConfig
 from training.export import ExportConfig
-from training.run.settings import parse_config, require, run
+from training.run.settings import parse_config, require, run_command
 from training.text_to_image import TextToImageConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,10 +184,10 @@ def test_accelerate_reads_its_configs(name, kind, processes, wraps):
 
 def test_errors_of_settings_are_one_line_and_all_others_keep_their_traceback():
     with pytest.raises(SystemExit, match=r"^training\.mine: steps must be at least 1, got 0$"):
-        run(lambda: require(False, "steps", 0, "at least 1"), "training.mine")
+        run_command(lambda: require(False, "steps", 0, "at least 1"), "training.mine")
     with pytest.raises(ValueError, match="invalid literal"):
-        run(lambda: print(int("ten")), "training.mine")
+        run_command(lambda: print(int("ten")), "training.mine")
     with pytest.raises(ValueError, match="nacceptable pattern"):  # raised in a library that ours called
-        run(lambda: print(list(Path(".").glob(""))), "training.mine")
+        run_command(lambda: print(list(Path(".").glob(""))), "training.mine")
     with pytest.raises(KeyError):
-        run(lambda: print({}["steps"]), "training.mine")
+        run_command(lambda: print({}["steps"]), "training.mine")

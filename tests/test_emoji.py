@@ -12,12 +12,10 @@ import datasets
 import numpy as np
 import pytest
 
-from training.emoji import (
+from training.data.emoji import (
     PACKAGE_VERSIONS,
     STYLES,
     Emoji,
-    EmojiConfig,
-    build,
     caption_variants,
     concept_of,
     gender_of,
@@ -28,13 +26,13 @@ from training.emoji import (
     names_to_hexcodes,
     normalise_hexcode,
     read_emoji,
-    render,
     slug,
     telling_tags,
     unit_hash,
     validation_concepts,
     with_article,
 )
+from training.emoji import EmojiConfig, build, render
 
 # ------------------------------------------------------------ codes and names
 
@@ -431,7 +429,7 @@ def test_icons_of_a_package(npm_dir):
 
 
 def test_a_small_build(npm_dir, tmp_path):
-    config = EmojiConfig(str(tmp_path / "out"), 8, npm_dir=str(npm_dir), validation_fraction=0.05)
+    config = EmojiConfig(output_dir=str(tmp_path / "out"), 8, npm_dir=str(npm_dir), validation_fraction=0.05)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale").write_text("")
     summary = build(config)
@@ -473,7 +471,7 @@ def test_a_small_build(npm_dir, tmp_path):
 
 
 def test_share_alike_art_comes_only_when_asked_for(npm_dir, tmp_path):
-    summary = build(EmojiConfig(str(tmp_path / "out"), 8, include_openmoji=True, npm_dir=str(npm_dir)))
+    summary = build(EmojiConfig(output_dir=str(tmp_path / "out"), 8, include_openmoji=True, npm_dir=str(npm_dir)))
     assert summary["styles"]["openmoji"] == 1
     train = datasets.load_from_disk(str(tmp_path / "out"))["train"]
     shared = [
@@ -486,22 +484,22 @@ def test_share_alike_art_comes_only_when_asked_for(npm_dir, tmp_path):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"resolution": 7}, r"resolution must lie in 8..1024, got 7"),
-        ({"resolution": 1025}, r"resolution must lie in 8..1024, got 1025"),
-        ({"validation_fraction": 0.5}, r"validation_fraction must lie in \[0, 0.5\), got 0.5"),
-        ({"validation_fraction": -0.1}, r"validation_fraction must lie in \[0, 0.5\), got -0.1"),
+        ({"resolution": 7}, r"resolution must be in 8..1024, got 7"),
+        ({"resolution": 1025}, r"resolution must be in 8..1024, got 1025"),
+        ({"validation_fraction": 0.5}, r"validation_fraction must be in \[0, 0.5\), got 0.5"),
+        ({"validation_fraction": -0.1}, r"validation_fraction must be in \[0, 0.5\), got -0.1"),
     ],
 )
 def test_settings_out_of_range(setting, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        build(EmojiConfig(str(tmp_path / "out"), npm_dir=str(tmp_path / "npm"), **setting))
+        build(EmojiConfig(output_dir=str(tmp_path / "out"), npm_dir=str(tmp_path / "npm"), **setting))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_machine_without_npm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="npm is not on this machine. Install Node.js"):
-        build(EmojiConfig(str(tmp_path / "out"), npm_dir=str(tmp_path / "npm")))
+        build(EmojiConfig(output_dir=str(tmp_path / "out"), npm_dir=str(tmp_path / "npm")))
     assert not (tmp_path / "out").exists()
 
 

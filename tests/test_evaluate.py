@@ -17,8 +17,9 @@ from pipelines import TextToImagePipeline
 from pipelines.drawing.images import to_pil
 from pipelines.folders.files import save_png
 from training import evaluate
-from training.emoji import STYLES
-from training.evaluation.judge import TEMPLATES, Concepts, Judge, recall
+from training.data.emoji import STYLES
+from training.data.words import TEMPLATES
+from training.evaluation.judge import Concepts, Judge, recall
 from training.evaluation.samples import draw
 
 pytest_plugins = ["evaluation_folders"]

@@ -25,7 +25,8 @@ from training.data.caches import cache_text
 from training.data.pictures import PictureCache
 from training.objectives.denoising import DenoisingLoss, diffusion_loss, draw_noise
 from training.objectives.losses import LossAwareTimesteps
-from training.text_to_image import TextToImageConfig, build_pipeline
+from training.run.building import build_pipeline
+from training.text_to_image import TextToImageConfig
 
 T = 100
 VARIANCE = {"simple": "fixed_small", "hybrid": "learned_range", "vlb": "learned_range"}
@@ -277,4 +278,4 @@ def test_the_bound_is_of_pixels(make_pipeline, make_unet):
     scheduler = DDPMScheduler(variance_type="learned_range")
     pipe = make_pipeline(unet=make_unet(out_channels=6), scheduler=scheduler, vae=vae)
     with pytest.raises(ValueError, match="loss must be simple with a VAE.*'hybrid'"):
-        diffusion_loss(TextToImageConfig(output_dir="out", loss="hybrid"), pipe)
+        diffusion_loss("hybrid", pipe)

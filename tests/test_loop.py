@@ -18,7 +18,10 @@ from diffusers.training_utils import EMAModel
 from disks import small_disk
 
 from pipelines import ConditionalUNet
-from training.run.loop import Checkpoints, StepResult, fit, make_accelerator, resolve_precision
+from training.run.checkpoints import Checkpoints, ModelFolder
+from training.run.loop import StepResult, fit
+from training.run.precision import resolve_precision
+from training.run.start import make_accelerator
 
 STEPS, PARTS, BATCH = 6, 2, 4
 
@@ -180,7 +183,7 @@ class UNetRun(Run):
         for parameter in unet.parameters():
             parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
         super().__init__(unet, model_cls=ConditionalUNet, model_config=unet.config)
-        self.checkpoints = Checkpoints(self.accelerator, folder, "unet", self.ema, limit)
+        self.checkpoints = Checkpoints(self.accelerator, folder, ModelFolder("unet", self.ema), limit)
 
     def train(self, start: int, stop: int) -> None:
         def compute_loss(batch: int, micro_step: int) -> tuple[torch.Tensor, dict]:
@@ -409,7 +412,7 @@ def test_another_models_checkpoint_is_refused(config, message, make_run, make_un
     settings = {"block_out_channels": (8, 16), "norm_num_groups": 4} | config
     unet = make_unet(**settings)
     other = Run(unet, model_cls=ConditionalUNet, model_config=unet.config)
-    checkpoints = Checkpoints(other.accelerator, tmp_path / "run", "unet", other.ema)
+    checkpoints = Checkpoints(other.accelerator, tmp_path / "run", ModelFolder("unet", other.ema))
     before = copy.deepcopy(dict(unet.state_dict()))
     for which in ("latest", str(run.checkpoints.path(1))):
         with pytest.raises(ValueError, match=message):

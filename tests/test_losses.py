@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler as DiffusersDDPM
 from diffusers.training_utils import compute_snr
-from open_clip.loss import ClipLoss
 from torch.distributions import Normal, kl_divergence
 
 from pipelines import DDPMScheduler
@@ -16,7 +15,6 @@ from pipelines.coding.likelihood import prior_term, vlb_terms
 from training.objectives.losses import (
     DiffusionLoss,
     LossAwareTimesteps,
-    clip_contrastive_loss,
     detail_loss,
     min_snr_weight,
     simple_loss,
@@ -498,43 +496,3 @@ def test_draws_are_functions_of_state_and_generator_through_a_checkpoint(tmp_pat
 def test_samplers_that_cannot_be_are_refused(settings):
     with pytest.raises(ValueError, match="num_timesteps and history|uniform_share"):
         LossAwareTimesteps(*settings)
-
-
-# ------------------------------------------------------------ CLIP's loss
-
-
-@pytest.mark.parametrize("tau", [0.0, math.log(1 / 0.07), 4.6])
-@pytest.mark.parametrize("batch, width", [(1, 8), (7, 16), (32, 5)])
-def test_contrastive_loss_and_gradients_match_open_clip(batch, width, tau):
-    ours = [3 * randn(batch, width), randn(batch, width, seed=1), torch.tensor(tau)]
-    references = [tensor.clone().requires_grad_() for tensor in ours]
-    ours = [tensor.requires_grad_() for tensor in ours]
-    image, text, scale = references
-    expected = ClipLoss()(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale.exp())
-    loss = clip_contrastive_loss(*ours)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    loss.backward()
-    expected.backward()
-    for mine, reference in zip(ours, references, strict=True):
-        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_contrastive_loss_in_closed_form():
-    """B orthogonal pairs: log(1 + (B - 1) exp(-s)), whatever the lengths; shifted by one: s more."""
-    batch, tau = 6, 1.2
-    scale = math.exp(tau)
-    image, text = torch.diag(torch.arange(1.0, 7)), 0.1 * torch.eye(batch)
-    right = math.log(1 + (batch - 1) * math.exp(-scale))
-    assert clip_contrastive_loss(image, text, torch.tensor(tau)).item() == pytest.approx(right, rel=1e-5)
-    wrong = clip_contrastive_loss(image, text.roll(1, 0), torch.tensor(tau)).item()
-    assert wrong == pytest.approx(right + scale, rel=1e-5)
-
-
-def test_contrastive_loss_looks_at_rows_and_columns():
-    """Two pictures alike: their texts are told apart by neither, so both directions count and differ."""
-    image = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    text = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    rows = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2  # logits [[1, 0], [1, 0]]
-    columns = math.log(2)
-    loss = clip_contrastive_loss(image, text, torch.tensor(0.0))
-    assert loss.item() == pytest.approx((rows + columns) / 2, rel=1e-6)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
@@ -18,11 +17,13 @@ from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from training import classifier, clip
+from training.data.words import TEMPLATES
 from training.evaluation import frontier
 from training.evaluation.frontier import FrontierConfig, diversity
-from training.evaluation.judge import TEMPLATES
 from training.evaluation.noised_accuracy import NoisedAccuracyConfig, noised_accuracy
 from training.objectives import noised
+from training.run import loop
+from training.run.checkpoints import Checkpoints
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 GROUPS = {"red": "warm", "green": "cold", "blue": "cold", "white": "cold"}
@@ -237,13 +238,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, monkeypatch, recipe
 
     class Stop(Exception): ...
 
-    class Stopping(noised.Checkpoints):
-        def save(self, step: int) -> Any:
-            super().save(step)
+    class Stopping(Checkpoints):
+        def save(self, step: int, *others: Any, **settings: Any) -> Any:
+            super().save(step, *others, **settings)
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(noised, "Checkpoints", Stopping)
+        patch.setattr(loop, "Checkpoints", Stopping)
         with pytest.raises(Stop):
             run(recipe, "parts", **settings)
     parts = load_file(run(recipe, "parts", **settings, resume_from_checkpoint="latest") / file)
@@ -254,13 +255,13 @@ def test_what_is_saved_is_the_moving_average(run, monkeypatch):
     """By hand, of three steps: decay 0 at the first, 1 - 2^(-3/4) = 0.405 at the second, then at most 0.5."""
     seen = []
 
-    def fit(accelerator, model, *others, **settings):
-        for result in unwatched(accelerator, model, *others, **settings):
-            seen.append({key: value.clone() for key, value in model.state_dict().items()})
+    def fit(accelerator, models, *others, **settings):
+        for result in unwatched(accelerator, models, *others, **settings):
+            seen.append({key: value.clone() for key, value in models[0].state_dict().items()})
             yield result
 
-    unwatched = noised.fit
-    monkeypatch.setattr(noised, "fit", fit)
+    unwatched = loop.fit
+    monkeypatch.setattr(loop, "fit", fit)
     folder = run(classifier, "averaged", max_train_steps=3, ema_decay=0.5)
     saved = load_file(folder / "noisy_classifier/diffusion_pytorch_model.safetensors")
     first, second, third = seen
@@ -275,10 +276,10 @@ def test_two_columns_are_two_sets_and_the_loss_is_the_sum_of_theirs(run, folder,
     """Cross-entropies with torch's own class weights, the second of the pictures below its limit alone."""
     kept: dict[str, Any] = {}
 
-    def train_tower(config, model, pictures, make_loss, name, ema_decay):
-        kept.update(config=config, model=model, pictures=pictures, make_loss=make_loss)
+    def train_guide(config, run, model, pictures, make_loss, name, ema_decay):
+        kept.update(config=config, run=run, model=model, pictures=pictures, make_loss=make_loss)
 
-    monkeypatch.setattr(classifier, "train_tower", train_tower)
+    monkeypatch.setattr(classifier, "train_guide", train_guide)
     run(classifier, "two", label_column="group+name", timestep_limits=[1000, 300], timestep_shift=0.4)
     model, pictures, config = kept["model"], kept["pictures"], kept["config"]
     names = ["cold", "warm", "blue", "green", "red", "white"]
@@ -289,7 +290,7 @@ def test_two_columns_are_two_sets_and_the_loss_is_the_sum_of_theirs(run, folder,
     plain.load_state_dict(model.state_dict())
     for step in range(3):
         x_t, t = pictures.batch(indices, config.seed, step, 0, 1, config.shift, timestep_shift=0.4)
-        loss, details = kept["make_loss"](Accelerator(cpu=True), model)(indices, step)
+        loss, details = kept["make_loss"](kept["run"], model)(indices, step)
         logits, expected = plain(x_t, t), 0.0
         for column, labels, limit in (("group", names[:2], 1000), ("name", names[2:], 300)):
             counts = torch.bincount(

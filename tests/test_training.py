@@ -32,15 +32,15 @@ from pipelines.drawing.text import encode_text
 from training import export, text_to_image
 from training.data.caches import cache_text
 from training.data.pictures import PictureCache, StepBatchSampler, seed_for
-from training.objectives.denoising import plain_attention
-from training.run.building import as_mapping, compile_blocks, widen_input
-from training.text_to_image import (
+from training.objectives.denoising import (
     DenoisingLoss,
-    TextToImageConfig,
     draw_noise,
+    plain_attention,
     target_of,
     validation_loss,
 )
+from training.run.building import as_mapping, compile_blocks, widen_input
+from training.text_to_image import TextToImageConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI64 = ROOT / "tests" / "data" / "emoji64"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from test_words import write_wordnet
 
-from training.evaluation.words import WordNet, read_wordnet
+from training.data.words import WordNet, read_wordnet
 from training.widening import (
     captions_of,
     cut_out,

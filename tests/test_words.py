@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.emoji import PACKAGE_VERSIONS, unit_hash
-from training.evaluation import words
-from training.evaluation.judge import Concepts
-from training.evaluation.words import (
+from training.data import words
+from training.data.emoji import PACKAGE_VERSIONS, unit_hash
+from training.data.words import (
     UnseenWord,
     WordNet,
     emoji_tags,
     read_wordnet,
     split_words,
     unseen_words,
-    word_ranks,
 )
+from training.evaluation.judge import Concepts
+from training.evaluation.words import word_ranks
 
 # offset, words, pointers, gloss
 NOUNS = [

@@ -9,199 +9,135 @@ x_t = q_sample(x0, t, eps); the U-Net's prediction against its target; EMA. Argu
 diffusers' train_text_to_image.py and train_text_to_image_lora.py.
 """
 
-import contextlib
 import math
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.utils import DistributedType
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
-from huggingface_hub import create_repo, upload_file
+from huggingface_hub import upload_file
 from PIL import Image
 from tqdm import tqdm
 
 from pipelines import ConditionalUNet, InpaintPipeline, TextToImagePipeline
 from pipelines.drawing.images import image_grid
-from training.data.caches import LiveText, cache_latents, cache_text
-from training.data.pictures import (
-    NoSuchSplit,
-    StepBatchSampler,
-    cache_pictures,
-    concept_weights,
-    load_pictures,
-)
+from pipelines.folders.files import written_aside
+from training.data.caches import LatentCache, LiveText, cache_latents, cache_text
+from training.data.pictures import NoSuchSplit, PictureCache, cache_pictures, load_pictures
 from training.data.streaming import PictureStream
-from training.objectives.denoising import (
-    DenoisingLoss,
-    diffusion_loss,
-    draw_noise,
-    target_of,
-    validation_loss,
-)
-from training.objectives.losses import LOSSES, LossAwareTimesteps
-from training.run.building import build_pipeline, compile_blocks
-from training.run.loop import Checkpoints, ModelFolder, fit, make_accelerator
+from training.objectives.denoising import DenoisingLoss, DenoisingSettings, diffusion_loss, validation_loss
+from training.objectives.losses import LossAwareTimesteps
+from training.run.averages import averaged, make_ema
+from training.run.building import PipelineSettings, build_pipeline, compile_blocks
+from training.run.loop import Training
 from training.run.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
-from training.run.optimizers import OPTIMIZERS, add_decay, make_optimizer
-from training.run.precision import PRECISIONS
-from training.run.settings import parse_config, require, run
+from training.run.optimizers import add_decay, make_optimizer
+from training.run.settings import (
+    AT_LEAST_1,
+    SHARE,
+    AdamWSettings,
+    AverageSettings,
+    ColumnSettings,
+    MuonSettings,
+    RunSettings,
+    TimeSettings,
+    one_of,
+    parse_config,
+    require,
+    run_command,
+    setting,
+    settings,
+)
+from training.run.start import Run
 
-__all__ = [
-    "DenoisingLoss",
-    "TextToImageConfig",
-    "build_pipeline",
-    "draw_noise",
-    "target_of",
-    "validation_loss",
-]
+Pictures = PictureCache | LatentCache
 
 
-def setting(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class TextToImageConfig:
+@settings
+class TextToImageConfig(
+    RunSettings, TimeSettings, AdamWSettings, MuonSettings, AverageSettings, ColumnSettings,
+    PipelineSettings, DenoisingSettings,
+):  # fmt: skip
     """Settings of `training.text_to_image`."""
 
-    output_dir: str = field(metadata={"help": "Checkpoints, logs and the trained pipeline go here."})
     # What is trained
-    pretrained_model_name_or_path: str | None = setting("Start from this pipeline: a folder or a Hub name.")
-    unet: Any = setting("ConditionalUNet's config (in YAML, or as JSON); from scratch.")
-    noise_scheduler: Any = setting("DDPMScheduler's config (in YAML, or as JSON).")
-    text_encoder: str | None = setting("A CLIP's folder with its tokenizer, or a pipeline's; frozen.")
-    vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.")
-    prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.")
-    self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
-    inpainting: bool = setting("It sees a mask and the masked picture too; a saved one is widened.", False)
-    rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.")
-    lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.")
-    lora_layers: list[str] | None = setting("The U-Net's layers that get adapters; default the attention's.")
+    rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.", None, AT_LEAST_1)
+    lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.", None)
+    lora_layers: list[str] | None = setting(
+        "The U-Net's layers that get adapters; default the attention's.", None
+    )
     train_text_encoder: bool = setting("Adapters on the text encoder too.", False)
     # The data
-    dataset_name: str | None = setting("Saved data set or Hub name.")
-    dataset_config_name: str | None = setting("Configuration of a Hub data set.")
-    train_data_dir: str | None = setting("Folder of pictures with a metadata.jsonl, or of webdataset tars.")
+    dataset_name: str | None = setting("Saved data set or Hub name.", None)
+    dataset_config_name: str | None = setting("Configuration of a Hub data set.", None)
+    train_data_dir: str | None = setting(
+        "Folder of pictures with a metadata.jsonl, or of webdataset tars.", None
+    )
     image_column: str = setting("Column of the pictures.", "image")
-    caption_column: str | None = setting("Column of the captions; caption or text.")
-    max_train_samples: int | None = setting("Use only the first so many pictures.")
+    max_train_samples: int | None = setting("Use only the first so many pictures.", None, AT_LEAST_1)
     streaming: bool = setting(
         "Read the pictures in order, without caches (see training.data.streaming).", False
     )
-    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000)
+    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000, AT_LEAST_1)
     strict: bool = setting("End the run at a picture that cannot be read, instead of leaving it out.", False)
-    cache_dir: str = setting("Decoded pictures, latents and text states.", "data/cache")
-    resolution: int | None = setting("Side of the pictures, in pixels; default the model's.")
+    resolution: int | None = setting(
+        "Side of the pictures, in pixels; default the model's.", None, AT_LEAST_1
+    )
     center_crop: bool = setting("Crop to a square; otherwise pad with white.", True)
-    random_flip: bool = setting("Mirror half of the pictures.", False)
-    canonical_caption: float = setting("How often the first of a picture's captions is used.", 0.5)
-    caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1)
-    concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25)
-    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0)
-    # The loss and the optimizer
-    loss: str = setting("simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple")
-    train_batch_size: int = setting("Pictures for each process and micro-batch.", 32)
-    gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1)
-    max_train_steps: int | None = setting("Optimizer steps; default num_train_epochs, or else 100,000.")
-    num_train_epochs: int | None = setting("Passes over the data, where max_train_steps is not given.")
-    max_train_minutes: float | None = setting("Stop after so much CPU time of the main process.")
-    optimizer: str = setting("adamw, or muon: Muon for the hidden matrices, AdamW for the rest.", "adamw")
-    learning_rate: float = setting("Peak learning rate.", 4e-4)
-    muon_learning_rate: float = setting("The same of Muon, where it is used.", 1e-3)
-    scale_lr: bool = setting("Multiply it by the pictures of one optimizer step.", False)
-    lr_scheduler: str = setting("A schedule of diffusers.optimization.", "constant_with_warmup")
-    lr_warmup_steps: int = setting("Steps of linear warm-up.", 300)
-    lr_decay_steps: int = setting("The last so many steps fall to 0 linearly, whatever lr_scheduler.", 0)
-    adam_beta1: float = setting("AdamW.", 0.9)
-    adam_beta2: float = setting("AdamW.", 0.99)
-    adam_weight_decay: float = setting("AdamW.", 0.01)
-    adam_epsilon: float = setting("AdamW.", 1e-8)
-    max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0)
-    snr_gamma: float | None = setting("Min-SNR weighting of all but vlb; none is the plain loss.", 5.0)
-    snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
-    detail_weight: float = setting("With snr_gamma: of |error of x0| where SNR is at least it.", 0.0)
-    timestep_shift: float = setting("Above 1 draws noisier t more often (Esser 2024, eq. 23).", 1.0)
-    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0)
+    concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25, SHARE)
+    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0, SHARE)
+    # The optimizer
+    gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1, AT_LEAST_1)
+    num_train_epochs: int | None = setting(
+        "Passes over the data, if max_train_steps is not given; without either, 100,000 steps.",
+        None,
+        AT_LEAST_1,
+    )
+    optimizer: str = "adamw"
+    learning_rate: float = 4e-4
+    scale_lr: bool = setting("Multiply the learning rates by the pictures of one optimizer step.", False)
+    lr_scheduler: str = setting(
+        "A schedule of diffusers.optimization.",
+        "constant_with_warmup",
+        one_of(*(kind.value for kind in SchedulerType)),
+    )
+    lr_warmup_steps: int = 300
+    adam_beta1: float = setting("AdamW's first beta.", 0.9)
+    adam_beta2: float = setting("AdamW's second beta.", 0.99)
+    adam_epsilon: float = setting("AdamW's epsilon.", 1e-8)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
-    compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
-    mixed_precision: str | None = setting("no, fp16, bf16, or auto: bf16 if fast here; default accelerate's.")
-    num_processes: int | None = setting("Refuse to run in any other number of processes.")
+    num_processes: int | None = setting("Refuse to run in any other number of processes.", None, AT_LEAST_1)
     # EMA, checkpoints, logs
     use_ema: bool = setting("Keep an exponential moving average of the weights; not of adapters.", True)
-    ema_decay: float = setting("Its decay once warm: 1 - (1 + step)^(-3/4) until then.", 0.9995)
-    more_ema_decays: list[float] = field(
-        default_factory=list,
-        metadata={"help": "Further averages, for training.export to choose from."},
-    )
-    checkpointing_steps: int = setting("Save every so many steps.", 500)
-    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2)
-    resume_from_checkpoint: str | None = setting("'latest' or a checkpoint folder.")
-    validation_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "Drawn at each validation."}
-    )
-    validation_prompt: str | None = setting("One more, drawn num_validation_images times.")
-    num_validation_images: int = setting("Pictures of validation_prompt.", 4)
-    validation_steps: int = setting("Validate every so many steps.", 1000)
+    ema_decay: float = 0.9995
+    more_ema_decays: list[float] = setting("Further averages, for training.export to choose from.", [])
+    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2, AT_LEAST_1)
+    validation_prompts: list[str] = setting("Drawn at each validation.", [])
+    validation_prompt: str | None = setting("One more, drawn num_validation_images times.", None)
+    num_validation_images: int = setting("Pictures of validation_prompt.", 4, AT_LEAST_1)
+    validation_steps: int = setting("Validate every so many steps.", 1000, AT_LEAST_1)
     report_to: str = setting("Tracker of accelerate, or none.", "tensorboard")
     tracker_project_name: str = setting("Name of the run in the tracker.", "text_to_image")
     push_to_hub: bool = setting("Upload the result to the Hub at the end.", False)
-    hub_model_id: str | None = setting("Its name there; default that of output_dir.")
-    hub_token: str | None = setting("Token to upload with; default that of `hf auth login`.")
-    seed: int = setting("Seed of weights, batches, captions, t and eps.", 0)
+    hub_model_id: str | None = setting("Its name there; default that of output_dir.", None)
+    hub_token: str | None = setting("Token to upload with; default that of `hf auth login`.", None)
+
+    @property
+    def tracker(self) -> str | None:
+        return None if self.report_to == "none" else self.report_to
 
     def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
-        new, saved, data = self.unet, self.pretrained_model_name_or_path, self.dataset_name
-        either = "given, or pretrained_model_name_or_path instead of it"
-        require((new is None) != (saved is None), "unet", new, either)
-        require(
-            (data is None) != (self.train_data_dir is None), "dataset_name", data, "given, or train_data_dir"
-        )
-        tower = self.text_encoder
-        require(
-            saved is not None or tower is not None, "text_encoder", tower, "given when training from scratch"
-        )
-        for name in ("text_encoder", "vae", "noise_scheduler"):
-            value = getattr(self, name)
-            require(saved is None or value is None, name, value, "left to pretrained_model_name_or_path")
-        for name in ("caption_dropout", "canonical_caption", "concept_power", "style_power", "ema_decay"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        super().check()
+        saved, data = self.pretrained_model_name_or_path, self.dataset_name
+        one = (data is None) != (self.train_data_dir is None)
+        require(one, "dataset_name", data, "given, or train_data_dir")
         more, rule = self.more_ema_decays, "different numbers in [0, 1], other than ema_decay"
         distinct = len({self.ema_decay, *more}) == 1 + len(more)
-        require(distinct and all(0 <= decay <= 1 for decay in more), "more_ema_decays", more, rule)
-        require(self.timestep_shift > 0, "timestep_shift", self.timestep_shift, "above 0")
-        require(self.loss in LOSSES, "loss", self.loss, f"one of {LOSSES}")
-        gamma, floor = self.snr_gamma, self.snr_floor
-        require(gamma is None or gamma > 0, "snr_gamma", gamma, "above 0, or null for the plain loss")
-        require(floor == 0 or 0 < floor <= (gamma or 0), "snr_floor", floor, "in [0, snr_gamma]")
-        detail = self.detail_weight
-        allowed = detail == 0 or (detail > 0 and gamma is not None and self.loss != "vlb")
-        require(allowed, "detail_weight", detail, "0, or above 0 with snr_gamma and a loss other than vlb")
-        for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("lr_warmup_steps", "lr_decay_steps", "noise_offset", "adam_weight_decay"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        counts = ["train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"]
-        counts += ["validation_steps", "shuffle_buffer", "num_validation_images"]
-        optional = ["max_train_steps", "num_train_epochs", "rank", "resolution", "max_train_samples"]
-        optional += ["checkpoints_total_limit", "num_processes"]
-        for name in counts + [name for name in optional if getattr(self, name) is not None]:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        kinds = (None, "epsilon", "sample", "v_prediction")
-        require(self.prediction_type in kinds, "prediction_type", self.prediction_type, f"one of {kinds}")
-        require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {OPTIMIZERS}")
-        schedules = [kind.value for kind in SchedulerType]
-        precision = self.mixed_precision
-        require(precision in PRECISIONS, "mixed_precision", precision, f"one of {PRECISIONS}")
-        require(self.lr_scheduler in schedules, "lr_scheduler", self.lr_scheduler, f"one of {schedules}")
+        require(distinct and all(map(SHARE.holds, more)), "more_ema_decays", more, rule)
         lora, tower_too = self.rank is not None, self.train_text_encoder
         new_inputs = "left out with rank: adapters train no new inputs"
         require(not (lora and self.inpainting), "inpainting", True, new_inputs)
@@ -214,6 +150,9 @@ class TextToImageConfig:
         require(counted or not self.streaming, "num_train_epochs", epochs, "max_train_steps when streaming")
 
 
+# ------------------------------------------------------------ data
+
+
 def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
     """The side of the pictures: as asked for, if the model can take it, else the one it was made for."""
     unit = pipe.vae_scale_factor * pipe.unet.config.get("patch_size", 1)
@@ -222,9 +161,7 @@ def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
     return size
 
 
-def load_data(
-    config: TextToImageConfig, pipe: TextToImagePipeline, split: str, accelerator: Accelerator
-) -> Any:
+def load_data(config: TextToImageConfig, pipe: TextToImagePipeline, split: str, run: Run) -> Any:
     """Pictures in [-1, 1], or latents where the pipeline has a VAE, with captions; or a stream of them."""
     folder, column = config.train_data_dir, config.caption_column
     require(folder is None or Path(folder).is_dir(), "train_data_dir", folder, "a folder that is there")
@@ -237,7 +174,7 @@ def load_data(
         data = data.take(count) if streaming else data.select(range(min(count, len(data))))
     if streaming:
         return PictureStream(
-            data, config.train_batch_size, config.seed, accelerator.process_index, accelerator.num_processes,
+            data, config.train_batch_size, config.seed, run.rank, run.world,
             resolution=size, image_column=config.image_column, caption_column=column, center_crop=crop,
             strict=strict, buffer_size=config.shuffle_buffer,
         )  # fmt: skip
@@ -248,13 +185,11 @@ def load_data(
     return cache_latents(pictures, pipe.vae, config.cache_dir, mirrored)
 
 
-def load_all(
-    config: TextToImageConfig, pipe: TextToImagePipeline, accelerator: Accelerator
-) -> tuple[Any, Any, Any]:
+def load_all(config: TextToImageConfig, pipe: TextToImagePipeline, run: Run) -> tuple[Any, Any, Any]:
     """(training data, held-out data or None, the source of text states)."""
-    train = load_data(config, pipe, "train", accelerator)
+    train = load_data(config, pipe, "train", run)
     try:
-        held_out = load_data(config, pipe, "validation", accelerator)
+        held_out = load_data(config, pipe, "validation", run)
     except NoSuchSplit:
         held_out = None
     if config.streaming and held_out is not None:
@@ -267,35 +202,7 @@ def load_all(
     return train, held_out, cache_text(list(captions), pipe.tokenizer, pipe.text_encoder, config.cache_dir)
 
 
-def make_ema(decay: float, unet: Any) -> EMAModel:
-    return EMAModel(
-        unet.parameters(),
-        decay=decay,
-        use_ema_warmup=True,
-        power=0.75,
-        model_cls=type(unet),
-        model_config=unet.config,
-        foreach=True,
-    )
-
-
-@contextlib.contextmanager
-def averaged(models: list[Any], ema: EMAModel | None) -> Iterator[None]:
-    """For as long as this lasts, the trained models evaluate, the U-Net with its averaged weights."""
-    for model in models:
-        model.eval()
-    torch.compiler.set_stance("force_eager")  # other sizes of batch are not worth compiling for
-    if ema is not None:
-        ema.store(models[0].parameters())
-        ema.copy_to(models[0].parameters())
-    try:
-        yield
-    finally:
-        if ema is not None:
-            ema.restore(models[0].parameters())
-        torch.compiler.set_stance("default")
-        for model in models:
-            model.train()
+# ------------------------------------------------------------ what is validated and saved
 
 
 def validate(
@@ -338,59 +245,45 @@ def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: 
 def save_result(
     config: TextToImageConfig, pipe: TextToImagePipeline, models: list[Any], repo: str | None
 ) -> Path:
-    """The trained pipeline in output_dir/pipeline, or the adapters' file in output_dir; written aside first,
-    and uploaded where `repo` names a Hub repository."""
+    """The trained pipeline in output_dir/pipeline, or the adapters' file in output_dir; also uploaded if
+    `repo` names a Hub repository."""
     output = Path(config.output_dir)
-    partial = output / "result.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    if config.rank is not None:
-        LoraFile().save(models, partial)
-        (partial / FILE).replace(output / FILE)
-        partial.rmdir()
+    with tempfile.TemporaryDirectory(dir=output) as aside:
+        if config.rank is not None:
+            LoraFile().save(models, Path(aside))
+            (Path(aside) / FILE).replace(output / FILE)
+        else:
+            named = Path(aside) / output.resolve().name  # the model card is headed by the folder's name
+            pipe.save_pretrained(str(named))
+            with written_aside(output / "pipeline") as partial:
+                named.rename(partial)
+    if config.rank is None:
         if repo:
-            upload_file(
-                path_or_fileobj=output / FILE, path_in_repo=FILE, repo_id=repo, token=config.hub_token
-            )
-        return output / FILE
-    named = partial / output.resolve().name  # the model card is headed by the folder's name
-    pipe.save_pretrained(str(named))
-    shutil.rmtree(output / "pipeline", ignore_errors=True)
-    named.rename(output / "pipeline")
-    partial.rmdir()
+            pipe.push_to_hub(repo, token=config.hub_token)
+        return output / "pipeline"
     if repo:
-        pipe.push_to_hub(repo, token=config.hub_token)
-    return output / "pipeline"
+        upload_file(path_or_fileobj=output / FILE, path_in_repo=FILE, repo_id=repo, token=config.hub_token)
+    return output / FILE
 
 
-def main() -> None:
-    # 1. Settings, and everything that can be refused at once.
-    config = parse_config(TextToImageConfig)
-    config.check()
-    output = Path(config.output_dir)
-    tracker = None if config.report_to == "none" else config.report_to
-    accelerator = make_accelerator(output, config.mixed_precision, tracker, config.num_processes)
-    set_seed(config.seed)
-    rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    sharded = accelerator.distributed_type == DistributedType.FSDP
+# ------------------------------------------------------------ the run
+
+
+def check_machine(config: TextToImageConfig, run: Run) -> None:
+    """Raise a ValueError for what this machine or this number of processes cannot do."""
+    sharded = run.accelerator.distributed_type == DistributedType.FSDP
     require(not (sharded and config.use_ema), "use_ema", True, "false with FSDP, which shards the weights")
-    on_cpu, compiler = accelerator.device.type == "cpu", os.environ.get("CXX", "g++")
-    compiles = not on_cpu or shutil.which(compiler) is not None or shutil.which("clang++") is not None
-    require(not config.compile or compiles, "compile", True, "false without a C++ compiler, g++ or clang++")
     kind = config.optimizer
     require(not sharded or kind == "adamw", "optimizer", kind, "adamw with FSDP: Muon needs whole matrices")
-    repo = None
-    if config.push_to_hub and is_main:
-        name = config.hub_model_id or output.name
-        repo = create_repo(name, token=config.hub_token, exist_ok=True).repo_id
+    on_cpu, compiler = run.device.type == "cpu", os.environ.get("CXX", "g++")
+    compiles = not on_cpu or shutil.which(compiler) is not None or shutil.which("clang++") is not None
+    require(not config.compile or compiles, "compile", True, "false without a C++ compiler, g++ or clang++")
 
-    # 2. Model, data and the caches of what stays frozen.
-    pipe = build_pipeline(config).to(accelerator.device)
-    latents_too = "without a VAE: of latents only whole pictures' are cached"
-    require(pipe.vae is None or not config.inpainting, "inpainting", True, latents_too)
-    chain = diffusion_loss(config, pipe).chain  # raises if loss, variance and out_channels do not fit
+
+def prepare_learning(config: TextToImageConfig, pipe: TextToImagePipeline) -> list[Any]:
+    """The models that learn: the U-Net and, with train_text_encoder, the text encoder; with `rank` only the
+    adapters that they get here."""
     models = [pipe.unet, pipe.text_encoder] if config.train_text_encoder else [pipe.unet]
-    with accelerator.local_main_process_first():  # it computes the caches, the others read them
-        train, held_out, text = load_all(config, pipe, accelerator)
     if config.rank is not None:
         for model, layers in zip(models, (config.lora_layers or UNET_LAYERS, TEXT_LAYERS), strict=False):
             add_lora(model, layers, config.rank, config.lora_alpha)
@@ -398,11 +291,20 @@ def main() -> None:
         pipe.unet.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(pipe.unet)
+    return models
 
-    # 3. Optimizer, schedule, EMA, checkpoints.
-    pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * world
+
+def start_training(
+    config: TextToImageConfig,
+    run: Run,
+    models: list[Any],
+    train: Pictures | PictureStream,
+    timesteps: LossAwareTimesteps | None,
+) -> Training:
+    """Optimizer, schedule and averages of the models, and the checkpoint to resume from."""
+    pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * run.world
     total = config.max_train_steps or 100_000
-    if config.num_train_epochs and not config.max_train_steps:
+    if config.num_train_epochs and not config.max_train_steps and not isinstance(train, PictureStream):
         total = config.num_train_epochs * math.ceil(len(train) / pictures_a_step)
     scale = pictures_a_step if config.scale_lr else 1
     optimizer = make_optimizer(
@@ -416,11 +318,71 @@ def main() -> None:
         config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
     )
     add_decay(schedule, total, config.lr_decay_steps)
-    keeps = config.use_ema and config.rank is None and is_main
+    keeps = config.use_ema and config.rank is None and run.is_main
     decays = [config.ema_decay, *config.more_ema_decays] if keeps else []
-    averages = [make_ema(decay, pipe.unet) for decay in decays]
-    ema, more = (averages[0], averages[1:]) if averages else (None, [])
-    *wrapped, optimizer, schedule = accelerator.prepare(*models, optimizer, schedule)
+    try:
+        return Training(
+            run, models, optimizer, schedule, "unet", total,
+            averages=[make_ema(decay, models[0]) for decay in decays],
+            limit=config.checkpoints_total_limit,
+            files=None if config.rank is None else LoraFile(),
+            settings={
+                "seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming
+            },
+            also_saved=[] if timesteps is None else [timesteps],
+        )  # fmt: skip
+    except RuntimeError as error:  # accelerate's, if only one of the two runs draws t by its losses
+        rule = f"of a run with loss {config.loss}, too"
+        require(
+            "custom checkpoints" not in str(error),
+            "resume_from_checkpoint",
+            config.resume_from_checkpoint,
+            rule,
+        )
+        raise
+
+
+def batches_of(config: TextToImageConfig, run: Run, train: Any, training: Training) -> Any:
+    """The run's micro-batches from its first step on."""
+    if not config.streaming:
+        first = training.start * config.gradient_accumulation_steps
+        return run.batches(train, first, config.concept_power, config.style_power)
+    state = training.checkpoints.state
+    require(not training.start or bool(state), "streaming", True, "off, as it was before this checkpoint")
+    train.load_state_dict(state or train.state_dict())
+    return iter(train)
+
+
+def gather_weights(run: Run, training: Training, pipe: TextToImagePipeline) -> None:
+    """With FSDP: the whole U-Net, from the shards of all processes."""
+    whole = run.accelerator.get_state_dict(training.models[0])
+    if run.is_main:
+        pipe.unet = ConditionalUNet.from_config(pipe.unet.config)
+        pipe.unet.load_state_dict(whole)
+
+
+def main() -> None:
+    # 1. Settings, and everything that can be refused at once.
+    config = parse_config(TextToImageConfig)
+    config.check()
+    run = Run(config, config.tracker, config.num_processes)
+    check_machine(config, run)
+    sharded = run.accelerator.distributed_type == DistributedType.FSDP
+    repo = run.create_repository(config.hub_model_id, config.hub_token) if config.push_to_hub else None
+
+    # 2. Model, data and the caches of what stays frozen.
+    pipe = build_pipeline(config).to(run.device)
+    latents_too = "without a VAE: of latents only whole pictures' are cached"
+    require(pipe.vae is None or not config.inpainting, "inpainting", True, latents_too)
+    chain = diffusion_loss(config.loss, pipe).chain  # raises if loss, variance and out_channels do not fit
+    with run.accelerator.local_main_process_first():  # it computes the caches, the others read them
+        train, held_out, text = load_all(config, pipe, run)
+    models = prepare_learning(config, pipe)
+
+    # 3. Optimizer, schedule, averages, checkpoints; the loss and what it is measured on.
+    timesteps = LossAwareTimesteps(len(chain)) if config.loss == "vlb" else None
+    training = start_training(config, run, models, train, timesteps)
+    ema = training.averages[0] if training.averages else None
     fixed_loss = DenoisingLoss(
         config, pipe, pipe.unet, None, text
     )  # of the bare models: one process validates
@@ -428,84 +390,32 @@ def main() -> None:
     if held_out and not config.streaming:
         fixed_parts = {"train": train} | fixed_parts
     if config.train_text_encoder:
-        text = LiveText(pipe.tokenizer, Behind(wrapped[1], pipe.text_encoder), learns=True)
-    checkpoints = Checkpoints(
-        accelerator, output, "unet", ema, config.checkpoints_total_limit,
-        files=ModelFolder("unet", ema, more) if config.rank is None else LoraFile(),
-        settings={"seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming},
-    )  # fmt: skip
-    timesteps = LossAwareTimesteps(len(chain)) if config.loss == "vlb" else None
-    if timesteps is not None:
-        accelerator.register_for_checkpointing(timesteps)
-    resumed = config.resume_from_checkpoint
-    try:
-        start = checkpoints.resume(resumed)
-    except RuntimeError as error:  # accelerate's, where only one of the two runs draws t by its losses
-        same = "custom checkpoints" not in str(error)
-        require(same, "resume_from_checkpoint", resumed, f"of a run with loss {config.loss}, too")
-        raise
-
-    # 4. Train; the generator yields after each step, and what follows happens between steps.
-    if config.streaming:
-        placed = not start or bool(checkpoints.state)
-        require(placed, "streaming", True, "off, as it was before this checkpoint")
-        train.load_state_dict(checkpoints.state or train.state_dict())
-        batches = iter(train)
-    else:
-        concepts, styles = train.columns.get("concept"), train.columns.get("style")
-        powers = config.concept_power, config.style_power
-        weights = concept_weights(concepts, powers[0], styles, powers[1]) if concepts else None
-        first, size = start * config.gradient_accumulation_steps, config.train_batch_size
-        batches = iter(StepBatchSampler(len(train), size, config.seed, weights, first, rank, world))
+        text = LiveText(pipe.tokenizer, Behind(training.models[1], pipe.text_encoder), learns=True)
     data = None if config.streaming else train
-    loss = DenoisingLoss(config, pipe, wrapped[0], data, text, rank, world, timesteps)
-    if tracker:
-        plain = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
-        accelerator.init_trackers(config.tracker_project_name, plain | {"hub_token": ""})
-    steps = fit(
-        accelerator, wrapped, optimizer, schedule, batches, loss,
-        max_train_steps=total, start_step=start, seed=config.seed, ema=averages,
-        gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=config.max_grad_norm,
-    )  # fmt: skip
-    bar = tqdm(total=total, initial=start, disable=not is_main, unit="step", mininterval=10)
-    began, mean, done, saved = time.process_time(), None, False, start
-    for result in steps:
-        mean = result.loss if mean is None else 0.99 * mean + 0.01 * result.loss
-        bar.update()
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        done = result.step == total
-        if config.max_train_minutes is not None:  # the main process's time counts for all
-            spent = torch.tensor(time.process_time() - began, device=accelerator.device)
-            done = done or float(broadcast(spent)) / 60 > config.max_train_minutes
-        if result.step % 20 == 0:
-            accelerator.log(
-                {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate}, result.step
-            )
-        # before drawing: a crash there costs nothing
-        if done or result.step % config.checkpointing_steps == 0:
-            place = train.state_dict() if config.streaming else None
-            checkpoints.save(result.step, required=done, state=place)
-        if (done or result.step % config.validation_steps == 0) and is_main and not sharded:
+    loss = DenoisingLoss(config, pipe, training.models[0], data, text, run.rank, run.world, timesteps)
+
+    # 4. Train; what follows each step happens between steps.
+    batches, step = batches_of(config, run, train, training), training.start
+    if config.tracker:
+        run.init_tracker(config.tracker_project_name)
+    for progress in training.steps(
+        batches, loss, config.max_grad_norm, config.gradient_accumulation_steps, config.max_train_minutes,
+        train.state_dict if config.streaming else None,
+    ):  # fmt: skip
+        step = progress.step
+        if (progress.done or step % config.validation_steps == 0) and run.is_main and not sharded:
             with averaged(models, ema):
-                accelerator.log(validate(config, pipe, fixed_loss, fixed_parts, result.step), result.step)
-        saved = result.step
-        if done:
-            break
-    accelerator.wait_for_everyone()
+                run.accelerator.log(validate(config, pipe, fixed_loss, fixed_parts, step), step)
 
     # 5. Save the pipeline with the averaged weights, or the adapters.
     if sharded:
-        whole = accelerator.get_state_dict(wrapped[0])  # all processes together gather it
-        if is_main:
-            pipe.unet = ConditionalUNet.from_config(pipe.unet.config)
-            pipe.unet.load_state_dict(whole)
-    if is_main:
+        gather_weights(run, training, pipe)
+    if run.is_main:
         with averaged(models, ema):
             path = save_result(config, pipe, models, repo)
-        what = "pipeline" if config.rank is None else "adapters"
-        print(f"step {saved}; {what} saved in {path}")
-    accelerator.end_training()
+        print(f"step {step}; {'pipeline' if config.rank is None else 'adapters'} saved in {path}")
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    run(main, "training.text_to_image")
+    run_command(main, "training.text_to_image")

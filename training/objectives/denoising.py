@@ -21,6 +21,7 @@ from training.run.settings import (
     AT_LEAST_0,
     SHARE,
     CaptionSettings,
+    InpaintingSettings,
     TimestepSettings,
     one_of,
     require,
@@ -32,13 +33,12 @@ BUCKETS = 10  # of timesteps, in which a loss or an accuracy is reported
 
 
 @settings
-class DenoisingSettings(CaptionSettings, TimestepSettings):
+class DenoisingSettings(CaptionSettings, TimestepSettings, InpaintingSettings):
     """What the denoising loss depends on."""
 
     loss: str = setting(
         "simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", one_of(*LOSSES)
     )
-    inpainting: bool = setting("It sees a mask and the masked picture too; a saved one is widened.", False)
     random_flip: bool = setting("Mirror half of the pictures.", False)
     caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1, SHARE)
     snr_gamma: float | None = setting(
@@ -232,7 +232,7 @@ class DenoisingLoss:
             snr = self.snr.to(device)[t]
             weight = min_snr_weight(snr, kind, gamma, self.config.snr_floor)
         per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
-        if weight is not None and self.config.detail_weight:
+        if weight is not None and gamma is not None and self.config.detail_weight:
             x0_hat = self.estimate(output.float(), x_t, t, clip=False)
             per_sample = per_sample + self.config.detail_weight * detail_loss(x0_hat, x0, snr, gamma)
         details = {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
@@ -255,8 +255,8 @@ def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[A
 
 @torch.no_grad()
 def validation_loss(loss: DenoisingLoss, pictures: Any, seed: int, limit: int = 256) -> list[float]:
-    """The unweighted mean loss in each of BUCKETS timestep buckets, on fixed pictures, captions, eps and t, so
-    that steps of a run compare."""
+    """The unweighted mean loss in each of BUCKETS buckets of timesteps, on fixed pictures, captions, eps and
+    t, so that steps of a run compare."""
     count = min(limit, len(pictures))
     generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
     order = torch.randperm(len(pictures), generator=generator)[:count]

@@ -2,16 +2,42 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pipelines import ConditionalUNet, DDPMScheduler, InpaintPipeline, TextToImagePipeline
+from training.run.settings import InpaintingSettings, UNetSettings, one_of, require, setting, settings
 
-if TYPE_CHECKING:
-    from training.text_to_image import TextToImageConfig
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+@settings
+class PipelineSettings(UNetSettings, InpaintingSettings):
+    """What the pipeline to train is made of."""
+
+    pretrained_model_name_or_path: str | None = setting(
+        "Start from this pipeline: a folder or a Hub name.", None
+    )
+    text_encoder: str | None = setting("A CLIP's folder with its tokenizer, or a pipeline's; frozen.", None)
+    vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.", None)
+    prediction_type: str | None = setting(
+        "epsilon, sample (x0) or v_prediction.", None, one_of(*PREDICTION_TYPES)
+    )
+    self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
+
+    def check(self) -> None:
+        super().check()
+        saved, tower = self.pretrained_model_name_or_path, self.text_encoder
+        either = "given, or pretrained_model_name_or_path instead of it"
+        require((self.unet is None) != (saved is None), "unet", self.unet, either)
+        given = saved is not None or tower is not None
+        require(given, "text_encoder", tower, "given when training from scratch")
+        for name in ("text_encoder", "vae", "noise_scheduler"):
+            value = getattr(self, name)
+            require(saved is None or value is None, name, value, "left to pretrained_model_name_or_path")
 
 
 def as_mapping(value: Any, name: str) -> dict[str, Any]:
@@ -26,7 +52,7 @@ def as_mapping(value: Any, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} must be JSON or a JSON file, got {value!r}: {error}") from error
 
 
-def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
+def build_pipeline(config: PipelineSettings) -> TextToImagePipeline:
     """The pipeline to train: a saved one, or new weights around a frozen text encoder (and VAE)."""
     pipeline_class = InpaintPipeline if config.inpainting else TextToImagePipeline
     if config.pretrained_model_name_or_path:
@@ -58,9 +84,9 @@ def build_pipeline(config: "TextToImageConfig") -> TextToImagePipeline:
 
 
 def compile_blocks(unet: ConditionalUNet) -> None:
-    """torch.compile each block of the U-Net where it stands, for the sizes that it meets.
+    """torch.compile each block of the U-Net in place, for the sizes that it meets.
 
-    Not the whole at once: in bf16 on a CPU with AMX what torch 2.14 makes of that gives NaN.
+    Not the whole at once: compiled whole by torch 2.14, in bf16 on a CPU with AMX, it gives NaN.
     """
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         if block is not None:
@@ -68,14 +94,14 @@ def compile_blocks(unet: ConditionalUNet) -> None:
 
 
 class _TowerOfCLIP(CLIPTextModelWithProjection):
-    """That the folder of a whole CLIP holds another tower too is nothing to warn of."""
+    """Loads the text tower of a whole CLIP without a warning about the other tower's weights."""
 
     _keys_to_ignore_on_load_unexpected = ["vision_model", "visual_projection", "logit_scale"]
 
 
 def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, CLIPTextModelWithProjection]:
-    """(tokenizer, text tower) of a pipeline's folder or a CLIP's. ValueError that names the argument
-    where there is none."""
+    """(tokenizer, text tower) of a pipeline's folder or a CLIP's. Raises ValueError that names the argument
+    if there is none."""
     root = Path(folder)
     of_pipeline = (root / "model_index.json").is_file()
     try:
@@ -93,7 +119,7 @@ def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, C
 
 
 def inpainting_channels(pipe: Any) -> int:
-    """2C + 1: x_t, the mask and the masked picture, in the order of `training.objectives.inpainting.see_mask`."""
+    """2C + 1: x_t, the mask and the masked picture, in that order (`objectives.inpainting.see_mask`)."""
     return 2 * pipe.num_channels_latents + 1
 
 

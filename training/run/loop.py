@@ -1,90 +1,30 @@
-"""The accelerate training loop as a generator, and checkpoints that are whole or absent.
+"""The training loop: `fit`, one optimizer step after another, and `Training`, what every recipe does between.
 
-`fit` does what every recipe shares: batches, backward, clipping, optimizer, schedule, EMA. It yields after
-each step, so the recipe owns what differs: logs, validation, when to save.
+`fit` is a generator: batches, backward, clipping, optimizer, schedule, EMA. `Training.steps` adds progress
+bar, logs and checkpoints, and yields after each step in turn, so that a recipe owns what differs.
 """
 
 import contextlib
-import datetime
-import json
-import logging
 import math
-import os
-import shutil
-import zipfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
-from diffusers import ConfigMixin
-from safetensors import SafetensorError, safe_open
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from diffusers.training_utils import EMAModel
 from torch import Tensor
+from tqdm import tqdm
 
 from training.data.pictures import seed_for
-from training.run.precision import attention_of, resolve_precision
+from training.run.checkpoints import Checkpoints, ModelFiles, ModelFolder
+from training.run.precision import attention_of
+from training.run.start import Run
 
-logger = logging.getLogger(__name__)
-
-
-def make_accelerator(
-    output_dir: str | Path | None = None,
-    mixed_precision: str | None = None,
-    log_with: str | None = None,
-    num_processes: int | None = None,
-) -> Accelerator:
-    """An Accelerator with as many processes as were asked for, on CPU through gloo.
-
-    A launcher can lose processes without a word: `accelerate launch --cpu --num_processes 2` starts one,
-    since it leaves the starting of processes on CPU to mpirun; and where several were started on a machine
-    without an accelerator, each would take itself for the only one unless Accelerator is told `cpu=True`.
-
-    The schedule is stepped once for each optimizer step, whatever the number of processes (split_batches), so
-    that a checkpoint of one process goes on in two and back.
-
-    Raises:
-        ValueError: fewer or more processes run than the launcher, or `num_processes`, asked for.
-    """
-    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    started = next((int(os.environ[name]) for name in sizes if name in os.environ), None)
-    if started is None and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= set(os.environ):
-        # accelerate sets MASTER_ADDR when it is to start several, and torch's launcher then sets WORLD_SIZE
-        raise ValueError(
-            "accelerate launch was asked for several processes and started one: on CPU it starts them with "
-            "--config_file training/configs/accelerate/cpu_2.yaml, or with --multi_gpu instead of --cpu"
-        )
-    device = torch.accelerator.current_accelerator(check_available=True)
-    accelerator = Accelerator(
-        cpu=(started or 1) > 1 and (device is None or device.type == "mps"),
-        mixed_precision=resolve_precision(mixed_precision),
-        log_with=log_with,
-        project_config=output_dir
-        and ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=[
-            # gradients live in the buckets that are averaged: no second copy
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # the others wait while the main process decodes pictures or validates
-            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
-        ],
-    )
-    wanted = num_processes or started or accelerator.num_processes
-    if accelerator.num_processes != wanted:
-        raise ValueError(
-            f"num_processes must be the number of processes that run, {accelerator.num_processes}, "
-            f"got {wanted}: see training/configs/accelerate for ways to start several"
-        )
-    if not accelerator.is_main_process:
-        logging.getLogger("training").setLevel(logging.ERROR)  # one warning is enough
-    return accelerator
+LossFunction = Callable[[Any, int], tuple[Tensor, dict[str, Any]]]
+LOG_STEPS = 20
 
 
 @dataclass
@@ -116,12 +56,12 @@ def fit(
     """Train from `start_step` to `max_train_steps`, yielding after each optimizer step.
 
     Args:
-        model: what `accelerator.prepare` returned; several when several are trained. The EMA is the first's.
+        model: what `accelerator.prepare` returned; several if several are trained. The EMA is the first's.
         batches: micro-batches, beginning with number start_step * gradient_accumulation_steps.
         compute_loss: (batch, micro_step) -> scalar loss of this process's slice, and details to pass on.
-            Whatever it draws at random must depend on (seed, micro_step) alone; torch's global generators,
-            which dropout uses, are seeded so before each call (and by process: dropout's masks, alone of all
-            draws, depend on how many processes share a batch).
+            Whatever it draws at random must depend on (seed, micro_step) alone. Torch's global generators,
+            which dropout uses, are seeded from these before each call, and by process: dropout masks are the
+            only draws that depend on how many processes share a batch.
         ema: diffusers' EMAModel, or several, stepped after each optimizer step.
 
     Raises:
@@ -130,6 +70,7 @@ def fit(
     models = [model] if isinstance(model, torch.nn.Module) else list(model)
     parameters = [parameter for one in models for parameter in one.parameters()]
     averages = ema if isinstance(ema, list) else [ema] if ema is not None else []
+    attention = attention_of(accelerator)
     for one in models:
         one.train()
     for step in range(start_step, max_train_steps):
@@ -143,7 +84,7 @@ def fit(
                 if part < gradient_accumulation_steps - 1:  # processes exchange gradients once, at the last
                     for one in models:
                         unsynchronised.enter_context(accelerator.no_sync(one))
-                with accelerator.autocast(), attention_of(accelerator):
+                with accelerator.autocast(), attention():
                     loss, details = compute_loss(batch, micro_step)
                 accelerator.backward(loss / gradient_accumulation_steps)
             total += loss.detach() / gradient_accumulation_steps
@@ -164,296 +105,97 @@ def fit(
         yield StepResult(step + 1, mean_loss, grad_norm, float(learning_rate), details)
 
 
-class ModelFolder:
-    """How a checkpoint keeps a model: the folder `name` in the model's own format, its EMA in `name`_ema and
-    more of them in `name`_ema_DECAY."""
+@dataclass
+class Progress:
+    """Where a run is after a step."""
 
-    def __init__(self, name: str, ema: Any = None, more: Sequence[Any] = ()):
-        self.name = name
-        self.averages = {f"{name}_ema": ema} if ema is not None else {}
-        self.averages |= {f"{name}_ema_{average.decay}": average for average in more}
-
-    def save(self, models: list[Any], folder: Path) -> None:
-        models[0].save_pretrained(str(folder / self.name))
-        for name, average in self.averages.items():
-            average.save_pretrained(str(folder / name))
-
-    def check(self, models: list[Any], folder: Path) -> None:
-        """Raise a ValueError when what `folder` holds is not whole, or of another model."""
-        for part in (self.name, *self.averages):
-            path = folder / part / "config.json"
-            if not path.is_file():
-                raise ValueError(f"{part}/config.json is missing")
-            check_shapes(tensor_shapes(folder / part), models[0].state_dict(), part)
-            if not isinstance(models[0], ConfigMixin):
-                continue
-            public = {key: value for key, value in models[0].config.items() if not key.startswith("_")}
-            saved, ours = json.loads(path.read_text()), json.loads(json.dumps(public))
-            for key in sorted(saved.keys() & ours.keys()):
-                if saved[key] != ours[key]:
-                    raise ValueError(f"it holds another model: {key} is {saved[key]}, not {ours[key]}")
-
-    def load(self, models: list[Any], folder: Path) -> None:
-        saved = type(models[0]).from_pretrained(str(folder / self.name))
-        models[0].load_state_dict(saved.state_dict())
-        for name, average in self.averages.items():
-            device = average.shadow_params[0].device
-            kept = type(average).from_pretrained(str(folder / name), average.model_cls)
-            average.load_state_dict(kept.state_dict())
-            average.to(device)
+    step: int
+    done: bool  # it was the last
+    saved: bool  # a checkpoint was due
+    minutes: float  # CPU time of this process
+    means: dict[str, float]  # of the loss and its scalar details, over about 50 steps
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the folder's safetensors, whose lengths are checked thereby."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path.parent.name}/{path.name} is not whole ({error})") from error
-    return shapes
+class Training:
+    """Models on their way from the first step, or from a checkpoint, to step `total`.
 
-
-def check_shapes(saved: dict[str, tuple[int, ...]], expected: dict[str, Tensor], part: str) -> None:
-    """Raise a ValueError unless `saved` has exactly the tensors of `expected`."""
-    if not saved:
-        raise ValueError(f"{part} has no safetensors")
-    for name in sorted(saved.keys() | expected.keys()):
-        there, here = (
-            saved.get(name, "missing"),
-            tuple(expected[name].shape) if name in expected else "unknown",
-        )
-        if there != here:
-            raise ValueError(f"it holds another model: {name} is {there} in {part}, and {here} in this one")
-
-
-class Checkpoints:
-    """`checkpoint-{step}` folders: the models in their own formats, the rest as accelerate saves it, and
-    checkpoint.json, which lists every file with its length.
-
-    A checkpoint is written to a temporary name and renamed, so what bears the name is whole; older ones go
-    only after a newer one stands. `files` says how the models are kept, by default as ModelFolder(name, ema).
-    `settings` are what a resumed run should have in common with the saved one.
+    Args:
+        models: what is trained; `self.models` are as `accelerator.prepare` returns them.
+        name: of the first model in a checkpoint.
+        averages: of the first model; empty in all but the main process.
+        limit: how many checkpoints are kept.
+        files: how a checkpoint keeps the models, by default as ModelFolder(name, *averages).
+        settings: what a resumed run should have in common with the saved one.
+        also_saved: further objects with a state_dict.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        output_dir: str | Path,
+        run: Run,
+        models: Sequence[torch.nn.Module],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
         name: str,
-        ema: Any = None,
-        limit: int | None = None,
-        files: Any = None,
+        total: int,
+        averages: Sequence[EMAModel] = (),
+        limit: int | None = 1,
+        files: ModelFiles | None = None,
         settings: dict[str, Any] | None = None,
-    ):
-        self.accelerator, self.folder, self.limit = accelerator, Path(output_dir), limit
-        self.files = files or ModelFolder(name, ema)
-        self.settings, self.state = settings or {}, {}  # type: ignore[var-annotated]
+        also_saved: Sequence[Any] = (),
+    ) -> None:
+        self.run, self.total, self.averages = run, total, list(averages)
+        self.models: list[torch.nn.Module]
+        *self.models, self.optimizer, self.schedule = run.accelerator.prepare(*models, optimizer, schedule)
+        self.checkpoints = Checkpoints(
+            run.accelerator, run.output, files or ModelFolder(name, *averages), limit, settings
+        )
+        for one in also_saved:
+            run.accelerator.register_for_checkpointing(one)
+        self.start = self.checkpoints.resume(run.config.resume_from_checkpoint)
 
-        def save(models: list[Any], weights: list[Any], folder: str) -> None:
-            if weights:  # with FSDP there are none: accelerate has saved the shards by itself
-                weights.clear()  # saved here, so accelerate need not
-                if accelerator.is_main_process:
-                    self.files.save(self._models(), Path(folder))
+    def steps(
+        self,
+        batches: Iterator[Any],
+        compute_loss: LossFunction,
+        max_grad_norm: float = 1.0,
+        gradient_accumulation_steps: int = 1,
+        max_train_minutes: float | None = None,
+        state: Callable[[], dict[str, Any]] | None = None,
+    ) -> Iterator[Progress]:
+        """Train to the last step, or until the main process has used `max_train_minutes` of CPU time.
 
-        def load(models: list[Any], folder: str) -> None:
-            if models:
-                models.clear()
-                self.files.load(self._models(), Path(folder))
-
-        accelerator.register_save_state_pre_hook(save)  # type: ignore[arg-type]
-        accelerator.register_load_state_pre_hook(load)  # type: ignore[arg-type]
-
-    def _models(self) -> list[Any]:
-        return [self.accelerator.unwrap_model(model) for model in self.accelerator._models]
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"checkpoint-{step}"
-
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, in order."""
-        found = (p.name.removeprefix("checkpoint-") for p in self.folder.glob("checkpoint-*") if p.is_dir())
-        return sorted(int(step) for step in found if step.isdigit())
-
-    # ---- saving
-
-    def save(self, step: int, required: bool = True, state: dict[str, Any] | None = None) -> Path | None:
-        """Write checkpoint-{step}, then remove what `limit` does not allow.
-
-        Args:
-            required: whether a failure ends the run. Otherwise it is logged and None returned: the older
-                checkpoints stand, training goes on, and the next save may find room again.
-            state: what else a resumed run needs, JSON; it is found in `self.state` after `resume`.
-
-        Raises:
-            OSError: the checkpoint could not be written; older ones are untouched.
+        Checkpoints are written before each yield, with `state()`; only the last one has to succeed.
         """
-        final, partial = self.path(step), self.folder / f"checkpoint-{step}.partial"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        failure = None
-        for write in (self._write, self._write_list):  # the list once all processes have written
-            if failure is None:
-                try:
-                    write(partial, step, state or {})
-                # torch's writer says RuntimeError and safetensors has its own, of a disk that is full
-                except (OSError, RuntimeError, SafetensorError) as error:
-                    failure = error
-            failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
-            if float(self.accelerator.reduce(failed, "sum")) and failure is None:  # type: ignore[arg-type]
-                failure = OSError("another process could not write")
-        if failure is not None:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            message = f"{final} could not be written ({failure}); the checkpoints before it stand"
-            if required:
-                raise OSError(message) from failure
-            logger.warning("%s, and training goes on", message)
-            return None
-        if self.accelerator.is_main_process:
-            replaced = self.folder / f"checkpoint-{step}.replaced"
-            if final.is_dir():
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            self._remove_old(step)
-        self.accelerator.wait_for_everyone()
-        return final
-
-    def _write(self, partial: Path, step: int, state: dict[str, Any]) -> None:
-        self.accelerator.save_state(str(partial))
-
-    def _write_list(self, partial: Path, step: int, state: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-            sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in paths}
-            record = {"step": step, "settings": self.settings, "state": state, "files": sizes}
-            (partial / "checkpoint.json").write_text(json.dumps(record, indent=1) + "\n")
-            for path in [*paths, partial / "checkpoint.json"]:  # on the disk before the name says so
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-
-    def _remove_old(self, just_saved: int) -> None:
-        """Keep `limit` checkpoints: the one just saved, which is whole, and the newest whole of the others
-        (later ones too, if another run left them)."""
-        others = [step for step in self.steps() if step != just_saved]
-        others.sort(key=lambda step: (self._unlisted(self.path(step)) is None, step))
-        for old in others[: max(0, len(others) + 1 - self.limit)] if self.limit else []:
-            shutil.rmtree(self.path(old))
-
-    # ---- resuming
-
-    def resume(self, which: str | None) -> int:
-        """Load "latest" (the newest that is whole and ours) or the checkpoint of that path; returns its step,
-        0 when there is none to load. Before that, find out whether checkpoints can be written at all.
-
-        Raises:
-            ValueError: the path is no checkpoint, or one that is truncated or of another model; "latest"
-                finds only such; nothing is to be resumed and the folder holds checkpoints, which this run
-                would replace.
-            OSError: output_dir cannot be written, or has not the room that this run's checkpoints take.
-        """
-        self._check_folder()
-        chosen = [self._choose(which) if self.accelerator.is_main_process else None]
-        path, error = broadcast_object_list(chosen)[0]  # type: ignore[misc]
-        if error:
-            raise ValueError(error)
-        if path is None:
-            return 0
-        record = path / "checkpoint.json"
-        saved = json.loads(record.read_text()) if record.is_file() else {}  # older ones have none
-        for name, value in self.settings.items():
-            was = saved.get("settings", {}).get(name, value)
-            if was != value and self.accelerator.is_main_process:
-                logger.warning("%s was saved with %s %s; from here on it is %s", path, name, was, value)
-        self.accelerator.load_state(str(path))
-        self.state = saved.get("state", {})
-        return int(path.name.removeprefix("checkpoint-"))
-
-    def _choose(self, which: str | None) -> tuple[Path | None, str]:
-        """(the checkpoint to load or None, what is wrong or "")."""
-        steps = self.steps()
-        if not which:
-            found = f"output_dir {self.folder} holds checkpoint-{steps[-1]}" if steps else ""
-            advice = "pass --resume_from_checkpoint latest to go on from it, or choose another output_dir"
-            return None, f"{found}: {advice}" if steps else ""
-        if which != "latest":
-            path = Path(which) if Path(which).is_dir() else self.folder / which
-            if not path.is_dir() or not path.name.removeprefix("checkpoint-").isdigit():
-                rule = "'latest' or a checkpoint-STEP folder, also one of output_dir"
-                return None, f"resume_from_checkpoint must be {rule}, got {which!r}"
-            problem = self.problem(path)
-            return path, f"resume_from_checkpoint {which!r} cannot be used: {problem}" if problem else ""
-        for step in reversed(steps):
-            if (problem := self.problem(self.path(step))) is None:
-                return self.path(step), ""
-            logger.warning("%s cannot be used: %s; trying the one before it", self.path(step), problem)
-        if steps:
-            newest = f"checkpoint-{steps[-1]}: {self.problem(self.path(steps[-1]))}"
-            return None, f"no checkpoint in {self.folder} can be used; {newest}"
-        logger.warning("no checkpoint in %s: starting from the beginning", self.folder)
-        return None, ""
-
-    def problem(self, path: Path) -> str | None:
-        """Why this checkpoint cannot be resumed, by the lengths and headers of its files, or None."""
-        try:
-            if unlisted := self._unlisted(path):
-                return unlisted
-            self.files.check(self._models(), path)
-            for name in (
-                ("optimizer.bin", "scheduler.bin") if not (path / "checkpoint.json").is_file() else ()
-            ):
-                if not zipfile.is_zipfile(path / name):  # torch's format, whose directory is at its end
-                    return f"{name} is missing or not whole"
-        except (ValueError, OSError) as error:
-            return str(error)
-        return None
-
-    def _unlisted(self, path: Path) -> str | None:
-        """The first difference between the files and the list in checkpoint.json, where there is one."""
-        if not (path / "checkpoint.json").is_file():
-            return None
-        try:
-            sizes = json.loads((path / "checkpoint.json").read_text())["files"]
-        except (ValueError, KeyError):
-            return "checkpoint.json is not whole"
-        for name, size in sizes.items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                is_there = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
-                return f"{name} {is_there}, {size} bytes were written"
-        return None
-
-    def _check_folder(self) -> None:
-        """Undo what a kill left half done, and make sure that the run can write what it will have to."""
-        if self.accelerator.is_main_process:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for path in self.folder.glob("checkpoint-*.replaced"):
-                    whole = path.with_suffix("")
-                    shutil.rmtree(path) if whole.is_dir() else path.rename(whole)
-                for path in self.folder.glob("checkpoint-*.partial"):
-                    shutil.rmtree(path)
-                probe = self.folder / f".{os.getpid()}.partial"
-                probe.write_bytes(b"0" * 4096)
-                probe.unlink()
-            except OSError as error:
-                raise OSError(f"output_dir {self.folder} cannot be written: {error}") from error
-            free = shutil.disk_usage(self.folder).free
-            # one more than the limit, as the oldest goes after the newest came
-            at_once = max(1, (self.limit or 1) + 1 - len(self.steps()))
-            need = at_once * self._bytes()
-            if free < need:
-                raise OSError(
-                    f"output_dir {self.folder} has {free / 2**20:.0f} MB free and its checkpoints need "
-                    f"{need / 2**20:.0f} MB ({at_once} of {self._bytes() / 2**20:.0f} MB)"
-                )
-        self.accelerator.wait_for_everyone()
-
-    def _bytes(self) -> int:
-        """About what one checkpoint takes: what learns with its two moments, its average, what is frozen."""
-        learning = [p for model in self._models() for p in model.parameters() if p.requires_grad]
-        copies = 3 + len(getattr(self.files, "averages", ()))
-        return copies * sum(p.numel() * p.element_size() for p in learning)
+        accelerator, config = self.run.accelerator, self.run.config
+        steps = fit(
+            accelerator, self.models, self.optimizer, self.schedule, batches, compute_loss,
+            max_train_steps=self.total, start_step=self.start, seed=config.seed, ema=self.averages,
+            gradient_accumulation_steps=gradient_accumulation_steps, max_grad_norm=max_grad_norm,
+        )  # fmt: skip
+        bar = tqdm(
+            total=self.total, initial=self.start, disable=not self.run.is_main, unit="step", mininterval=10
+        )
+        began = time.process_time()
+        means: dict[str, float] = {}
+        for result in steps:
+            for key, value in {"loss": result.loss, **result.details}.items():
+                if isinstance(value, float):
+                    means[key] = 0.98 * means.get(key, value) + 0.02 * value
+            bar.update()
+            bar.set_postfix({key: f"{mean:.4f}" for key, mean in means.items()}, refresh=False)
+            minutes = (time.process_time() - began) / 60
+            done = result.step == self.total
+            if max_train_minutes is not None:  # the main process's time counts for all
+                spent = broadcast(torch.tensor(minutes, device=accelerator.device))
+                done = done or float(spent) > max_train_minutes
+            if result.step % LOG_STEPS == 0:
+                log = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate}
+                accelerator.log(log, result.step)
+            saved = done or result.step % config.checkpointing_steps == 0
+            if saved:
+                self.checkpoints.save(result.step, required=done, state=state() if state else None)
+            yield Progress(result.step, done, saved, minutes, means)
+            if done:
+                break
+        bar.close()
+        accelerator.wait_for_everyone()

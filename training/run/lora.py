@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Conv2d, Linear
 
 from pipelines import ConditionalUNet
-from training.run.loop import check_shapes, tensor_shapes
+from training.run.checkpoints import check_shapes, tensor_shapes
 from training.run.settings import require
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -119,3 +119,15 @@ def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: in
 
     if decay:
         schedule.lr_lambdas = [functools.partial(falling, rate) for rate in schedule.lr_lambdas]
+
+
+def make_adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98)
+) -> torch.optim.AdamW:
+    """AdamW of everything that learns in the model; vectors (biases, scales of norms) do not decay."""
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in learning if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in learning if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ def has_bf16(device: str) -> bool:
     return device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def attention_of(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
-    """The attention kernels to train with: torch's own choice, except on a CPU in bf16, where the backward
-    pass of the fused kernel took three times as long as in fp32; there plain matrix products."""
+def attention_of(accelerator: Accelerator) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Makes the context to train in: torch's own choice of attention kernels, except on a CPU in bf16, where
+    the backward pass of the fused kernel took three times as long as in fp32; there plain matrix products."""
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
+        return functools.partial(sdpa_kernel, SDPBackend.MATH)
+    return contextlib.nullcontext

@@ -57,7 +57,7 @@ def setting(help: str, default: Any = dataclasses.MISSING, rule: Rule | None = N
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass_transform(kw_only_default=True, field_specifiers=(setting, dataclasses.field))
+@dataclass_transform(kw_only_default=True)
 def settings(cls: type[Config]) -> type[Config]:
     """Make `cls` a keyword-only dataclass. A field that restates an inherited one with a plain default keeps
     its help and its range."""
@@ -119,6 +119,11 @@ class SeedSettings(Settings):
 @settings
 class PictureSettings(DataSettings):
     resolution: int = setting("Side of the pictures, in pixels.", 64, AT_LEAST_1)
+
+
+@settings
+class ColumnSettings(Settings):
+    caption_column: str | None = setting("Column of the captions; default caption or text.", None)
 
 
 @settings
@@ -195,6 +200,13 @@ class UNetSettings(Settings):
     unet: Any = setting("ConditionalUNet's config: a mapping (YAML), JSON or a JSON file.", None)
     noise_scheduler: Any = setting("DDPMScheduler's config, likewise.", None)
     compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
+
+
+@settings
+class InpaintingSettings(Settings):
+    inpainting: bool = setting(
+        "The U-Net sees a mask and the masked picture too; a saved one is widened.", False
+    )
 
 
 @settings
@@ -280,7 +292,7 @@ def parse_config(
     return config
 
 
-def run(main: Callable[[], None], name: str) -> None:
+def run_command(main: Callable[[], None], name: str) -> None:
     """Call main() and show a ValueError of our own code as one line, `name: what is wrong`.
 
     Errors raised in other libraries keep their traceback.

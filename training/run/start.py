@@ -1,0 +1,111 @@
+"""How a run starts: processes, precision, seeds, tracker, Hub repository."""
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
+from huggingface_hub import create_repo
+
+from training.data.pictures import StepBatchSampler, concept_weights
+from training.run.precision import resolve_precision
+from training.run.settings import RunSettings
+
+
+class Run:
+    """A run that has started: its settings, and this process among those that share it.
+
+    Starting it seeds torch's, NumPy's and Python's generators.
+    """
+
+    def __init__(
+        self, config: RunSettings, report_to: str | None = None, num_processes: int | None = None
+    ) -> None:
+        self.config, self.output = config, Path(config.output_dir)
+        self.accelerator = make_accelerator(self.output, config.mixed_precision, report_to, num_processes)
+        set_seed(config.seed)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+
+    def batches(
+        self, data: Any, start: int = 0, concept_power: float = 0.25, style_power: float = 1.0
+    ) -> Iterator[list[int]]:
+        """Picture numbers of this process's micro-batches from number `start` on; `data` has a length and
+        `columns`. Concepts are weighted if it tells them, see `concept_weights`."""
+        concepts, styles = data.columns.get("concept"), data.columns.get("style")
+        weights = concept_weights(concepts, concept_power, styles, style_power) if concepts else None
+        size, seed = self.config.train_batch_size, self.config.seed
+        return iter(StepBatchSampler(len(data), size, seed, weights, start, self.rank, self.world))
+
+    def init_tracker(self, project_name: str) -> None:
+        """Start the tracker with the plain settings, without the Hub token."""
+        plain = {k: v for k, v in vars(self.config).items() if isinstance(v, int | float | str)}
+        self.accelerator.init_trackers(project_name, plain | {"hub_token": ""})
+
+    def create_repository(self, name: str | None, token: str | None) -> str | None:
+        """The Hub repository to upload to, by default of output_dir's name; None but in the main process."""
+        if not self.is_main:
+            return None
+        return create_repo(name or self.output.name, token=token, exist_ok=True).repo_id
+
+
+def make_accelerator(
+    output_dir: str | Path | None = None,
+    mixed_precision: str | None = None,
+    log_with: str | None = None,
+    num_processes: int | None = None,
+) -> Accelerator:
+    """An Accelerator with as many processes as were asked for, on CPU through gloo.
+
+    A launcher can lose processes without a word: `accelerate launch --cpu --num_processes 2` starts one,
+    since it leaves the starting of processes on CPU to mpirun; and where several were started on a machine
+    without an accelerator, each would take itself for the only one unless Accelerator is told `cpu=True`.
+
+    The schedule is stepped once for each optimizer step, whatever the number of processes (split_batches), so
+    that a checkpoint of one process goes on in two and back.
+
+    Raises:
+        ValueError: fewer or more processes run than the launcher, or `num_processes`, asked for.
+    """
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    started = next((int(os.environ[name]) for name in sizes if name in os.environ), None)
+    if started is None and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= set(os.environ):
+        # accelerate sets MASTER_ADDR when it is to start several, and torch's launcher then sets WORLD_SIZE
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one: on CPU it starts them with "
+            "--config_file training/configs/accelerate/cpu_2.yaml, or with --multi_gpu instead of --cpu"
+        )
+    device = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = Accelerator(
+        cpu=(started or 1) > 1 and (device is None or device.type == "mps"),
+        mixed_precision=resolve_precision(mixed_precision),
+        log_with=log_with,
+        project_config=output_dir
+        and ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[
+            # gradients live in the buckets that are averaged: no second copy
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # the others wait while the main process decodes pictures or validates
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+        ],
+    )
+    wanted = num_processes or started or accelerator.num_processes
+    if accelerator.num_processes != wanted:
+        raise ValueError(
+            f"num_processes must be the number of processes that run, {accelerator.num_processes}, "
+            f"got {wanted}: see training/configs/accelerate for ways to start several"
+        )
+    if not accelerator.is_main_process:
+        logging.getLogger("training").setLevel(logging.ERROR)  # one warning is enough
+    return accelerator
