@@ -4,8 +4,8 @@
     python -m training.evaluate text-information --model models/emoji --split validation --output caption.png
 
 Every term of the variational bound, one draw of noise for each (Nichol 2021, section 3), for pictures of 256
-levels and a U-Net that draws them pixel by pixel. Noise is a function of the seed, the picture's number in
-its split and t: what two runs differ in is never the noise.
+levels and a U-Net that works on pixels. Noise is a function of the seed, the picture's number in
+its split and t alone, so two runs never differ in their noise.
 """
 
 from collections.abc import Callable

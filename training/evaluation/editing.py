@@ -1,4 +1,4 @@
-"""How well editing does what is asked: the changed words in the repainted region, and the seam around it.
+"""How well editing follows the prompt: the new words in the repainted region, and the seam around it.
 
     python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
 

@@ -73,7 +73,7 @@ def pooled(output: Any) -> Tensor:
 
 @dataclass
 class Concepts:
-    """Every concept of the data set with all its names, embedded by a judge."""
+    """Every concept of the data set, with the embeddings of all its names."""
 
     ids: list[str]
     owner: Tensor  # (names,) index of the concept of each name

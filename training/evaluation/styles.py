@@ -1,5 +1,5 @@
-"""A hundred names in four styles each, nothing picked: are the styles told apart, is it the right thing, and
-which training picture is nearest?
+"""A hundred names in four styles each, nothing picked: is each picture in the right style, of the right
+concept, and which training picture is nearest to it?
 
     python -m training.evaluate styles --model models/emoji --output styles
 
@@ -104,7 +104,7 @@ def load_models(config: StylesConfig) -> tuple[Any, Any]:
 def styles(config: StylesConfig) -> dict[str, Any]:
     """Accuracy of the styles, of drawn and of real held-out pictures; retrieval of the concept; writes the
     page, each drawn picture beside its nearest training picture, and sheet.png."""
-    for split in ("train", "validation"):  # what is not there is told before anything is loaded
+    for split in ("train", "validation"):  # a missing data set is reported before any model is loaded
         load_pictures(config.dataset, split)
     (pipe, classifier), judge = load_models(config), Judge(config.judge)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
