@@ -26,13 +26,13 @@ from pipelines.coding.coding_model import best_end
 from pipelines.coding.progressive_coding import decode, encode, to_picture
 from pipelines.drawing.images import image_grid
 from pipelines.drawing.text import NULL_PROMPT
+from pipelines.folders.files import save_png, write_file
 from training.evaluation.bits_per_dim import (
     BitsPerDimConfig,
     held_out_pictures,
     load_pixel_pipeline,
-    new_figure,
-    save_figure,
 )
+from training.evaluation.figures import new_figure, save_figure
 
 LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},
@@ -162,10 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100, help="timesteps of the chain")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/coding"))
     settings = parser.parse_args(argv)
-    config = BitsPerDimConfig(
-        model=settings.model, dataset=settings.dataset, cache_dir=settings.cache_dir,
-        num_pictures=settings.num_pictures, num_inference_steps=settings.steps,
-    )  # fmt: skip
+    names = ("model", "dataset", "cache_dir", "num_pictures")
+    shared = {name: getattr(settings, name) for name in names}
+    config = BitsPerDimConfig(**shared, num_inference_steps=settings.steps)
     few = settings.num_progressive
     try:
         config.check()
@@ -201,11 +200,9 @@ def main(argv: list[str] | None = None) -> None:
     curves = {"ours": curve} | others(pictures)
     exact = {name: size / len(pictures) for name, size in figures["as one sheet, bytes"].items()}
     exact["our archive"] = figures["archive"]["bytes"] / len(pictures)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
     draw_curves(curves, exact, dims, settings.output_dir / "rate-distortion.png")
-    image_grid(pictures[:few], columns=min(few, 10)).save(settings.output_dir / "pictures.png")
-    text = json.dumps(figures | {"curves": curves}, indent=1)
-    (settings.output_dir / "coding.json").write_text(text, encoding="utf-8")
+    save_png(image_grid(pictures[:few], columns=min(few, 10)), settings.output_dir / "pictures.png")
+    write_file(settings.output_dir / "coding.json", json.dumps(figures | {"curves": curves}, indent=1))
     print(json.dumps(figures, indent=1))
     print(settings.output_dir / "rate-distortion.png")
 

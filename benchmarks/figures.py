@@ -34,9 +34,8 @@ from training.evaluation.bits_per_dim import (
     held_out_pictures,
     load_pixel_pipeline,
     measure,
-    new_figure,
-    save_figure,
 )
+from training.evaluation.figures import new_figure, save_figure
 
 PICTURES = Path(__file__).parent.parent / "tests" / "data" / "emoji64"
 PROMPTS = ["dog face, noto style", "red heart, 3d style", "pizza, flat style", "house, twemoji style"]

@@ -25,10 +25,11 @@ from torch import Tensor
 from pipelines import TextToImagePipeline
 from pipelines.chain.equations import predict_x0
 from pipelines.drawing.text import encode_text
+from pipelines.folders.files import write_file
 from training.data.pictures import cache_pictures, load_pictures
-from training.evaluation.judge import Judge, embed_concepts
-from training.evaluation.metrics import clip_score, frechet_distance, recall_at
-from training.evaluation.samples import draw, two_halves
+from training.evaluation.judge import Judge, embed_concepts, recall
+from training.evaluation.metrics import clip_score, frechet_distance
+from training.evaluation.samples import draw, load_pipeline, two_halves
 from training.objectives.denoising import training_scheduler
 
 ROOT = Path(__file__).parent.parent
@@ -115,15 +116,14 @@ class Measure:
         embeds = self.judge.embed_images(images)
         ranks = self.concepts.rank(embeds, self.truth)
         return {
-            "R@1": recall_at(ranks, 1),
-            "R@5": recall_at(ranks, 5),
+            **recall(ranks),
             "CLIP score": float(clip_score(embeds, self.judge.embed_texts(self.captions)).mean()),
             "Frechet distance": frechet_distance(embeds, self.reference),
         }
 
     def drawn_by(self, folder: Path) -> dict[str, float]:
         """Of the pipeline in `folder`."""
-        pipe = TextToImagePipeline.from_pretrained(folder)
+        pipe = load_pipeline(str(folder))
         drawn = self.of(draw(pipe, self.captions, guidance_scale=3.0, label=folder.parent.name))
         return drawn | {"x0 error": self.x0_error(pipe)}
 
@@ -160,11 +160,11 @@ def written(path: Path) -> dict[str, Any]:
 COLUMNS = ["updates", "x0 error", "R@1", "R@5", "CLIP score", "Frechet distance"]
 
 
-def table(figures: dict[str, Any], columns: list[str] = COLUMNS, first: str = "recipe") -> str:
-    """Markdown: a row for each entry, its values by the columns' names."""
-    rows = [[first, *columns], ["---"] * (len(columns) + 1)]
+def table(figures: dict[str, Any]) -> str:
+    """Markdown: a row for each trial, its values by the columns' names."""
+    rows = [["recipe", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
     for name, values in figures.items():
-        rows.append([name, *(f"{values[c]:.4g}" if c in values else "" for c in columns)])
+        rows.append([name, *(f"{values[c]:.4g}" if c in values else "" for c in COLUMNS)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -190,10 +190,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         run = train(name, options)
         figures = {name: {"updates": updates_of(run)} | measure.drawn_by(run / "pipeline")}
-        path.with_suffix(".partial").write_text(json.dumps(written(path) | figures, indent=1))
-        path.with_suffix(".partial").rename(path)
+        write_file(path, json.dumps(written(path) | figures, indent=1))
     figures = written(path) | {"real pictures": measure.of(measure.pictures.images(measure.chosen))}
-    (options.output_dir / "recipes.md").write_text(table(figures))
+    write_file(options.output_dir / "recipes.md", table(figures))
     print(table(figures))
 
 

@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from training import autoencoder
 from training.autoencoder import Autoencoder, reconstruction_loss
@@ -79,3 +81,56 @@ def test_the_recipe_learns_and_measures_the_scale(monkeypatch, tmp_path, capsys)
     assert scaled.mean().item() == pytest.approx(0.0, abs=0.01)
     error, blank = ((x - images).square().mean().item() for x in (decoded, images.mean(0)))
     assert error < 0.65 * blank, (error, blank)
+
+
+def test_the_first_gradient_is_of_the_error_and_the_weighted_kl(monkeypatch, tmp_path):
+    """Of one run's first step, beside autograd through diffusers' own class and torch.distributions' KL; with
+    a KL weight of 0 the direction is another."""
+    seen: dict[str, Any] = {}
+    forward = Autoencoder.forward
+
+    def watched(self, images, generator=None):
+        if not seen:
+            weights = {name: value.detach().clone() for name, value in self.state_dict().items()}
+            seen.update(config=self.config, weights=weights, images=images, noise=generator.get_state())
+        return forward(self, images, generator)
+
+    def keep_gradients(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        seen.setdefault("gradient", torch.cat([gradient.flatten() for gradient in gradients]))
+
+    monkeypatch.setattr(Autoencoder, "forward", watched)
+    arguments = {
+        "output_dir": tmp_path / "run", "dataset": EMOJI, "cache_dir": tmp_path / "cache", "resolution": 16,
+        "train_batch_size": 4, "max_train_steps": 1, "kl_weight": 0.3, "mixed_precision": "no",
+    }  # fmt: skip
+    argv = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(sys, "argv", ["autoencoder", *argv, "--block_out_channels", "16", "16"])
+    hook = register_optimizer_step_pre_hook(keep_gradients)
+    try:
+        autoencoder.main()
+    finally:
+        hook.remove()
+
+    model, images = AutoencoderKL.from_config(seen["config"]), seen["images"]
+    model.load_state_dict(seen["weights"])
+    generator = torch.Generator()
+    generator.set_state(seen["noise"])
+    posterior = model.encode(images).latent_dist
+    decoded = model.decode(
+        posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+    )
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0))
+    error = reconstruction_loss(decoded.sample, images)  # by hand above
+
+    def direction(weight: float) -> torch.Tensor:  # gradients are clipped to a norm
+        model.zero_grad()
+        (error + weight * kl.sum() / images.numel()).backward(retain_graph=True)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return gradient / gradient.norm()
+
+    found = seen["gradient"] / seen["gradient"].norm()
+    torch.testing.assert_close(found, direction(0.3), rtol=1e-3, atol=1e-4)
+    assert (found - direction(0.0)).norm() > 0.01

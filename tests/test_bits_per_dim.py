@@ -20,6 +20,7 @@ from pipelines.drawing.text import encode_text
 from training import evaluate
 from training.data.pictures import seed_for
 from training.evaluation.bits_per_dim import BitsPerDimConfig, picture_noise, shuffle_captions
+from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
 from training.evaluation.sampling_steps import SamplingStepsConfig, label
 from training.run.settings import parse_config
@@ -291,7 +292,7 @@ def test_shuffled_captions():
     [
         (("--num_pictures", "1"), "num_pictures must be at least 2, for a standard error, got 1"),
         (("--batch_size", "0"), "batch_size must be at least 1, got 0"),
-        (("--num_inference_steps", "0"), "num_inference_steps must be at least 1, got 0"),
+        (("--num_inference_steps", "0"), "num_inference_steps must be at least 1, or none, got 0"),
         (("--num_inference_steps", "13"), "num_inference_steps=13: must be an integer in 1 .. 12"),
         (("--variance_type", "small"), "variance_type must be one of"),
         (("--variance_type", "learned"), "variance_type must be one of"),
@@ -368,7 +369,7 @@ def test_sampling_steps(make_model, judge_folder, dataset_folder, tmp_path, monk
 
     order = torch.randperm(9, generator=torch.Generator().manual_seed(SEED)).tolist()
     train = datasets.load_from_disk(str(dataset_folder))["train"]
-    judge = evaluate.Judge(str(judge_folder))
+    judge = Judge(str(judge_folder))
 
     def features(images: torch.Tensor) -> torch.Tensor:
         return judge.embed_images(torch.nn.functional.avg_pool2d(images, 2))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_words import FREQUENCY, write_npm, write_wordnet
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import BertConfig, BertModel, CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -345,6 +346,43 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(train: Any) -> None:
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
+
+
+def test_the_temperature_learns(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first gradient in closed form: of L = (CE over rows + CE over columns)/2 of the logits
+    e^l cos(image_i, text_j), dL/dl = mean_i sum_j (P_ij + Q_ij - 2 [i = j]) logits_ij / 2, P the softmax over
+    texts and Q over images."""
+    seen: dict[str, Any] = {}
+    forward, tokenize = Towers.forward, clip.tokenize_by_length
+
+    def watched(self: Towers, *given: Any) -> Any:
+        output = forward(self, *given)
+        seen.setdefault("scale", self.logit_scale.detach().exp())
+        seen.setdefault("embeds", [part.detach() for part in output])
+        return output
+
+    def placed(*given: Any, **settings: Any) -> Any:
+        parts, place = tokenize(*given, **settings)
+        seen.setdefault("place", place)
+        return parts, place
+
+    def keep_gradient(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        (scale,) = (p for group in optimizer.param_groups for p in group["params"] if p.ndim == 0)
+        seen.setdefault("gradient", None if scale.grad is None else scale.grad.clone())
+
+    monkeypatch.setattr(Towers, "forward", watched)
+    monkeypatch.setattr(clip, "tokenize_by_length", placed)
+    hook = register_optimizer_step_pre_hook(keep_gradient)
+    try:
+        train("warm", distill="none", text_steps=0, max_train_steps=1, max_grad_norm=1e9)
+    finally:
+        hook.remove()
+    texts, images = seen["embeds"]
+    logits = seen["scale"] * images @ texts[seen["place"], 0].T
+    target = torch.eye(len(logits))
+    expected = ((logits.softmax(1) + logits.softmax(0) - 2 * target) * logits).sum() / (2 * len(logits))
+    assert seen["gradient"] is not None and abs(expected) > 1e-3
+    torch.testing.assert_close(seen["gradient"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_text_steps_leave_the_image_tower_alone(train: Any) -> None:

@@ -13,7 +13,7 @@ from pipelines.components import conditional_unet
 from training.autoencoder import AutoencoderConfig
 from training.clip import ClipTrainingConfig
 from training.emoji import EmojiConfig
-from training.evaluate import EvaluationConfig
+from training.evaluation.settings import EvaluationConfig
 from training.export import ExportConfig
 from training.run.settings import parse_config, require, run_command
 from training.text_to_image import TextToImageConfig

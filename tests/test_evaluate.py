@@ -18,8 +18,8 @@ from pipelines.drawing.images import to_pil
 from pipelines.folders.files import save_png
 from training import evaluate
 from training.data.emoji import STYLES
-from training.evaluate import recall
-from training.evaluation.judge import TEMPLATES, Concepts, Judge
+from training.data.words import TEMPLATES
+from training.evaluation.judge import Concepts, Judge, recall
 from training.evaluation.samples import draw
 
 pytest_plugins = ["evaluation_folders"]

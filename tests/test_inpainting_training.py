@@ -3,6 +3,7 @@
 import json
 import sys
 
+import datasets
 import diffusers
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from training.evaluation.editing import (
     parse_change,
     region_mask,
 )
+from training.evaluation.judge import Judge
 from training.objectives.denoising import DenoisingLoss, draw_noise
 from training.objectives.inpainting import KINDS, SHARES, draw_mask, random_masks, see_mask
 from training.run.building import widen_input
@@ -196,6 +198,64 @@ def test_changes_are_read_and_wrong_ones_refused():
     assert {region_mask(region, 20).getbbox() for region in REGIONS} == {
         (5, 5, 15, 15), (2, 0, 18, 9), (10, 0, 20, 20)
     }  # fmt: skip
+
+
+def test_what_is_drawn_and_scored_is_by_hand(pipeline, clip_folder, dataset_folder, tmp_path):  # noqa: F811
+    """The new words in the hole of the old picture, drawn one by one; the judge sees the hole and a pixel
+    around it. Swapped words, a mask that is ignored or another region all change the figures."""
+    pipeline.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    config = EditingConfig(
+        models=[model], judge=str(clip_folder), dataset=str(dataset_folder), seed=7,
+        cache_dir=str(tmp_path / "cache"), num_inference_steps=3, guidance_scale=4.0,
+        changes=["dog face > cat face @ middle"],
+    )  # fmt: skip
+    figures = editing(config)
+    rows = datasets.load_from_disk(str(dataset_folder))["train"]
+
+    def pictures(name: str) -> dict[str, torch.Tensor]:
+        own = [row for row in rows if row["name"] == name]
+        sized = {row["style"]: row["image"].resize((16, 16), Image.Resampling.LANCZOS) for row in own}
+        return {
+            k: torch.from_numpy(np.array(v)).permute(2, 0, 1) / 127.5 - 1 for k, v in reversed(sized.items())
+        }
+
+    dogs, cats = pictures("dog face"), pictures("cat face")
+    styles = [style for style in dogs if style in cats]
+    assert figures["pictures"] == len(styles) > 1
+    box = np.zeros((16, 16), dtype=np.uint8)
+    box[4:12, 4:12] = 255
+    order = [row["style"] for row in rows if row["name"] == "dog face"]  # seeds go by the data set's order
+    styles.sort(key=order.index)
+    pipe, judge = InpaintPipeline.from_pretrained(model), Judge(str(clip_folder))
+    pipe.set_progress_bar_config(disable=True)
+    ways: dict[str, list[torch.Tensor]] = {"as it was": [], "cut and pasted": [], model: []}
+    for i, style in enumerate(styles):
+        drawn = pipe(
+            f"cat face, {style} style", image=dogs[style][None] / 2 + 0.5, mask_image=Image.fromarray(box),
+            num_inference_steps=3, guidance_scale=4.0, generator=torch.Generator().manual_seed(7 + i),
+            output_type="pt",
+        )  # fmt: skip
+        pasted = dogs[style].clone()
+        pasted[:, 4:12, 4:12] = cats[style][:, 4:12, 4:12]
+        for way, picture in zip(ways, (dogs[style], pasted, drawn.images[0] * 2 - 1), strict=True):
+            ways[way].append(picture)
+    texts = {
+        words: judge.embed_texts([f"{words}, {style} style" for style in styles])
+        for words in ("cat face", "dog face")
+    }
+    real = border_energy(torch.stack(ways["as it was"]), torch.from_numpy(box) > 0).mean()
+    for way, edited in ways.items():
+        embeds = judge.embed_images(torch.stack(edited)[:, :, 3:13, 3:13])
+        new, old = ((embeds * texts[words]).sum(1) for words in ("cat face", "dog face"))
+        seam = border_energy(torch.stack(edited), torch.from_numpy(box) > 0).mean() / real
+        assert figures[way] == {
+            "score of the new words": pytest.approx(new.mean().item(), abs=1e-5),
+            "score of the old words": pytest.approx(old.mean().item(), abs=1e-5),
+            "new words win": pytest.approx((new > old).float().mean().item()),
+            "seam, times real": pytest.approx(seam.item(), rel=1e-4),
+        }, way
+        assert abs(new.mean() - old.mean()) > 1e-4  # else swapped words would not show
 
 
 def test_the_command_measures_each_way(pipeline, clip_folder, dataset_folder, tmp_path):  # noqa: F811

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
-from pipelines import TextToImagePipeline
+from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from training import classifier, clip
@@ -150,6 +150,55 @@ def test_both_learn_to_read_noised_pictures_and_no_noise(run, folder, model, jud
                 [names[b] == pictures.columns["concept"][i] for b, i in zip(best, chosen, strict=True)]
             )
             assert figures["clean CLIP"]["R@1"][level] == pytest.approx(share)
+
+
+def test_the_noised_readers_are_told_t(folder, model, judge, tmp_path):
+    """Both networks, of random weights that hear t well, counted again at each level with its own t."""
+    torch.manual_seed(3)
+    reader = NoisyCLIP(16, 3, 8, 16, 1, 2, 24).eval()
+    labels = ["cold", "warm"]
+    sorter = NoisyClassifier(labels, 16, 3, 2, (8, 16), 4, 2).eval()
+    for network in (reader, sorter):
+        for name, parameter in network.named_parameters():
+            parameter.data += (2.0 if "time" in name else 0.3) * torch.randn_like(parameter)
+    reader.save_pretrained(tmp_path / "clip")
+    sorter.save_pretrained(tmp_path / "classifier")
+    config = NoisedAccuracyConfig(
+        model=str(model), judge=str(judge), dataset=str(folder), cache_dir=str(tmp_path / "cache"),
+        noisy_clip=str(tmp_path / "clip"), noisy_classifier=str(tmp_path / "classifier"), num_pictures=40,
+    )  # fmt: skip
+    figures = noised_accuracy(config)
+    pipe = TextToImagePipeline.from_pretrained(model)
+    pictures = noised.NoisedPictures(pipe, str(folder), "validation", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(48, generator=generator)[:40].tolist()
+    x0 = pictures.data.images(chosen)
+    eps = torch.randn(x0.shape, generator=generator)
+    names = sorted(COLOURS)
+    with torch.no_grad():
+        texts = []
+        for name in names:
+            padded = pipe.tokenizer([t.format(name) for t in TEMPLATES], padding=True, return_tensors="pt")
+            pooled = pipe.text_encoder(padded.input_ids).text_embeds
+            texts.append(F.normalize(F.normalize(pooled, dim=-1).mean(0), dim=0))
+
+        def shares(x_t: torch.Tensor, t: int) -> tuple[float, float]:
+            """Of the concept found first, and of the right class."""
+            best = (reader(x_t, t) @ torch.stack(texts).T).argmax(1).tolist()
+            classes = sorter(x_t, t).argmax(1).tolist()
+            concept = [names[b] == pictures.columns["concept"][i] for b, i in zip(best, chosen, strict=True)]
+            group = [labels[c] == pictures.columns["group"][i] for c, i in zip(classes, chosen, strict=True)]
+            return float(np.mean(concept)), float(np.mean(group))
+
+        others = []
+        for level, t in enumerate(figures["t"]):
+            abar = pictures.chain.alphas_cumprod[t]
+            x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+            found = figures["noised CLIP"]["R@1"][level], figures["classifier"]["accuracy"][level]
+            assert found == pytest.approx(shares(x_t, t))
+            others.append(shares(x_t, 0))
+    for column, mine in enumerate((figures["noised CLIP"]["R@1"], figures["classifier"]["accuracy"])):
+        assert mine != pytest.approx([pair[column] for pair in others])  # told t = 0 they say something else
 
 
 def test_they_are_components_of_the_pipeline_they_were_trained_for(run, model):
@@ -348,7 +397,7 @@ def test_the_frontier_measures_what_each_form_draws(folder, model, judge, tmp_pa
 
     # one point again, by hand
     pipe = TextToImagePipeline.from_pretrained(model)
-    pictures = frontier.real_pictures(config, 16)
+    pictures = frontier.read_pictures(config, config.split, 16)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
     captions = [pictures.columns["caption"][i] for i in order[:4] for _ in range(2)]
     drawn = [
@@ -366,6 +415,23 @@ def test_the_frontier_measures_what_each_form_draws(folder, model, judge, tmp_pa
     score = (100 * (reader.embed_images(images) * reader.embed_texts(captions)).sum(-1).clamp(min=0)).mean()
     assert figures["classifier_free"]["CLIP score"][1] == pytest.approx(float(score), abs=1e-3)
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+
+    # and with x0 scaled down to its 99.5th percentile where that is above 1
+    pipe.scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", thresholding=True,
+        dynamic_thresholding_ratio=0.995, sample_max_value=100.0, clip_sample=False,
+    )  # fmt: skip
+    settings = {"guidance_scale": 4.0, "num_inference_steps": 3, "output_type": "pt"}
+    images = torch.cat(
+        [
+            pipe(c, generator=torch.Generator().manual_seed(i), **settings).images
+            for i, c in enumerate(captions)
+        ]
+    )
+    cosines = (reader.embed_images(images * 2 - 1) * reader.embed_texts(captions)).sum(-1)
+    thresholded = figures["thresholded"]["CLIP score"][0]
+    assert thresholded == pytest.approx(float(100 * cosines.clamp(min=0).mean()), abs=1e-3)
+    assert abs(thresholded - figures["classifier_free"]["CLIP score"][1]) > 1e-2
 
     # nothing is drawn twice
     monkeypatch.setattr(TextToImagePipeline, "__call__", None)

@@ -22,11 +22,12 @@ from pipelines import TextToImagePipeline
 from training import evaluate
 from training.data.pictures import cache_pictures, load_pictures
 from training.evaluation.card import BEGIN, END
+from training.evaluation.html_tags import pair_tags
 from training.evaluation.inception import WEIGHTS, inception_figures
 from training.evaluation.judge import Judge, embed_concepts
 from training.evaluation.metrics import density_coverage, frechet_distance, kernel_distance, precision_recall
 from training.evaluation.report import fewest_matches, picked
-from training.evaluation.report_page import pair_tags, shown
+from training.evaluation.report_page import shown
 from training.evaluation.samples import draw, pipeline_key, two_halves
 
 pytest_plugins = ["evaluation_folders"]
@@ -130,6 +131,32 @@ def test_retrieval_and_clip_score(figures, again, dataset_folder):
             assert found[column]["CLIP score"]["value"] == pytest.approx(score, rel=2e-2), (name, column)
             low, high = found[column]["CLIP score"]["interval"]
             assert low < found[column]["CLIP score"]["value"] < high
+
+
+def test_the_shuffled_control_is_under_others_captions(figures, folder, again, dataset_folder):
+    """Picture j is scored under the caption of the picture k places before it, k leaving fewest concepts as
+    they were; the kept pictures themselves, one by one."""
+    concepts = embed_concepts(again.judge, str(dataset_folder))
+    rows = again.rows("train", again.seen)
+    captions, truth = ([row[column] for row in rows] for column in ("caption", "concept"))
+    count = len(rows)
+
+    def left(k: int) -> int:
+        return sum(truth[(j + k) % count] == truth[j] for j in range(count))
+
+    k = min(range(1, count), key=left)
+    kept = draw(again.pipe, captions, SEED, 2, 2.0, folder=folder / "samples")
+    embeds, texts = again.judge.embed_images(kept), again.judge.embed_texts(captions)
+    others = torch.stack([embeds[(j + k) % count] for j in range(count)])
+    found = figures["against captions"]["seen captions"]
+    scores = []
+    for column, images in (("generated", embeds), ("shuffled", others)):
+        scores.append(sum(100 * max(0.0, float(a @ b)) for a, b in zip(images, texts, strict=True)) / count)
+        assert found[column]["CLIP score"]["value"] == pytest.approx(scores[-1], abs=1e-3), column
+        ranks = concepts.rank(images, truth)
+        for top in (1, 5):
+            assert found[column][f"R@{top}"]["value"] == pytest.approx(float((ranks < top).float().mean()))
+    assert abs(scores[0] - scores[1]) > 1e-2  # else the control could be the drawn pictures themselves
 
 
 def test_distances_to_half_of_the_training_pictures(figures, again):
@@ -339,7 +366,7 @@ def test_what_a_kept_picture_depends_on(model_folder, tmp_path):
     [
         (["--num_pictures", "5"], "num_pictures must be at least 6, got 5"),
         (["--num_validation", "9"], "num_validation must be at least 40, got 9"),
-        (["--guidance_scale", "-1"], "guidance_scale must be 0 or more, got -1.0"),
+        (["--guidance_scale", "-1"], "guidance_scale must be 0 or more, or none, got -1.0"),
         (["--inception_weights", "{tmp}/no.pth"], "inception_weights must be a file, got '{tmp}/no.pth'"),
         (["--model", "{tmp}"], "model '{tmp}': "),
         (["--judge", "{tmp}"], "there is no CLIP in '{tmp}'"),

@@ -18,6 +18,8 @@ from PIL import Image
 from pipelines.chain.back_projection import enlarge
 from pipelines.super_resolution import SuperResolutionPipeline
 from training import super_resolution
+from training.evaluation.judge import Judge
+from training.evaluation.metrics import frechet_distance
 from training.evaluation.upscaling import UpscalingConfig, cut_squares, perceptual_distance, psnr, upscaling
 from training.super_resolution import SuperResolutionConfig, SuperResolutionLoss, blur, load_pairs
 
@@ -225,6 +227,22 @@ def test_the_command_measures_each_filter_and_the_model(
     )
     assert figures["nearest"]["PSNR"] == pytest.approx(psnr(nearest, real), abs=0.2)
     assert ours["PSNR"] > figures["bicubic"]["PSNR"]
+    # the Frechet distance, of squares cut one by one where the real picture has an edge
+    small = load_pairs(*folders, "validation", 64, 16, str(tmp_path)).small.images(order)
+    repeated = small.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    judge, kept = Judge(str(clip_folder)), {"real": [], "nearest": []}
+    for picture, other in zip(real, repeated, strict=True):
+        for top in range(0, 64, 16):
+            for left in range(0, 64, 16):
+                place = np.s_[:, top : top + 16, left : left + 16]
+                if picture[place].std() > 0.05:
+                    kept["real"].append(picture[place])
+                    kept["nearest"].append(other[place])
+    embeds = {name: judge.embed_images(torch.stack(squares)) for name, squares in kept.items()}
+    assert figures["squares"] == len(kept["real"])
+    expected = frechet_distance(embeds["nearest"], embeds["real"])
+    assert figures["nearest"]["Frechet distance"] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    assert len({figures[way]["Frechet distance"] for way in ("nearest", "bicubic", config.model)}) == 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 4 * 64 and sheet.height > 4 * 64
     with pytest.raises(ValueError, match="model '.*nosuch'"):

@@ -21,148 +21,44 @@ whose text tower the model reads, and trained on every split.
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from pipelines.coding.likelihood import chain_of
-from pipelines.drawing.images import image_grid, to_pil
-from pipelines.folders.files import save_png, write_file
-from training.data.emoji import STYLES
-from training.data.pictures import PictureCache, cache_pictures, load_pictures
+from pipelines.folders.files import write_file
 from training.evaluation.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
 from training.evaluation.card import CardConfig, card
 from training.evaluation.editing import EditingConfig, editing
 from training.evaluation.frontier import FrontierConfig, frontier
-from training.evaluation.judge import Judge, embed_concepts
-from training.evaluation.metrics import recall_at
 from training.evaluation.noised_accuracy import NoisedAccuracyConfig, noised_accuracy
 from training.evaluation.report import ReportConfig, report
-from training.evaluation.samples import draw, with_guides
+from training.evaluation.retrieval import retrieval, sheet, zero_shot
 from training.evaluation.sampling_steps import SamplingStepsConfig, sampling_steps
 from training.evaluation.settings import EvaluationConfig
 from training.evaluation.styles import StylesConfig, styles
 from training.evaluation.upscaling import UpscalingConfig, upscaling
-from training.evaluation.words import measure
+from training.evaluation.words import words
 from training.run.settings import parse_config
 
-
-def recall(ranks: Tensor) -> dict[str, float]:
-    """Share of pictures whose concept is the first, or among the first five."""
-    return {f"R@{k}": recall_at(ranks, k) for k in (1, 5)}
-
-
-def pictures_of(config: EvaluationConfig, split: str, resolution: int) -> PictureCache:
-    return cache_pictures(
-        load_pictures(config.dataset, split), resolution, config.cache_dir, "image", "caption"
-    )
-
-
-def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
-    """Classify pictures among all concepts by prompt templates alone (Radford 2021, section 3.1)."""
-    judge = Judge(config.clip or config.judge)
-    concepts = embed_concepts(judge, config.dataset)
-    figures: dict[str, Any] = {"concepts": len(concepts.ids)}
-    splits = [config.split] if config.split else ["train", "validation", "heldout_compositions"]
-    for split in splits:
-        pictures = pictures_of(config, split, judge.image_size)
-        chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))[:1000]
-        ranks = concepts.rank(
-            judge.embed_images(pictures.images(chosen)), [pictures.columns["concept"][i] for i in chosen]
-        )
-        figures[split] = {"pictures": len(chosen), **recall(ranks)}
-    return figures
-
-
-def draw_captions(config: EvaluationConfig, captions: list[str]) -> Tensor:
-    """What the model of `config` draws for them, by its settings."""
-    pipe = with_guides(config.model)
-    if config.eta is not None:
-        pipe.scheduler = chain_of(pipe.scheduler, eta=config.eta)
-    names = ("seed", "num_inference_steps", "guidance_scale", "clip_guidance_scale", "batch_size")
-    return draw(pipe, captions, **{name: getattr(config, name) for name in names})
-
-
-def retrieval(config: EvaluationConfig) -> dict[str, Any]:
-    """Draw random captions of a split and let the judge find the concept of each picture among all; real
-    pictures of the same captions beside them, and a shuffled control that knows nothing of the text."""
-    judge = Judge(config.judge)
-    concepts = embed_concepts(judge, config.dataset)
-    pictures = pictures_of(config, config.split or "train", judge.image_size)
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(pictures), generator=generator)[: config.num_pictures].tolist()
-    captions, truth = ([pictures.columns[c][i] for i in chosen] for c in ("caption", "concept"))
-    drawn = draw_captions(config, captions)
-    embeds = judge.embed_images(drawn)
-    figures: dict[str, Any] = {
-        "split": config.split or "train",
-        "pictures": len(chosen),
-        "concepts": len(concepts.ids),
-        "steps": config.num_inference_steps,
-        "generated": recall(concepts.rank(embeds, truth)),
-        "real": recall(concepts.rank(judge.embed_images(pictures.images(chosen)), truth)),
-        "shuffled": recall(concepts.rank(embeds.roll(1, dims=0), truth)),
-    }
-    if config.output:
-        save_png(image_grid(to_pil(drawn[:100]), columns=10), config.output)
-    return figures
-
-
-SHEET_PROMPTS = (
-    "red heart", "dog face", "pizza", "rocket", "grinning face",
-    "sunflower", "house", "red apple", "cat face", "crown",
-)  # fmt: skip
-
-
-def sheet(config: EvaluationConfig) -> dict[str, Any]:
-    """Ten prompts down, ten across: the six styles and four without one. No picking: seeds in a row."""
-    styles = [*list(STYLES.values())[:6], "", "", "", ""]
-    captions = [
-        f"{name}, {style} style" if style else f"a {name}" for name in SHEET_PROMPTS for style in styles
-    ]
-    images = draw_captions(config, captions)
-    path = config.output or "sheet.png"
-    save_png(image_grid(to_pil(images), columns=10), path)
-    return {"sheet": path, "pictures": len(captions)}
-
-
-def words(config: EvaluationConfig) -> dict[str, Any]:
-    """How many words that no caption holds the text tower of --clip understands."""
-    return measure(config)
-
-
-COMMANDS: dict[str, Any] = {
-    "zero-shot": zero_shot,
-    "retrieval": retrieval,
-    "sheet": sheet,
-    "words": words,
-    "bits-per-dim": bits_per_dim,
-    "text-information": text_information,
-    "sampling-steps": sampling_steps,
-    "report": report,
-    "card": card,
-    "frontier": frontier,
-    "editing": editing,
-    "noised-accuracy": noised_accuracy,
-    "upscaling": upscaling,
-    "styles": styles,
-}
-CONFIGS: dict[str, Any] = {  # of the commands that do not share EvaluationConfig
-    "bits-per-dim": BitsPerDimConfig,
-    "text-information": BitsPerDimConfig,
-    "sampling-steps": SamplingStepsConfig,
-    "report": ReportConfig,
-    "card": CardConfig,
-    "frontier": FrontierConfig,
-    "editing": EditingConfig,
-    "noised-accuracy": NoisedAccuracyConfig,
-    "upscaling": UpscalingConfig,
-    "styles": StylesConfig,
+COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
+    "zero-shot": (EvaluationConfig, zero_shot),
+    "retrieval": (EvaluationConfig, retrieval),
+    "sheet": (EvaluationConfig, sheet),
+    "words": (EvaluationConfig, words),
+    "bits-per-dim": (BitsPerDimConfig, bits_per_dim),
+    "text-information": (BitsPerDimConfig, text_information),
+    "sampling-steps": (SamplingStepsConfig, sampling_steps),
+    "report": (ReportConfig, report),
+    "card": (CardConfig, card),
+    "frontier": (FrontierConfig, frontier),
+    "editing": (EditingConfig, editing),
+    "noised-accuracy": (NoisedAccuracyConfig, noised_accuracy),
+    "upscaling": (UpscalingConfig, upscaling),
+    "styles": (StylesConfig, styles),
 }
 
 
 def show(figures: dict[str, Any], indent: str = "") -> None:
+    """Print them, long lists of numbers excepted."""
     for name, value in figures.items():
         if isinstance(value, dict):
             print(f"{indent}{name}:")
@@ -184,11 +80,11 @@ def main() -> None:
         return
     if not argv or argv[0] not in COMMANDS:
         raise SystemExit(usage)
-    kind = CONFIGS.get(argv[0], EvaluationConfig)
+    kind, measure = COMMANDS[argv[0]]
     config: Any = parse_config(kind, argv[1:], f"{name} {argv[0]}")
     try:
         config.check()
-        figures = COMMANDS[argv[0]](config)
+        figures = measure(config)
     except ValueError as error:
         raise SystemExit(f"training.evaluate {argv[0]}: {error}") from error
     show(figures)

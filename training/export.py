@@ -12,53 +12,51 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from pipelines import ConditionalUNet, NoisyClassifier, NoisyCLIP, SuperResolutionPipeline
-from training.run.settings import parse_config, require
-from training.text_to_image import TextToImageConfig, build_pipeline
+from pipelines.folders.files import read_json, write_file, write_json, written_aside
+from training.run.building import build_pipeline
+from training.run.settings import Settings, parse_config, require, setting, settings
+from training.text_to_image import TextToImageConfig
 
 
-@dataclass
-class ExportConfig:
+@settings
+class ExportConfig(Settings):
     """Settings of `training.export`."""
 
-    to: str = field(metadata={"help": "Folder to write; replaced when it exists."})
-    checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint-STEP folder of training.text_to_image."}
+    to: str = setting("Folder to write; replaced when it exists.")
+    checkpoint: str | None = setting("A checkpoint-STEP folder of training.text_to_image.", None)
+    config: str | None = setting("The YAML file of the run that wrote the checkpoint.", None)
+    ema: float | None = setting("Decay of the average to take, one of more_ema_decays.", None)
+    unets: list[str] = setting("Or folders of U-Nets of one shape: the mean of their weights is taken.", [])
+    clip: str | None = setting("Or a CLIP that training.clip saved.", None)
+    folder: str | None = setting(
+        "Or what training.super_resolution, .classifier or .clip --noised saved.", None
     )
-    config: str | None = field(
-        default=None, metadata={"help": "The YAML file of the run that wrote the checkpoint."}
+    classifiers: list[str] = setting(
+        "Or what training.classifier saved, of several seeds: one ensemble of them.", []
     )
-    ema: float | None = field(
-        default=None, metadata={"help": "Decay of the average to take, one of more_ema_decays."}
-    )
-    unets: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Or folders of U-Nets of one shape: the mean of their weights is taken."},
-    )
-    clip: str | None = field(default=None, metadata={"help": "Or a CLIP that training.clip saved."})
-    folder: str | None = field(
-        default=None,
-        metadata={"help": "Or what training.super_resolution, .classifier or .clip --noised saved."},
-    )
-    classifiers: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Or what training.classifier saved, of several seeds: one ensemble of them."},
-    )
-    guidance_scale: float = field(default=3.0, metadata={"help": "Guidance of a call that does not say."})
-    clip_guidance_scale: float = field(
-        default=0.0, metadata={"help": "The same by a noised CLIP, where the model is given one."}
-    )
-    num_inference_steps: int = field(default=25, metadata={"help": "Steps of a call that does not say."})
-    card: str | None = field(
-        default=None, metadata={"help": "Markdown file that becomes the folder's model card."}
-    )
+    guidance_scale: float = setting("Guidance of a call that does not say.", 3.0)
+    clip_guidance_scale: float = setting("The same by a noised CLIP, where the model is given one.", 0.0)
+    num_inference_steps: int = setting("Steps of a call that does not say.", 25)
+    card: str | None = setting("Markdown file that becomes the folder's model card.", None)
+
+    def check(self) -> None:
+        """Raise a ValueError unless exactly one source is given, and is there."""
+        super().check()
+        sources = ("checkpoint", "clip", "folder", "unets", "classifiers")
+        given = {name: getattr(self, name) for name in sources if getattr(self, name)}
+        rule = "given, or unets, classifiers, clip or folder instead"
+        require(len(given) == 1, "checkpoint", self.checkpoint, rule)
+        for name, value in given.items():
+            for source in [value] if isinstance(value, str) else value:
+                require(Path(source).is_dir(), name, source, "a folder")
 
 
 def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: Path) -> None:
@@ -97,38 +95,38 @@ def mean_unet(folders: list[str]) -> ConditionalUNet:
     return mean
 
 
+def class_name(settings: dict[str, Any]) -> str:
+    """Of a saved config, without the file that the class is in where it travels with the weights."""
+    name = settings["_class_name"]
+    return name if isinstance(name, str) else name[1]
+
+
 def drop_code(folder: Path) -> None:
     """Leave out the copies of `pipelines/` that saving adds: in this repository they would only grow old.
     `save_pretrained` and `push_to_hub` of the shipped model write today's."""
     for path in folder.rglob("*.py"):
         path.unlink()
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    index["_class_name"] = index["_class_name"][1]  # without the file of it
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index = read_json(folder / "model_index.json")
+    index["_class_name"] = class_name(index)
+    write_json(folder / "model_index.json", index)
 
 
 def compact_tokenizers(folder: Path) -> None:
     """The same tokenizer.json without indents: more than half of it is spaces."""
     for path in folder.rglob("tokenizer.json"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        text = json.dumps(settings, ensure_ascii=False, separators=(",", ":"))
-        path.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":"))
+        write_file(path, text + "\n")
+
+
+EMA_KEYS = {
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+}  # fmt: skip
 
 
 def drop_ema_keys(path: Path) -> None:
     """EMAModel keeps its own state in the config of what it saves; the shipped config is the U-Net's."""
-    state = {
-        "decay",
-        "min_decay",
-        "optimization_step",
-        "update_after_step",
-        "use_ema_warmup",
-        "inv_gamma",
-        "power",
-    }
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if key not in state and key != "_name_or_path"}
-    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    left_out = EMA_KEYS | {"_name_or_path"}
+    write_json(path, {key: value for key, value in read_json(path).items() if key not in left_out})
 
 
 def export_clip(source: str, folder: Path) -> None:
@@ -147,8 +145,8 @@ def export_folder(source: Path, folder: Path) -> None:
     index, config = source / "model_index.json", source / "config.json"
     rule = "one with a model_index.json or config.json"
     require(index.is_file() or config.is_file(), "folder", str(source), rule)
-    settings = json.loads((index if index.is_file() else config).read_text(encoding="utf-8"))
-    kind = settings["_class_name"][1] if index.is_file() else settings["_class_name"]
+    settings = read_json(index if index.is_file() else config)
+    kind = class_name(settings)
     require(kind in kinds, "folder", str(source), f"one of {sorted(kinds)}, and it is {kind}")
     kinds[kind].from_pretrained(str(source)).to(torch.float16).save_pretrained(str(folder))
     drop_ema_keys(folder / ("unet/config.json" if index.is_file() else "config.json"))
@@ -172,41 +170,34 @@ def export_ensemble(sources: list[str], folder: Path) -> None:
     joined.to(torch.float16).save_pretrained(str(folder))
 
 
+def write_export(config: ExportConfig, folder: Path) -> None:
+    if config.clip:
+        export_clip(config.clip, folder)
+    elif config.folder:
+        export_folder(Path(config.folder), folder)
+    elif config.classifiers:
+        export_ensemble(config.classifiers, folder)
+    else:
+        require(bool(config.config), "config", None, "the YAML file of the run that wrote the checkpoint")
+        training = parse_config(TextToImageConfig, ["--config", config.config or ""])
+        export_pipeline(training, config, folder)
+    compact_tokenizers(folder)
+
+
 def main() -> None:
     config = parse_config(ExportConfig)
     target = Path(config.to)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        sources = {name: getattr(config, name) for name in ("checkpoint", "clip", "folder")}
-        given = [(name, source) for name, source in sources.items() if source]
-        several = [(name, source) for name in ("unets", "classifiers") for source in getattr(config, name)]
-        kinds = len(given) + bool(config.unets) + bool(config.classifiers)
-        rule = "given, or unets, classifiers, clip or folder instead"
-        require(kinds == 1, "checkpoint", config.checkpoint, rule)
-        for name, source in [*given, *several]:
-            require(Path(source).is_dir(), name, source, "a folder")
-        if config.clip:
-            export_clip(config.clip, partial)
-        elif config.folder:
-            export_folder(Path(config.folder), partial)
-        elif config.classifiers:
-            export_ensemble(config.classifiers, partial)
-        else:
-            run = config.config or ""
-            require(bool(run), "config", None, "the YAML file of the run that wrote the checkpoint")
-            export_pipeline(parse_config(TextToImageConfig, ["--config", run]), config, partial)
+        config.check()
+        with written_aside(target) as partial:
+            write_export(config, partial)
+            if config.card:
+                shutil.copy(config.card, partial / "README.md")
+            for kept in (target / name for name in ("README.md", "samples.png")):  # a card and its picture
+                if kept.is_file() and not (config.card and kept.name == "README.md"):
+                    shutil.copy(kept, partial / kept.name)
     except ValueError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise SystemExit(f"training.export: {error}") from error
-    compact_tokenizers(partial)
-    if config.card:
-        shutil.copy(config.card, partial / "README.md")
-    for kept in (target / name for name in ("README.md", "samples.png")):  # a card and its picture
-        if kept.is_file() and not (config.card and kept.name == "README.md"):
-            shutil.copy(kept, partial / kept.name)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
     size = sum(f.stat().st_size for f in target.rglob("*.safetensors")) / 2**20
     print(f"{target}: {size:.1f} MB of weights")
 

@@ -4,13 +4,12 @@
     python -m training.evaluate text-information --model models/emoji --split validation --output caption.png
 
 Every term of the variational bound, one draw of noise for each (Nichol 2021, section 3), for pictures of 256
-levels and a U-Net that draws them pixel by pixel. Noise is a function of the seed, the picture's number in
-its split and t: what two runs differ in is never the noise.
+levels and a U-Net that works on pixels. Noise is a function of the seed, the picture's number in
+its split and t alone, so two runs never differ in their noise.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,40 +20,34 @@ from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.chain.equations import FIXED_VARIANCES, LEARNED_VARIANCES
 from pipelines.coding.likelihood import VLBTerms, chain_of, vlb_terms
 from pipelines.drawing.text import NULL_PROMPT, encode_text
-from training.data.pictures import PictureCache, cache_pictures, load_pictures, seed_for
-from training.run.settings import require
+from training.data.pictures import PictureCache, load_pictures, seed_for
+from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.samples import load_pipeline, random_rows, read_pictures
+from training.evaluation.settings import (
+    BatchSettings,
+    CountSettings,
+    ModelSettings,
+    SplitSettings,
+    StepsSettings,
+)
+from training.run.settings import AT_LEAST_1, Rule, one_of, require, setting, settings
 
 VARIANCES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 BUCKETS = 20  # of timesteps, in the figures
+FOR_AN_ERROR = Rule(lambda count: count >= 2, "at least 2, for a standard error")
 
 
-@dataclass
-class BitsPerDimConfig:
+@settings
+class BitsPerDimConfig(ModelSettings, StepsSettings, CountSettings, BatchSettings, SplitSettings):
     """Settings of `training.evaluate bits-per-dim` and `text-information`."""
 
-    model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure; no VAE."})
-    variance_type: str | None = field(
-        default=None, metadata={"help": "fixed_small, fixed_large, ...; the model's own by default."}
+    variance_type: str | None = setting(
+        "fixed_small, fixed_large, ...; the model's own by default.", None, one_of(*VARIANCES)
     )
-    num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Timesteps of the chain, ends included; all T by default."}
+    num_inference_steps: int | None = setting(
+        "Timesteps of the chain, ends included; all T by default.", None, AT_LEAST_1
     )
-    dataset: str = field(default="data/emoji", metadata={"help": "Data set of captioned pictures."})
-    split: str = field(default="validation", metadata={"help": "Split to take pictures from."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
-    num_pictures: int = field(default=100, metadata={"help": "Pictures drawn at random; at least 2."})
-    batch_size: int = field(default=25, metadata={"help": "Pictures in one U-Net pass."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choice and of the noise."})
-    output: str = field(default="", metadata={"help": "PNG of the terms against t."})
-    json: str = field(default="", metadata={"help": "File for the figures, every term among them."})
-
-    def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
-        require(self.num_pictures >= 2, "num_pictures", self.num_pictures, "at least 2, for a standard error")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        steps, variance = self.num_inference_steps, self.variance_type
-        require(steps is None or steps >= 1, "num_inference_steps", steps, "at least 1")
-        require(variance in (None, *VARIANCES), "variance_type", variance, f"one of {VARIANCES}")
+    num_pictures: int = setting("Pictures drawn at random; at least 2.", 100, FOR_AN_ERROR)
 
 
 def load_pixel_pipeline(name: str) -> TextToImagePipeline:
@@ -63,10 +56,7 @@ def load_pixel_pipeline(name: str) -> TextToImagePipeline:
     Raises:
         ValueError: it has a VAE, whose decoder is no bijection, or draws something else than RGB.
     """
-    try:
-        pipe = TextToImagePipeline.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model {name!r}: {error}") from error
+    pipe = load_pipeline(name)
     no_vae = "a pipeline without a VAE: bits per dimension are of pixels, and a VAE's latents lose some"
     require(pipe.vae is None, "model", name, no_vae)
     require(pipe.unet.config.in_channels == 3, "model", name, "a pipeline of RGB pixels")
@@ -142,12 +132,10 @@ def held_out_pictures(config: BitsPerDimConfig, pipe: TextToImagePipeline) -> He
     """`num_pictures` at random (all, if there are fewer), at the size that the U-Net draws."""
     side = pipe.unet.config.sample_size
     require(isinstance(side, int), "model", config.model, "a pipeline of square pictures")
-    data = load_pictures(config.dataset, config.split)
-    column = "caption" if "caption" in data.column_names else "text"
-    pictures = cache_pictures(data, side, config.cache_dir, "image", column)
+    columns = load_pictures(config.dataset, config.split).column_names
+    pictures = read_pictures(config, config.split, side, "caption" if "caption" in columns else "text")
     require(len(pictures) >= 2, "split", config.split, "of at least 2 pictures")
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))
-    numbers = order[: config.num_pictures].tolist()
+    numbers = random_rows(len(pictures), config.num_pictures, config.seed)
     return HeldOut(pictures, numbers, [pictures.captions[pictures.choices[i][0]] for i in numbers])
 
 
@@ -255,25 +243,6 @@ def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------ figures
-
-
-def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    """(figure, axes) that need no display; one Axes, or an array of them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns)
-
-
-def save_figure(figure: Any, path: str | Path) -> None:
-    """As a PNG, written aside and renamed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(target)
 
 
 def draw_terms(terms: VLBTerms, path: str) -> None:

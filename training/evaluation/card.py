@@ -7,14 +7,17 @@ written anew. A folder without a card gets the one that saving writes, with the 
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
+
 from pipelines.folders.files import write_file
 from training.evaluation.report_page import COLUMNS, describe_guidance, metric_rows
+from training.evaluation.report_parts import SPLITS
 from training.evaluation.samples import load_pipeline, pipeline_key
-from training.run.settings import require
+from training.evaluation.settings import ModelSettings
+from training.run.settings import require, setting, settings
 
 BEGIN = "<!-- figures: python -m training.evaluate card writes from here -->"
 END = "<!-- figures: to here -->"
@@ -27,30 +30,24 @@ TYPES = {  # of the Hub's model-index, by our names of the figures
 }
 
 
-@dataclass
-class CardConfig:
+@settings
+class CardConfig(ModelSettings):
     """Settings of `training.evaluate card`."""
 
-    model: str = field(default="models/emoji", metadata={"help": "The pipeline's folder."})
-    report: str = field(default="report/report.json", metadata={"help": "What `report` measured of it."})
-    output: str = field(default="", metadata={"help": "File to write; the model's README.md by default."})
-    license: str = field(default="", metadata={"help": "Licence of the weights, as the Hub calls it."})
-    training: str = field(
-        default="", metadata={"help": "In words: updates, hours and machine of the training."}
-    )
+    report: str = setting("What `report` measured of the model.", "report/report.json")
+    output: str = setting("File to write; the model's README.md by default.", "")
+    license: str = setting("Licence of the weights, as the Hub calls it.", "")
+    training: str = setting("In words: updates, hours and machine of the training.", "")
 
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        super().check()
         require(Path(self.report).is_file(), "report", self.report, "the report.json of `report`")
         require(Path(self.model).is_dir(), "model", self.model, "a pipeline's folder")
 
 
-def model_index(report: dict[str, Any]) -> list[Any]:
-    """The generated pictures' figures as huggingface_hub's EvalResults, by split of the data set."""
-    from huggingface_hub import EvalResult
-
-    from training.evaluation.report import SPLITS
-
+def model_index(report: dict[str, Any]) -> list[EvalResult]:
+    """The generated pictures' figures, by split of the data set."""
     name = Path(report["data"]["name"]).name
     columns = {split: report["against captions"][split]["generated"] for split in SPLITS}
     halves = report["against half of the training pictures"]["generated"]

@@ -1,4 +1,4 @@
-"""How well editing does what is asked: the changed words in the repainted region, and the seam around it.
+"""How well editing follows the prompt: the new words in the repainted region, and the seam around it.
 
     python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
 
@@ -8,7 +8,7 @@ trained to inpaint. Beside them a picture of the other concept cut into the hole
 and a seam, and the picture as it was.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ from pipelines import InpaintPipeline
 from pipelines.drawing.images import image_grid, to_pil
 from pipelines.drawing.masks import crop_region
 from pipelines.folders.files import save_png
-from training.data.pictures import cache_pictures, load_pictures
 from training.evaluation.judge import Judge
-from training.run.settings import require
+from training.evaluation.samples import load_pipeline_as, read_pictures
+from training.evaluation.settings import JudgeSettings, SplitSettings, StepsSettings
+from training.run.settings import require, setting, settings
 
 # left, top, right, bottom as shares of the sides
 REGIONS = {"middle": (0.25, 0.25, 0.75, 0.75), "top": (0.1, 0.0, 0.9, 0.45), "right": (0.5, 0.0, 1.0, 1.0)}
@@ -36,30 +37,23 @@ CHANGES = [
 ]
 
 
-@dataclass
-class EditingConfig:
+@settings
+class EditingConfig(JudgeSettings, StepsSettings, SplitSettings):
     """Settings of `training.evaluate editing`."""
 
-    models: list[str] = field(
-        default_factory=lambda: ["models/emoji", "models/emoji:10"],
-        metadata={"help": "Ways to inpaint, each FOLDER or FOLDER:N, resampled N times."},
+    models: list[str] = setting(
+        "Ways to inpaint, each FOLDER or FOLDER:N, resampled N times.", ["models/emoji", "models/emoji:10"]
     )
-    changes: list[str] = field(
-        default_factory=lambda: list(CHANGES),
-        metadata={"help": f"What becomes what, each 'name > words @ region', of {', '.join(REGIONS)}."},
+    changes: list[str] = setting(
+        f"What becomes what, each 'name > words @ region', of {', '.join(REGIONS)}.", CHANGES
     )
-    judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores."})
-    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
-    split: str = field(default="train", metadata={"help": "Split of the pictures to edit."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
-    num_inference_steps: int | None = field(default=None, metadata={"help": "The model's own by default."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "The model's own by default."})
-    seed: int = field(default=0, metadata={"help": "Seed of the first picture."})
-    output: str = field(default="", metadata={"help": "PNG to write: picture, mask, and each way's result."})
-    json: str = field(default="", metadata={"help": "File for the figures."})
+    split: str = "train"
+    guidance_scale: float | None = setting("The model's own by default.", None)
+    output: str = setting("PNG to write: picture, mask, and each way's result.", "")
 
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        super().check()
         require(len(self.models) > 0, "models", self.models, "at least one")
         require(len(self.changes) > 0, "changes", self.changes, "at least one")
         for change in self.changes:
@@ -127,9 +121,7 @@ def find_cases(config: EditingConfig, side: int) -> list[Case]:
 
     Words that are no concept's name are stood in for, in `others`, by the one they begin with.
     """
-    data = cache_pictures(
-        load_pictures(config.dataset, config.split), side, config.cache_dir, "image", "caption"
-    )
+    data = read_pictures(config, config.split, side)
     places = {key: i for i, key in enumerate(zip(data.columns["name"], data.columns["style"], strict=True))}
     names = sorted({name for name, _ in places}, key=len)
     cases = []
@@ -175,13 +167,9 @@ def editing(config: EditingConfig) -> dict[str, Any]:
     often the new ones win, and the seam: the mean energy along the borders, as a multiple of the real
     pictures' (of all together: where a border runs through one flat colour there is none to divide by)."""
     judge = Judge(config.judge)
-    pipes = {}
-    for model in config.models:
-        try:
-            pipes[model] = InpaintPipeline.from_pretrained(split_model(model)[0])
-        except OSError as error:
-            raise ValueError(f"models {model!r}: {error}") from error
-        pipes[model].set_progress_bar_config(disable=True)
+    pipes = {
+        model: load_pipeline_as(InpaintPipeline, split_model(model)[0], "models") for model in config.models
+    }
     sides = {pipe.sample_size for pipe in pipes.values()}
     require(len(sides) == 1, "models", config.models, "of one size")
     cases = find_cases(config, sides.pop()[0])

@@ -25,8 +25,7 @@ class Bytes(Dataset):
 
 
 def find_weights(path: str) -> Path | None:
-    """`path`, or the file in torch's hub cache; None when there is none. Raises ValueError for a `path` that
-    is not there."""
+    """`path`, or the file in torch's hub cache, or None. Raises ValueError if `path` is given and missing."""
     if path and not Path(path).is_file():
         raise ValueError(f"inception_weights must be a file, got {path!r}")
     found = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
@@ -34,9 +33,9 @@ def find_weights(path: str) -> Path | None:
 
 
 def inception_figures(weights: Path | None, drawn: Tensor, real: Tensor) -> dict[str, float] | str:
-    """FID of `drawn` against `real`, (N, 3, H, W) in [-1, 1], and the Inception score of `drawn`, or the one
-    line that says why there are none. Nothing is fetched. Of a few hundred pictures the FID is far too large:
-    2048 features want tens of thousands."""
+    """FID of `drawn` against `real`, (N, 3, H, W) in [-1, 1], and the Inception score of `drawn`, or one
+    line that says why they were not measured. Downloads nothing. The FID of a few hundred pictures is far too
+    large: its 2048 features need tens of thousands."""
     if weights is None:
         return f"not measured: {WEIGHTS} is neither given (--inception_weights) nor in torch's hub cache"
     if importlib.util.find_spec("torch_fidelity") is None:

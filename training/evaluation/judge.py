@@ -3,15 +3,25 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from training.data.pictures import load_pictures
-from training.data.words import TEMPLATES
+from training.data.arrays import content_key, memory_map, model_key
+from training.data.pictures import PictureCache, load_pictures
+from training.data.words import SPLITS, TEMPLATES
+from training.evaluation.metrics import recall_at
+
+
+class EmbedsNames(Protocol):
+    def embed_names(self, names: list[str]) -> Tensor:
+        """(N, D), l2-normalised."""
+        ...
 
 
 class Judge:
@@ -63,7 +73,7 @@ def pooled(output: Any) -> Tensor:
 
 @dataclass
 class Concepts:
-    """Every concept of the data set with all its names, embedded by a judge."""
+    """Every concept of the data set, with the embeddings of all its names."""
 
     ids: list[str]
     owner: Tensor  # (names,) index of the concept of each name
@@ -79,9 +89,10 @@ class Concepts:
         return (~(best < own)).sum(1) - 1  # a tie, or NaN, counts against it
 
 
-def embed_concepts(judge: Judge, dataset: str) -> Concepts:
+def embed_concepts(judge: EmbedsNames, dataset: str) -> Concepts:
+    """The concepts of all splits."""
     names: dict[str, set[str]] = defaultdict(set)
-    for split in ("train", "validation", "heldout_compositions"):
+    for split in SPLITS:
         data = load_pictures(dataset, split)
         for concept, name in zip(data["concept"], data["name"], strict=True):
             names[concept].add(name)
@@ -90,3 +101,22 @@ def embed_concepts(judge: Judge, dataset: str) -> Concepts:
     return Concepts(
         ids, torch.tensor(owner), judge.embed_names([n for concept in ids for n in sorted(names[concept])])
     )
+
+
+def recall(ranks: Tensor) -> dict[str, float]:
+    """Share of pictures whose concept is the first, or among the first five."""
+    return {f"R@{k}": recall_at(ranks, k) for k in (1, 5)}
+
+
+def embed_pictures(judge: Judge, pictures: PictureCache, cache_dir: str) -> Tensor:
+    """(N, D): the judge's embeddings of a whole split, computed once for both."""
+    path = Path(cache_dir) / f"judge-{content_key(pictures.key, model_key(judge.model))}.npy"
+
+    def fill(target: np.ndarray) -> None:
+        for start in tqdm(range(0, len(target), 128), desc="embedding real pictures", unit="batch"):
+            rows = torch.arange(start, min(start + 128, len(target)))
+            target[start : start + 128] = judge.embed_images(pictures.images(rows)).numpy()
+
+    width = judge.model.config.projection_dim
+    rows = memory_map(path, (len(pictures), width), np.dtype(np.float32), fill)
+    return torch.from_numpy(np.array(rows))

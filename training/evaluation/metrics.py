@@ -1,7 +1,7 @@
 """Figures of merit of drawn pictures: pure functions of features, embeddings and ranks.
 
-Features are (N, D) of any network, here a judge CLIP's image embeddings; the sums run in float64. What
-compares two distributions depends on N, so only figures of the same N and the same network compare.
+Features are (N, D) of any network, here a judge CLIP's image embeddings; sums are in float64. Distances
+between distributions depend on N: compare only figures of the same N and the same network.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def check_features(a: Tensor, b: Tensor, least: int = 2) -> tuple[Tensor, Tensor
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D). Heusel 2017, eq. 6.
 
-    tr (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2). Of finite
-    samples it is too large, the more so the smaller they are. Raises ValueError for other shapes.
+    tr (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2). Finite
+    samples overestimate it, small ones more. Raises ValueError for other shapes.
     """
     a, b = check_features(a, b)
     covariance_a, covariance_b = torch.cov(a.T), torch.cov(b.T)
@@ -41,9 +41,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """KID: the unbiased estimate of MMD^2 with the kernel k(x, y) = (x.y / D + 1)^3. Binkowski 2018, eq. 4.
 
-    mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j); negative at times where
-    the distributions agree. The kernel is made for features of |x|^2 about D: unit vectors are to be scaled
-    by sqrt(D) first, else it sees little but their mean. Raises ValueError for other shapes.
+    mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j); it can be
+    negative where the distributions agree. The kernel expects |x|^2 of about D: scale unit vectors by sqrt(D)
+    first, or it sees little but their mean. Raises ValueError for other shapes.
     """
     a, b = check_features(a, b)
 
@@ -58,7 +58,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean, (N, M); the differences themselves are squared, so that equal rows are at 0 exactly."""
+    """Euclidean, (N, M), from squared differences, so that equal rows have a distance of exactly 0."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -117,7 +117,7 @@ def nearest_neighbours(
 
     Args:
         queries, references: (N, D) and (M, D).
-        own: (N,) the number of each query's own row among the references, which is passed over.
+        own: (N,) the number of each query's own row among the references, which is skipped.
     """
     queries, references = F.normalize(queries, dim=-1), F.normalize(references, dim=-1)
     nearest = []
@@ -140,16 +140,15 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """The figure's interval over samples of this size, by drawing each sample's rows again with replacement.
+    """Bootstrap interval (Efron 1979): each sample's rows are drawn again with replacement.
 
-    statistic(*samples) + (quantiles of the replicates - their mean): Efron 1979, the percentile interval with
-    the replicates' shift taken out. Repeated rows make the replicates of a Frechet or kernel distance larger
-    than the figure, all by about as much; their spread is what counts. Where the distributions agree the
-    interval of a kernel distance is too wide rather than too narrow.
+    statistic(*samples) + (quantiles of the replicates - their mean), the percentile interval without the
+    replicates' bias: repeated rows make every replicate of a Frechet or kernel distance larger by about the
+    same amount. The interval of a kernel distance is too wide where the distributions agree.
 
     Args:
-        statistic: of as many tensors as there are samples, e.g. frechet_distance.
-        samples: each (N, ...), independent of the others; what belongs together row by row is one tensor.
+        statistic: a function of as many tensors as there are samples, e.g. frechet_distance.
+        samples: (N, ...) each, independent of the others; rows that belong together go into one tensor.
     """
     generator = torch.Generator().manual_seed(seed)
 

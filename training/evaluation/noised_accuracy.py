@@ -3,7 +3,6 @@
 python -m training.evaluate noised-accuracy --model models/emoji --output accuracy.png
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from tqdm import tqdm
 
 from pipelines import TextToImagePipeline
 from pipelines.drawing.images import decode_latents
-from training.evaluation.bits_per_dim import new_figure, save_figure
-from training.evaluation.judge import Judge, embed_concepts
-from training.evaluation.metrics import recall_at
+from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.judge import Judge, embed_concepts, recall
 from training.evaluation.samples import with_guides
 from training.evaluation.settings import (
     BatchSettings,
@@ -45,13 +43,6 @@ class NoisedAccuracyConfig(
     label_column: str = setting("Column of the classifier's classes, of one set.", "group")
     num_pictures: int = 400
     batch_size: int = 100
-
-    def check(self) -> None:
-        super().check()
-        for name in ("noisy_clip", "noisy_classifier"):
-            folder = getattr(self, name)
-            there = not folder or (Path(folder) / "config.json").is_file()
-            require(there, name, folder, "the folder of a trained one")
 
 
 class PipelineTexts:
@@ -86,7 +77,7 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
         )
     }
     if noisy is not None:
-        readers["noised CLIP"] = embed_concepts(PipelineTexts(pipe), config.dataset), noisy  # type: ignore[arg-type]
+        readers["noised CLIP"] = embed_concepts(PipelineTexts(pipe), config.dataset), noisy
     total = len(pictures.chain)
     levels = [(2 * bucket + 1) * total // (2 * BUCKETS) for bucket in range(BUCKETS)]
     figures: dict[str, Any] = {"split": config.split, "pictures": len(chosen), "t": levels}
@@ -104,8 +95,8 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
         x_t = pictures.chain.add_noise(x0, eps, torch.tensor(t)).split(config.batch_size)
         for reader, (concepts, embed) in readers.items():
             ranks = concepts.rank(torch.cat([embed(part, t) for part in x_t]), truth)
-            for k in (1, 5):
-                figures[reader][f"R@{k}"].append(recall_at(ranks, k))
+            for name, share in recall(ranks).items():
+                figures[reader][name].append(share)
         if classifier is not None:
             best = torch.cat([classifier(part, t)[:, places].argmax(-1) for part in x_t])
             found = torch.tensor(places)[best]

@@ -1,9 +1,8 @@
 """Real pictures as the model redraws them: noised a little, and drawn on from there without a prompt.
 
-What a model draws has smudges and soft edges that no real picture has, and a classifier of styles may take
-them for a style. Here are real pictures with them, whose style is known: nothing tells the model what style
-it is to draw, so all that is left of it is the picture's own. What a classifier finds of these is the control
-beside what it finds of drawn ones (`training.evaluate styles`).
+Drawn pictures have smudges and soft edges that real pictures lack, and a classifier of styles may mistake
+them for a style. These are real pictures with such smudges whose style is known, since the model is not told
+which style to draw. They are the control in `training.evaluate styles`.
 """
 
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.caches import content_key, memory_map
+from training.data.arrays import content_key, memory_map
 from training.evaluation.samples import pipeline_key
 
 WEAKEST, STRONGEST = 60, 240  # t: above, the style itself begins to go

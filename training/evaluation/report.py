@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from tqdm import tqdm
 from pipelines import TextToImagePipeline
 from pipelines.chain.equations import LEARNED_VARIANCES
 from pipelines.folders.files import read_json
-from training.data.caches import LiveText, cache_latents, content_key, memory_map, model_key
-from training.data.pictures import PictureCache, cache_pictures, load_pictures
+from training.data.arrays import model_key
+from training.data.caches import LiveText, cache_latents
+from training.data.pictures import PictureCache
 from training.evaluation.inception import find_weights, inception_figures
-from training.evaluation.judge import Concepts, Judge, embed_concepts
+from training.evaluation.judge import Concepts, Judge, embed_concepts, embed_pictures
 from training.evaluation.metrics import (
     bootstrap_interval,
     clip_score,
@@ -37,65 +37,51 @@ from training.evaluation.metrics import (
     precision_recall,
     recall_at,
 )
-from training.evaluation.samples import draw, own_guidance, pipeline_key, two_halves, with_guides
+from training.evaluation.report_page import write_report
+from training.evaluation.report_parts import SPLITS, Measured, Part
+from training.evaluation.samples import (
+    draw,
+    own_guidance,
+    own_steps,
+    pipeline_key,
+    random_rows,
+    read_pictures,
+    two_halves,
+    with_guides,
+)
+from training.evaluation.settings import (
+    GuidanceSettings,
+    JudgeSettings,
+    ModelSettings,
+    SeededSettings,
+    at_least,
+)
 from training.objectives.denoising import BUCKETS, DenoisingLoss, DenoisingSettings, validation_loss
-from training.run.settings import require
+from training.run.settings import require, setting, settings
 
-SPLITS = {  # what the page calls them: the data set's name
-    "seen captions": "train",
-    "held-out compositions": "heldout_compositions",
-    "held-out concepts": "validation",
-}
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 NOISE_DRAWS = 4  # of the validation loss, for its standard error
 
 
-@dataclass
-class ReportConfig:
+@settings
+class ReportConfig(ModelSettings, JudgeSettings, GuidanceSettings, SeededSettings):
     """Settings of `training.evaluate report`."""
 
-    model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure."})
-    output: str = field(default="report", metadata={"help": "Folder of the report and its pictures."})
-    judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores pictures."})
-    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures, their embeddings."})
-    num_pictures: int = field(
-        default=500,
-        metadata={"help": "Drawn for training captions, and real ones in either half; 6 or more."},
+    output: str = setting("Folder of the report and its pictures.", "report")
+    num_pictures: int = setting(
+        "Drawn for training captions, and real ones in either half; 6 or more.", 500, at_least(6)
     )
-    num_held_out: int = field(default=200, metadata={"help": "At most so many for each held-out split."})
-    num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps; the model's own by default."}
+    num_held_out: int = setting("At most so many for each held-out split.", 200, at_least(2))
+    num_validation: int = setting(
+        "Pictures of each split whose loss is taken, some twice if it has fewer.", 256, at_least(40)
     )
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Classifier-free guidance; the model's own by default."}
-    )
-    clip_guidance_scale: float | None = field(
-        default=None,
-        metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
-    )
-    batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
-    num_validation: int = field(
-        default=256,
-        metadata={"help": "Pictures of each split whose loss is taken, some twice if it has fewer."},
-    )
-    replicates: int = field(default=200, metadata={"help": "Bootstrap replicates of each interval."})
-    num_shown: int = field(default=60, metadata={"help": "Pictures of each split on the page."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choices, noise and first picture."})
-    inception_weights: str = field(
-        default="", metadata={"help": "Inception's weights for FID and IS; else torch's hub cache."}
-    )
+    replicates: int = setting("Bootstrap replicates of each interval.", 200, at_least(20))
+    num_shown: int = setting("Pictures of each split on the page.", 60, at_least(1))
+    inception_weights: str = setting("Inception's weights for FID and IS; else torch's hub cache.", "")
 
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
-        least = {"num_pictures": 6, "num_held_out": 2, "num_validation": 40, "replicates": 20}
-        for name, low in (least | {"batch_size": 1, "num_shown": 1}).items():
-            require(getattr(self, name) >= low, name, getattr(self, name), f"at least {low}")
-        steps, scale = self.num_inference_steps, self.guidance_scale
-        require(steps is None or steps >= 1, "num_inference_steps", steps, "at least 1")
-        require(scale is None or scale >= 0, "guidance_scale", scale, "0 or more")
-        clip_scale = self.clip_guidance_scale
-        require(clip_scale is None or clip_scale >= 0, "clip_guidance_scale", clip_scale, "0 or more")
+        super().check()
         find_weights(self.inception_weights)
         try:
             Path(self.output, "samples").mkdir(parents=True, exist_ok=True)
@@ -103,51 +89,7 @@ class ReportConfig:
             raise ValueError(f"output must be a folder to write to, got {self.output!r}: {error}") from error
 
 
-@dataclass
-class Part:
-    """One split: its real pictures with their embeddings, and those chosen to be drawn again."""
-
-    pictures: PictureCache
-    embeds: Tensor  # (N, D) of all its pictures
-    numbers: list[int]  # of those chosen
-    drawn: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, 3, H, W)
-    drawn_embeds: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, D)
-    ranks: dict[str, Tensor] = field(default_factory=dict)  # of the true concepts, (n,)
-    neighbours: tuple[Tensor, Tensor] | None = None  # distance and number of the nearest training picture
-
-    @property
-    def captions(self) -> list[str]:
-        return [self.pictures.captions[self.pictures.choices[i][0]] for i in self.numbers]
-
-    @property
-    def concepts(self) -> list[str]:
-        return [self.pictures.columns["concept"][i] for i in self.numbers]
-
-
-@dataclass
-class Measured:
-    """What the page shows besides the figures."""
-
-    parts: dict[str, Part]
-    reference: list[int]  # half A of the training pictures
-    distances: dict[str, Tensor]  # to the nearest training picture, of drawn and of real pictures
-
-
 # ------------------------------------------------------------ the pictures
-
-
-def embed_pictures(judge: Judge, pictures: PictureCache, cache_dir: str) -> Tensor:
-    """(N, D): the judge's embeddings of a whole split, computed once, keyed by both."""
-    path = Path(cache_dir) / f"judge-{content_key(pictures.key, model_key(judge.model))}.npy"
-
-    def fill(target: np.ndarray) -> None:
-        for start in tqdm(range(0, len(target), 128), desc="embedding real pictures", unit="batch"):
-            rows = torch.arange(start, min(start + 128, len(target)))
-            target[start : start + 128] = judge.embed_images(pictures.images(rows)).numpy()
-
-    width = judge.model.config.projection_dim
-    rows = memory_map(path, (len(pictures), width), np.dtype(np.float32), fill)
-    return torch.from_numpy(np.array(rows))
 
 
 def read_parts(
@@ -159,15 +101,13 @@ def read_parts(
     parts: dict[str, Part] = {}
     reference: list[int] = []
     for name, split in SPLITS.items():
-        data = load_pictures(config.dataset, split)
-        pictures = cache_pictures(data, side * pipe.vae_scale_factor, config.cache_dir, "image", "caption")
+        pictures = read_pictures(config, split, side * pipe.vae_scale_factor)
         embeds = embed_pictures(judge, pictures, config.cache_dir)
         if split == "train":
             require(len(pictures) >= 12, "dataset", config.dataset, "of at least 12 training pictures")
             reference, numbers = two_halves(len(pictures), config.num_pictures, config.seed)
         else:
-            order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(config.seed))
-            numbers = order[: config.num_held_out].tolist()
+            numbers = random_rows(len(pictures), config.num_held_out, config.seed)
         parts[name] = Part(pictures, embeds, numbers)
     return parts, reference
 
@@ -242,8 +182,7 @@ def losses(config: ReportConfig, pipe: TextToImagePipeline, parts: dict[str, Par
     }
     bar = tqdm(total=len(parts) * NOISE_DRAWS, desc="validation loss", unit="draw")
     for name, part in parts.items():
-        generator = torch.Generator().manual_seed(config.seed)
-        order = torch.randperm(len(part.pictures), generator=generator).tolist()
+        order = random_rows(len(part.pictures), len(part.pictures), config.seed)
         chosen = [order[i % len(order)] for i in range(config.num_validation)]  # so that no bucket is empty
         pictures: Any = picked(part.pictures, chosen)
         if pipe.vae is not None:
@@ -295,7 +234,6 @@ def memorisation(parts: dict[str, Part]) -> tuple[dict[str, Any], dict[str, Tens
             "nearer than 95 % of unseen real pictures are": float((values < unseen).double().mean()),
         }
     for name, part in parts.items():
-        assert part.neighbours is not None
         copies = train.pictures.images(part.neighbours[1])
         errors = 127.5 * (part.drawn - copies).square().flatten(1).mean(1).sqrt()  # of 0 .. 255
         figures[f"generated, {name}"]["smallest RMSE to that picture, of 255 levels"] = float(errors.min())
@@ -322,75 +260,78 @@ def describe_data(config: ReportConfig, parts: dict[str, Part]) -> dict[str, Any
     return figures
 
 
-def report(config: ReportConfig) -> dict[str, Any]:
-    """Measure, write report.json, overview.png and index.html into `output`, return the figures."""
-    from training.evaluation.report_page import write_report  # which draws with this module's classes
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Enter how long the block took."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 1)
 
-    seconds: dict[str, float] = {}
 
-    @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[stage] = round(time.perf_counter() - start, 1)
-
-    judge, pipe = Judge(config.judge), with_guides(config.model)
-    with timed("reading and embedding real pictures"):
-        concepts = embed_concepts(judge, config.dataset)
-        parts, reference = read_parts(config, judge, pipe)
-    steps, eta = config.num_inference_steps, pipe.scheduler.config.get("eta", 1.0)
+def draw_parts(
+    config: ReportConfig, pipe: TextToImagePipeline, judge: Judge, parts: dict[str, Part]
+) -> dict[str, Any]:
+    """Draw what is not in OUTPUT/samples yet; returns how."""
+    for name, part in parts.items():
+        folder = Path(config.output, "samples")
+        part.drawn = draw(
+            pipe, part.captions, config.seed, **config.drawing(), folder=folder, label=f"drawing {name}"
+        )
+        part.drawn_embeds = judge.embed_images(part.drawn)
+    eta = pipe.scheduler.config.get("eta", 1.0)
     scale, clip_scale = own_guidance(pipe, config.guidance_scale, config.clip_guidance_scale)
-    settings = {
-        "steps": pipe.config["default_num_inference_steps"] if steps is None else steps,
+    return {
+        "steps": own_steps(pipe, config.num_inference_steps),
         "guidance scale": scale,
         "CLIP guidance scale": clip_scale,
         "scheduler": type(pipe.scheduler).__name__ + (f" with eta {eta:g}" if eta < 1 else ""),
         "seeds": f"{config.seed} on, one for each picture of a split",
+        "drawn": sum(len(part.numbers) for part in parts.values()),
     }
+
+
+def count_parameters(pipe: TextToImagePipeline, drawing: dict[str, Any]) -> int:
+    """Of all networks that had a part in the drawing."""
+    idle = {"noisy_classifier"} | (set() if drawing["CLIP guidance scale"] > 0 else {"noisy_clip"})
+    networks = [part for name, part in pipe.components.items() if name not in idle]
+    return sum(p.numel() for one in networks if isinstance(one, torch.nn.Module) for p in one.parameters())
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    """Measure, write report.json, overview.png and index.html into `output`, return the figures."""
+    seconds: dict[str, float] = {}
+    judge, pipe = Judge(config.judge), with_guides(config.model)
+    with timed(seconds, "reading and embedding real pictures"):
+        concepts = embed_concepts(judge, config.dataset)
+        parts, reference = read_parts(config, judge, pipe)
     samples = Path(config.output, "samples")
     there = set(samples.glob("*.png"))
-    with timed("drawing"):
-        for name, part in parts.items():
-            part.drawn = draw(
-                pipe,
-                part.captions,
-                seed=config.seed,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                clip_guidance_scale=clip_scale,
-                batch_size=config.batch_size,
-                folder=samples,
-                label=f"drawing {name}",
-            )
-            part.drawn_embeds = judge.embed_images(part.drawn)
+    with timed(seconds, "drawing"):
+        drawing = draw_parts(config, pipe, judge, parts)
     drawn_now = len(set(samples.glob("*.png")) - there)
     train = parts["seen captions"]
-    with timed("retrieval and CLIP score"):
+    with timed(seconds, "retrieval and CLIP score"):
         retrieval = {name: against_captions(config, judge, concepts, part) for name, part in parts.items()}
-    with timed("distances between distributions"):
+    with timed(seconds, "distances between distributions"):
         columns = {"generated": train.drawn_embeds, "real": train.embeds[train.numbers]}
         distances = distribution(config, train.embeds[reference], columns)
-    with timed("validation loss"):
+    with timed(seconds, "validation loss"):
         validation = losses(config, pipe, parts)
-    with timed("nearest neighbours"):
+    with timed(seconds, "nearest neighbours"):
         neighbours, nearest = memorisation(parts)
-    with timed("Inception"):
+    with timed(seconds, "Inception"):
         weights = find_weights(config.inception_weights)
         inception = inception_figures(weights, train.drawn, train.pictures.images(reference))
-    drawing_parts = {k: v for k, v in pipe.components.items() if k not in ("noisy_clip", "noisy_classifier")}
-    if clip_scale > 0:
-        drawing_parts["noisy_clip"] = pipe.noisy_clip
-    modules = [part for part in drawing_parts.values() if isinstance(part, torch.nn.Module)]
     figures = {
         "model": config.model,
         "model key": pipeline_key(pipe),
-        "parameters": sum(p.numel() for module in modules for p in module.parameters()),
+        "parameters": count_parameters(pipe, drawing),
         "judge": config.judge,
         "judge key": model_key(judge.model)[:16],
         "concepts": len(concepts.ids),
         "seed": config.seed,
         "data": describe_data(config, parts),
-        "drawing": settings | {"drawn": sum(len(part.numbers) for part in parts.values())},
+        "drawing": drawing,
         "against captions": retrieval,
         "against half of the training pictures": distances,
         "validation loss": validation,
@@ -404,5 +345,5 @@ def report(config: ReportConfig) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-    write_report(config, figures, Measured(parts, reference, nearest))
+    write_report(Path(config.output), figures, Measured(parts, nearest), config.num_shown)
     return figures

@@ -1,7 +1,5 @@
 """The report as people read it: charts, one overview picture and a page that needs no other file."""
 
-import base64
-import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.drawing.images import image_grid, to_pil
-from pipelines.folders.files import png_bytes, write_file
-from training.evaluation.bits_per_dim import new_figure, save_figure
+from pipelines.folders.files import write_file
+from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.html_tags import document, heading, image_tag, note, pair_tags, table_tag
 from training.evaluation.metrics import recall_at
-from training.evaluation.report import SPLITS, Measured, Part, ReportConfig
+from training.evaluation.report_parts import SPLITS, Measured, Part
 
 COLUMNS = ("generated", "real", "shuffled")
 COLOURS = {"generated": "C0", "real": "0.55", "shuffled": "C3"}
@@ -136,13 +135,8 @@ def pair_sheet(first: Tensor, second: Tensor, columns: int) -> Image.Image:
     return image_grid(rows, columns=columns, background="#dddddd")
 
 
-def real_pictures(part: Part, numbers: list[int] | Tensor | None = None) -> Tensor:
-    return part.pictures.images(part.numbers if numbers is None else numbers)
-
-
 def nearest_first(part: Part) -> Tensor:
     """Numbers of the drawn pictures, those nearest to a training picture first."""
-    assert part.neighbours is not None
     return part.neighbours[0].argsort(stable=True)
 
 
@@ -157,7 +151,7 @@ def overview(report: dict[str, Any], measured: Measured) -> Any:
     for i, (name, part) in enumerate(measured.parts.items()):
         ax = figure.add_subplot(grid[0, 4 * i : 4 * i + 4])
         count = min(18, len(part.numbers))
-        ax.imshow(pair_sheet(part.drawn[:count], real_pictures(part)[:count], 6), interpolation="lanczos")
+        ax.imshow(pair_sheet(part.drawn[:count], part.real()[:count], 6), interpolation="lanczos")
         top = report["against captions"][name]
         ratio = f"R@5 {top['generated']['R@5']['value']:.2f}, real {top['real']['R@5']['value']:.2f}"
         ax.set_title(f"{name}\ndrawn, the real one below; {ratio}", fontsize=10)
@@ -169,9 +163,8 @@ def overview(report: dict[str, Any], measured: Measured) -> Any:
     draw_neighbours(figure.add_subplot(grid[2, 6:]), measured.distances)
     ax = figure.add_subplot(grid[3, :])
     best = nearest_first(train)[:20]
-    assert train.neighbours is not None
     ax.imshow(
-        pair_sheet(train.drawn[best], real_pictures(train, train.neighbours[1][best]), 20),
+        pair_sheet(train.drawn[best], train.pictures.images(train.neighbours[1][best]), 20),
         interpolation="lanczos",
     )
     ax.set_title(
@@ -188,53 +181,14 @@ def overview(report: dict[str, Any], measured: Measured) -> Any:
 
 # ------------------------------------------------------------ the page
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em;
-  color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .9em .2em 0; text-align: left;
-  border-bottom: 1px solid #e4e4e4; vertical-align: top } th { font-weight: 600 }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(172px, 1fr)); gap: 14px 10px }
-figure { margin: 0; font-size: 12px; line-height: 1.3; color: #444 }
-figure img { width: 80px; height: 80px; border: 1px solid #ddd; image-rendering: auto }
-.chart { max-width: 100%; height: auto } .note { color: #666 }
-"""  # fmt: skip
-
-
-def embedded(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def image_tag(image: Image.Image, title: str) -> str:
-    return f'<img src="{embedded(png_bytes(image))}" alt="{html.escape(title, quote=True)}">'
-
 
 def chart_tag(paint: Callable[[Any], None], folder: Path, name: str, width: float = 7.5) -> str:
     """The chart as a file of its own, and as an element of the page."""
     figure, ax = new_figure(width, 4)
     paint(ax)
-    save_figure(figure, folder / f"{name}.png")
-    source = embedded((folder / f"{name}.png").read_bytes())
-    return f'<p><img class="chart" src="{source}" alt="{html.escape(name, quote=True)}"></p>'
-
-
-def table_tag(head: list[str], rows: list[list[str]]) -> str:
-    cells = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-    cells += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def pair_tags(first: Tensor, second: Tensor, titles: tuple[str, str], notes: list[str]) -> str:
-    """Pairs side by side, each with its note of several lines."""
-    figures = []
-    for a, b, text in zip(to_pil(first), to_pil(second), notes, strict=True):
-        images = image_tag(a, titles[0]) + " " + image_tag(b, titles[1])
-        lines = "<br>".join(html.escape(line) for line in text.split("\n"))
-        figures.append(f"<figure>{images}<figcaption>{lines}</figcaption></figure>")
-    return f'<div class="grid">{"".join(figures)}</div>'
+    path = folder / f"{name}.png"
+    save_figure(figure, path)
+    return f"<p>{image_tag(path.read_bytes(), name, kind='chart')}</p>"
 
 
 def place(rank: int) -> str:
@@ -252,18 +206,17 @@ def split_section(name: str, part: Part, count: int) -> list[str]:
     recall = recall_at(part.ranks["generated"], 5)
     titles = ("drawn", "real")
     return [
-        f"<h3>{html.escape(name.capitalize())}</h3>",
+        heading(3, name.capitalize()),
         note(
             f"Drawn on the left, the real picture of the caption on the right, the first {count} of "
             f"{len(part.numbers)} in the order drawn. R@5 of all: {recall:.3f}."
         ),
-        pair_tags(part.drawn[:count], real_pictures(part)[:count], titles, notes),
+        pair_tags(part.drawn[:count], part.real()[:count], titles, notes),
     ]
 
 
 def neighbour_section(name: str, part: Part, train: Part) -> list[str]:
     """Drawn pictures beside their nearest training pictures: the nearest of all, then as they were drawn."""
-    assert part.neighbours is not None
     distances, indices = part.neighbours
     captions = train.pictures.captions
     sections = []
@@ -276,8 +229,8 @@ def neighbour_section(name: str, part: Part, train: Part) -> list[str]:
             f"distance {float(distances[i]):.3f}"
             for i in numbers.tolist()
         ]
-        pairs = (part.drawn[numbers], real_pictures(train, indices[numbers]))
-        sections += [f"<h3>{html.escape(name.capitalize())}: {title}</h3>"]
+        pairs = (part.drawn[numbers], train.pictures.images(indices[numbers]))
+        sections += [heading(3, f"{name.capitalize()}: {title}")]
         sections += [pair_tags(*pairs, ("drawn", "nearest training picture"), notes)]
     return sections
 
@@ -289,9 +242,9 @@ def describe_guidance(drawing: dict[str, Any]) -> str:
     return f"guidance {drawing['guidance scale']:g}{further}"
 
 
-def page(report: dict[str, Any], measured: Measured, config: ReportConfig) -> str:
+def page(report: dict[str, Any], measured: Measured, folder: Path, num_shown: int) -> str:
     """The whole page, pictures inside."""
-    folder, drawing = Path(config.output), report["drawing"]
+    drawing = report["drawing"]
     settings = [
         ["model", f"{report['model']}, {report['parameters'] / 1e6:.1f} million parameters, "
                   f"key {report['model key']}"],
@@ -314,28 +267,24 @@ def page(report: dict[str, Any], measured: Measured, config: ReportConfig) -> st
         if name != "quantiles"
     ]
     body = [
-        f"<h1>{html.escape(report['model'])}</h1>",
+        heading(1, report["model"]),
         table_tag(["", ""], settings),
-        "<h2>Figures</h2>",
+        heading(2, "Figures"),
         table_tag(["", "captions", *COLUMNS], metric_rows(report)),
         note(f"In brackets 95 % intervals of {report['bootstrap replicates']} bootstrap replicates."),
         table_tag(["", ""], [list(row) for row in EXPLAINED.items()]),
         chart_tag(lambda ax: draw_retrieval(ax, report, 1), folder, "recall_at_1"),
         chart_tag(lambda ax: draw_retrieval(ax, report, 5), folder, "recall_at_5"),
         chart_tag(lambda ax: draw_distances(ax, report), folder, "distances"),
-        "<h2>Validation loss</h2>",
+        heading(2, "Validation loss"),
         note(
             f"Unweighted, mean over {report['validation loss']['draws of the noise']} fixed draws of the "
             "noise; bars are two standard errors over these."
         ),
         chart_tag(lambda ax: draw_losses(ax, report), folder, "validation_loss"),
-        "<h2>Pictures</h2>",
-        *(
-            line
-            for name, part in measured.parts.items()
-            for line in split_section(name, part, config.num_shown)
-        ),
-        "<h2>Nearest training pictures</h2>",
+        heading(2, "Pictures"),
+        *(line for name, part in measured.parts.items() for line in split_section(name, part, num_shown)),
+        heading(2, "Nearest training pictures"),
         note(
             "A model that copies draws pictures nearer to its training pictures than unseen real pictures of "
             "the same kind are. Training pictures are compared with the nearest other one."
@@ -345,18 +294,11 @@ def page(report: dict[str, Any], measured: Measured, config: ReportConfig) -> st
     ]
     for name, part in measured.parts.items():
         body += neighbour_section(name, part, measured.parts["seen captions"])
-    title = html.escape(f"{report['model']}: report")
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
+    return document(f"{report['model']}: report", body)
 
 
-def write_report(config: ReportConfig, report: dict[str, Any], measured: Measured) -> None:
+def write_report(folder: Path, report: dict[str, Any], measured: Measured, num_shown: int) -> None:
     """report.json first: the figures stand even where the page could not be drawn."""
-    folder = Path(config.output)
     write_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     save_figure(overview(report, measured), folder / "overview.png")
-    write_file(folder / "index.html", page(report, measured, config))
+    write_file(folder / "index.html", page(report, measured, folder, num_shown))

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -14,20 +15,47 @@ from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.drawing.images import to_pil, to_tensor
 from pipelines.folders.files import save_png
-from training.data.caches import content_key, model_key
+from training.data.arrays import content_key, model_key
+from training.data.pictures import PictureCache, cache_pictures, load_pictures
+from training.run.settings import DataSettings
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+def read_pictures(
+    config: DataSettings, split: str, side: int, caption_column: str = "caption"
+) -> PictureCache:
+    """A split of the data set, decoded once, (3, side, side) each."""
+    data = load_pictures(config.dataset, split)
+    return cache_pictures(data, side, config.cache_dir, "image", caption_column)
+
+
+def random_rows(total: int, count: int, seed: int) -> list[int]:
+    """`count` different numbers of 0 .. total - 1 at random; all, if there are fewer."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+
+
+def load_pipeline_as(kind: type[Pipeline], name: str, argument: str = "model") -> Pipeline:
+    """A pipeline that shows no progress bar.
+
+    Raises:
+        ValueError: there is none to load; the message names the argument.
+    """
+    try:
+        pipe = kind.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"{argument} {name!r}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def load_pipeline(name: str) -> TextToImagePipeline:
-    """Raises ValueError, which names it, when there is no pipeline to load."""
-    try:
-        return TextToImagePipeline.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model {name!r}: {error}") from error
+    return load_pipeline_as(TextToImagePipeline, name)
 
 
 def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") -> TextToImagePipeline:
-    """The pipeline `model` with the components of these folders in place of its own, where they are given;
-    one that has none takes what the folder beside it holds."""
+    """The pipeline with the guides in these folders, where given; else its own, or those in the folder
+    MODEL-guidance beside it."""
     pipe, beside = load_pipeline(model), Path(f"{model.rstrip('/')}-guidance")
     if (pipe.noisy_clip is None or pipe.noisy_classifier is None) and beside.is_dir():
         pipe.load_guides(beside)
@@ -39,7 +67,7 @@ def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") ->
 
 
 def pipeline_key(pipe: TextToImagePipeline) -> str:
-    """A digest of all that draws: the weights and configs of U-Net, text encoder and VAE, the scheduler's."""
+    """A digest of the weights and configs of U-Net, text encoder and VAE, and of the scheduler's config."""
     models = (pipe.unet, pipe.text_encoder, pipe.vae)
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
     return content_key(
@@ -48,10 +76,15 @@ def pipeline_key(pipe: TextToImagePipeline) -> str:
     )
 
 
+def own_steps(pipe: DiffusionPipeline, num_inference_steps: int | None) -> int:
+    """The pipeline's own number of steps where None is given."""
+    return pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
+
+
 def own_guidance(
     pipe: TextToImagePipeline, guidance_scale: float | None, clip_guidance_scale: float | None
 ) -> tuple[float, float]:
-    """What the pipeline takes for these where it draws at its own size; see `guidance_defaults`."""
+    """Both scales with the pipeline's defaults at its own size filled in; see `guidance_defaults`."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scale, clip_scale = pipe.guidance_defaults(guidance_scale, clip_guidance_scale, (side, side))
     return float(scale), float(clip_scale)
@@ -74,20 +107,19 @@ def draw(
     """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
 
     Args:
-        num_inference_steps, guidance_scale, clip_guidance_scale: the model's own where None, the last if both
-            scales are; it is that of its noised CLIP.
-        folder: where each picture is kept as a PNG, so all are rounded to 256 levels. Its name is a digest
-            of the model, the caption's tokens, the seed and both settings: a run that goes on after it was
-            stopped, or wants more pictures, draws only those that are not there.
+        num_inference_steps, guidance_scale: None: the model's own.
+        clip_guidance_scale: by the noised CLIP. None: the model's own, or 0 if guidance_scale is given.
+        folder: each picture is kept here as a PNG, so all are rounded to 256 levels. Its name is a digest of
+            the model, the caption's tokens, the seed and the settings, so a run that was stopped, or wants
+            more pictures, draws only the missing ones.
         label: of the progress bar.
-        class_labels, classifier_guidance_scale: a class for each caption, and s of guidance to it by the
-            pipeline's noised classifier, 0 is off.
-        num_candidates: so many are drawn for each, the first with the seed seed + i, another with 2^24 more
-            than the one before (torch's CPU generator sees 32 bits of it), and the best is kept;
-            `batch_size` counts all that are drawn.
+        class_labels, classifier_guidance_scale: a class for each caption, and the scale of guidance towards
+            it by the pipeline's noised classifier; 0 is off.
+        num_candidates: pictures drawn for each caption, of which the best is kept. The first has the seed
+            seed + i, each further one 2^24 more (torch's CPU generator reads 32 bits of it); `batch_size`
+            counts all of them.
     """
-    pipe.set_progress_bar_config(disable=True)
-    steps = pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
+    steps = own_steps(pipe, num_inference_steps)
     scale, clip_guidance_scale = own_guidance(pipe, guidance_scale, clip_guidance_scale)
     paths: list[Path] = []
     if folder is not None:
@@ -130,7 +162,6 @@ def draw(
 
 
 def two_halves(total: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of `count` pictures of 0 .. total - 1 at random, and of as many others; fewer if need be."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(count, total // 2)
+    """`count` random numbers of 0 .. total - 1, and as many others; at most half of them in each."""
+    order, count = random_rows(total, total, seed), min(count, total // 2)
     return order[:count], order[count : 2 * count]

@@ -8,15 +8,16 @@ Reference of the Frechet distance: half A of the real training pictures; the mod
 half B. The floor is the real pictures of half B themselves.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from pipelines.coding.likelihood import chain_of
-from training.data.pictures import cache_pictures, load_pictures
 from training.evaluation.bits_per_dim import (
+    FOR_AN_ERROR,
     VARIANCES,
     BitsPerDimConfig,
     evaluation_chain,
@@ -24,42 +25,31 @@ from training.evaluation.bits_per_dim import (
     load_pixel_pipeline,
     mean_and_error,
     measure,
-    new_figure,
-    save_figure,
 )
+from training.evaluation.figures import new_figure, save_figure
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
-from training.evaluation.samples import draw, two_halves
-from training.run.settings import require
+from training.evaluation.samples import draw, read_pictures, two_halves
+from training.evaluation.settings import BatchSettings, CountSettings, JudgeSettings, SplitSettings, at_least
+from training.run.settings import AT_LEAST_0, require, setting, settings
 
 
-@dataclass
-class SamplingStepsConfig:
+@settings
+class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings, SplitSettings):
     """Settings of `training.evaluate sampling-steps`."""
 
-    models: list[str] = field(
-        default_factory=lambda: ["models/emoji:fixed_small", "models/emoji:fixed_large"],
-        metadata={"help": "Pipelines without a VAE, each FOLDER or FOLDER:VARIANCE_TYPE."},
+    models: list[str] = setting(
+        "Pipelines without a VAE, each FOLDER or FOLDER:VARIANCE_TYPE.",
+        ["models/emoji:fixed_small", "models/emoji:fixed_large"],
     )
-    steps: list[int] = field(
-        default_factory=lambda: [10, 25, 50, 100], metadata={"help": "Numbers of steps to compare."}
-    )
-    judge: str = field(default="models/judge", metadata={"help": "CLIP whose image space is used."})
-    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
-    split: str = field(default="validation", metadata={"help": "Split whose bits are counted."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
-    num_pictures: int = field(default=100, metadata={"help": "Pictures whose bits are counted; at least 2."})
-    num_drawn: int = field(default=1000, metadata={"help": "Pictures drawn, and in each half of real ones."})
-    guidance_scale: float = field(
-        default=1.0, metadata={"help": "Of the drawn pictures; 1 shows the model itself."}
-    )
-    batch_size: int = field(default=25, metadata={"help": "Pictures in one U-Net pass."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choices, the noise and the pictures."})
-    output: str = field(default="", metadata={"help": "PNG of both figures."})
-    json: str = field(default="", metadata={"help": "File for the figures."})
+    steps: list[int] = setting("Numbers of steps to compare.", [10, 25, 50, 100])
+    num_pictures: int = setting("Pictures whose bits are counted; at least 2.", 100, FOR_AN_ERROR)
+    num_drawn: int = setting("Pictures drawn, and in each half of real ones.", 1000, at_least(2))
+    guidance_scale: float = setting("Of the drawn pictures; 1 shows the model itself.", 1.0, AT_LEAST_0)
 
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        super().check()
         require(len(self.models) > 0, "models", self.models, "at least one pipeline")
         for model in self.models:
             _, variance = split_name(model)
@@ -67,9 +57,6 @@ class SamplingStepsConfig:
                 variance in (None, *VARIANCES), "models", model, f"FOLDER:VARIANCE_TYPE, one of {VARIANCES}"
             )
         require(len(self.steps) > 0 and min(self.steps) >= 1, "steps", self.steps, "numbers of 1 or more")
-        for name, least in (("num_pictures", 2), ("num_drawn", 2), ("batch_size", 1)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "0 or more")
 
 
 def split_name(model: str) -> tuple[str, str | None]:
@@ -89,9 +76,7 @@ class RealPictures:
 
 def real_pictures(config: SamplingStepsConfig, judge: Judge, side: int) -> RealPictures:
     """`num_drawn` pictures of the training split in each half, or half of it each if there are fewer."""
-    pictures = cache_pictures(
-        load_pictures(config.dataset, "train"), side, config.cache_dir, "image", "caption"
-    )
+    pictures = read_pictures(config, "train", side)
     require(len(pictures) >= 4, "dataset", config.dataset, "of at least 4 training pictures")
     first, second = two_halves(len(pictures), config.num_drawn, config.seed)
     reference, other = (judge.embed_images(pictures.images(half)) for half in (first, second))
@@ -154,8 +139,6 @@ def label(model: str) -> str:
 
 def draw_curves(figures: dict[str, Any], config: SamplingStepsConfig) -> None:
     """Both figures side by side, a curve for each model; steps and bits on logarithmic scales."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
     figure, (bits, distance) = new_figure(10, 4, columns=2)
     for model in config.models:
         rows = [figures[model][f"{steps} steps"] for steps in config.steps]

@@ -1,8 +1,27 @@
 """The settings that several commands of `training.evaluate` share, in groups to inherit from."""
 
-from training.run.settings import AT_LEAST_1, DataSettings, Settings, WordSettings, setting, settings
+from pathlib import Path
+from typing import Any
+
+from training.run.settings import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    DataSettings,
+    Rule,
+    Settings,
+    WordSettings,
+    setting,
+    settings,
+)
 
 OWN = "if empty the model's own, or that of the folder beside it with -guidance added."
+TRAINED = Rule(
+    lambda folder: not folder or (Path(folder) / "config.json").is_file(), "the folder of a trained one"
+)
+
+
+def at_least(least: int) -> Rule:
+    return Rule(lambda value: value >= least, f"at least {least}")
 
 
 @settings
@@ -16,10 +35,16 @@ class JudgeSettings(Settings):
 
 
 @settings
-class FigureSettings(DataSettings):
-    """What every measurement has: the data set, its seed, and where its results go."""
+class SeededSettings(DataSettings):
+    """The data set, and the seed of all that is random."""
 
     seed: int = setting("Seed of the choices, of the noise and of the first picture.", 0)
+
+
+@settings
+class FigureSettings(SeededSettings):
+    """What a measurement has: its pictures, and where its results go."""
+
     output: str = setting("PNG to write.", "")
     json: str = setting("File for the figures.", "")
 
@@ -47,26 +72,35 @@ class StepsSettings(Settings):
 
 
 @settings
-class GuidanceSettings(StepsSettings):
-    guidance_scale: float | None = setting("Classifier-free guidance; the model's own by default.", None)
-    clip_guidance_scale: float | None = setting(
-        "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given.", None
+class GuidanceSettings(StepsSettings, BatchSettings):
+    """How the model draws."""
+
+    guidance_scale: float | None = setting(
+        "Classifier-free guidance; the model's own by default.", None, AT_LEAST_0
     )
+    clip_guidance_scale: float | None = setting(
+        "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given.", None, AT_LEAST_0
+    )
+
+    def drawing(self) -> dict[str, Any]:
+        """The arguments of `samples.draw` by these names."""
+        names = ("num_inference_steps", "guidance_scale", "clip_guidance_scale", "batch_size")
+        return {name: getattr(self, name) for name in names}
 
 
 @settings
 class NoisyClipSettings(Settings):
-    noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "")
+    noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "", TRAINED)
 
 
 @settings
 class NoisyClassifierSettings(Settings):
-    noisy_classifier: str = setting("Folder of a NoisyClassifier; " + OWN, "")
+    noisy_classifier: str = setting("Folder of a NoisyClassifier; " + OWN, "", TRAINED)
 
 
 @settings
 class EvaluationConfig(
-    ModelSettings, JudgeSettings, GuidanceSettings, BatchSettings, CountSettings, WordSettings, SplitSettings
+    ModelSettings, JudgeSettings, GuidanceSettings, CountSettings, WordSettings, SplitSettings
 ):
     """Settings of `training.evaluate` zero-shot, retrieval, sheet and words."""
 

@@ -1,15 +1,13 @@
-"""A hundred names in four styles each, nothing picked: are the styles told apart, is it the right thing, and
-which training picture is nearest?
+"""A hundred names in four styles each, nothing picked: is each picture in the right style, of the right
+concept, and which training picture is nearest to it?
 
     python -m training.evaluate styles --model models/emoji --output styles
 
 The classifier is one of clean pictures (`training/configs/style_classifier.yaml`) that guides nothing.
 """
 
-import html
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,64 +17,46 @@ from torch import Tensor
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.drawing.images import image_grid, to_pil
 from pipelines.folders.files import save_png, write_file
-from training.data.pictures import PictureCache, cache_pictures, load_pictures
-from training.evaluation.judge import Judge, embed_concepts
+from training.data.pictures import load_pictures
+from training.evaluation.html_tags import document, heading, note, pair_tags, table_tag
+from training.evaluation.judge import Judge, embed_concepts, embed_pictures
 from training.evaluation.metrics import nearest_neighbours, recall_at
 from training.evaluation.redrawn import cache_redrawn
-from training.evaluation.report import embed_pictures
-from training.evaluation.report_page import STYLE, note, pair_tags, table_tag
-from training.evaluation.samples import draw, with_guides
-from training.evaluation.settings import OWN
-from training.run.settings import require
+from training.evaluation.samples import draw, random_rows, read_pictures, with_guides
+from training.evaluation.settings import (
+    FigureSettings,
+    GuidanceSettings,
+    JudgeSettings,
+    ModelSettings,
+    NoisyClassifierSettings,
+)
+from training.run.settings import AT_LEAST_0, AT_LEAST_1, Rule, require, setting, settings
 
-DRAWN = ("3d", "flat", "noto", "twemoji")
+DRAWN = ["3d", "flat", "noto", "twemoji"]
 
 
-@dataclass
-class StylesConfig:
+@settings
+class StylesConfig(ModelSettings, NoisyClassifierSettings, JudgeSettings, GuidanceSettings, FigureSettings):
     """Settings of `training.evaluate styles`."""
 
-    model: str = field(default="models/emoji", metadata={"help": "The pipeline to measure."})
-    classifier: str = field(
-        default="models/style-classifier", metadata={"help": "A NoisyClassifier of styles, for t = 0."}
+    classifier: str = setting(
+        "A NoisyClassifier of styles, for t = 0.",
+        "models/style-classifier",
+        Rule(lambda folder: (Path(folder) / "config.json").is_file(), "the folder of a NoisyClassifier"),
     )
-    judge: str = field(default="models/judge", metadata={"help": "The CLIP that scores pictures."})
-    dataset: str = field(default="data/emoji", metadata={"help": "Data set that training.emoji built."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures, their embeddings."})
-    styles: list[str] = field(default_factory=lambda: list(DRAWN), metadata={"help": "Each name in each."})
-    num_names: int = field(default=100, metadata={"help": "Names drawn at random of those in all styles."})
-    num_inference_steps: int | None = field(default=None, metadata={"help": "The model's own by default."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "The model's own by default."})
-    clip_guidance_scale: float | None = field(
-        default=None,
-        metadata={"help": "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given."},
+    styles: list[str] = setting("Each name in each.", DRAWN, Rule(bool, "one or more"))
+    num_names: int = setting("Names drawn at random of those in all styles.", 100, AT_LEAST_1)
+    classifier_guidance_scale: float = setting(
+        "Of guidance to each picture's style by noisy_classifier, 0 is off.", 0.0, AT_LEAST_0
     )
-    noisy_classifier: str = field(
-        default="", metadata={"help": "Folder of a NoisyClassifier that guides; " + OWN}
+    num_candidates: int = setting(
+        "So many drawn for each picture; the best by what guides is kept.", 1, AT_LEAST_1
     )
-    classifier_guidance_scale: float = field(
-        default=0.0, metadata={"help": "Of guidance to each picture's style by it, 0 is off."}
+    output: str = setting(
+        "Folder of the page, and of what was drawn.",
+        "styles",
+        Rule(lambda folder: not Path(folder).is_file(), "a folder, there is a file"),
     )
-    num_candidates: int = field(
-        default=1, metadata={"help": "So many drawn for each picture; the best by what guides is kept."}
-    )
-    batch_size: int = field(default=25, metadata={"help": "Pictures drawn at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choice and of the first picture."})
-    output: str = field(default="styles", metadata={"help": "Folder of the page, and of what was drawn."})
-    json: str = field(default="", metadata={"help": "File for the figures."})
-
-    def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
-        for name in ("num_names", "batch_size", "num_candidates"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(len(self.styles) > 0, "styles", self.styles, "one or more")
-        there = (Path(self.classifier) / "config.json").is_file()
-        require(there, "classifier", self.classifier, "the folder of a NoisyClassifier")
-        require(not Path(self.output).is_file(), "output", self.output, "a folder, there is a file")
-        scale, guide = self.classifier_guidance_scale, self.noisy_classifier
-        require(scale >= 0, "classifier_guidance_scale", scale, "0 or more")
-        there = not guide or (Path(guide) / "config.json").is_file()
-        require(there, "noisy_classifier", guide, "the folder of a trained one")
 
 
 def choose_rows(names: list[str], styles: list[str], wanted: list[str], count: int, seed: int) -> list[int]:
@@ -85,8 +65,8 @@ def choose_rows(names: list[str], styles: list[str], wanted: list[str], count: i
     for row, (name, style) in enumerate(zip(names, styles, strict=True)):
         places[name].setdefault(style, row)
     whole = sorted(name for name, own in places.items() if own.keys() >= set(wanted))
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return [places[whole[i]][style] for i in order for style in wanted]
+    chosen = random_rows(len(whole), count, seed)
+    return [places[whole[i]][style] for i in chosen for style in wanted]
 
 
 @torch.no_grad()
@@ -106,102 +86,93 @@ def accuracies(found: list[str], truth: list[str]) -> dict[str, float]:
     return {style: sum(own) / len(own) for style, own in right.items()}
 
 
-def styles(config: StylesConfig) -> dict[str, Any]:
-    """Accuracy of the styles, of drawn and of real held-out pictures; retrieval of the concept; writes the
-    page, each drawn picture beside its nearest training picture, and sheet.png."""
-    # First: a data set that is not there is told before anything is loaded
-    splits = {name: load_pictures(config.dataset, name) for name in ("train", "validation")}
-    pipe, judge = with_guides(config.model, noisy_classifier=config.noisy_classifier), Judge(config.judge)
+def load_models(config: StylesConfig) -> tuple[Any, Any]:
+    """(pipeline, classifier). ValueError for a style that one of the networks does not know."""
+    pipe = with_guides(config.model, noisy_classifier=config.noisy_classifier)
     classifier: Any = NoisyClassifier.from_pretrained(config.classifier).eval()
     known = list(classifier.config.labels)
     require(set(config.styles) <= set(known), "styles", config.styles, f"some of the classifier's, {known}")
-    guided = config.classifier_guidance_scale > 0
-    has = not guided or pipe.noisy_classifier is not None
-    require(has, "noisy_classifier", config.noisy_classifier, "given: this model has none")
-    guide = list(pipe.noisy_classifier.config.labels) if guided else config.styles
-    require(set(config.styles) <= set(guide), "styles", config.styles, f"some of noisy_classifier's, {guide}")
+    if config.classifier_guidance_scale > 0:
+        has = pipe.noisy_classifier is not None
+        require(has, "noisy_classifier", config.noisy_classifier, "given: this model has none")
+        guide = list(pipe.noisy_classifier.config.labels)
+        rule = f"some of noisy_classifier's, {guide}"
+        require(set(config.styles) <= set(guide), "styles", config.styles, rule)
+    return pipe, classifier
+
+
+def styles(config: StylesConfig) -> dict[str, Any]:
+    """Accuracy of the styles, of drawn and of real held-out pictures; retrieval of the concept; writes the
+    page, each drawn picture beside its nearest training picture, and sheet.png."""
+    for split in ("train", "validation"):  # a missing data set is reported before any model is loaded
+        load_pictures(config.dataset, split)
+    (pipe, classifier), judge = load_models(config), Judge(config.judge)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-
-    def read(split: str) -> PictureCache:
-        return cache_pictures(splits[split], side, config.cache_dir, "image", "caption")
-
-    train, held_out = read("train"), read("validation")
+    train, held_out = (read_pictures(config, split, side) for split in ("train", "validation"))
     names, own = train.columns["name"], train.columns["style"]
     rows = choose_rows(names, own, config.styles, config.num_names, config.seed)
     require(len(rows) > 0, "styles", config.styles, "styles that some name has all of")
-    captions = [f"{names[row]}, {own[row]} style" for row in rows]
+    captions, truth = [f"{names[row]}, {own[row]} style" for row in rows], [own[row] for row in rows]
     drawn = draw(
         pipe,
         captions,
-        seed=config.seed,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        clip_guidance_scale=config.clip_guidance_scale,
-        batch_size=config.batch_size,
+        config.seed,
+        **config.drawing(),
         folder=Path(config.output) / "samples",
-        class_labels=[own[row] for row in rows] if guided else None,
+        class_labels=truth if config.classifier_guidance_scale > 0 else None,
         classifier_guidance_scale=config.classifier_guidance_scale,
         num_candidates=config.num_candidates,
     )
     found = classify(classifier, drawn, config.styles)
     others = [i for i, style in enumerate(held_out.columns["style"]) if style in config.styles]
     kinds = [held_out.columns["style"][i] for i in others]
-    real = [("real held-out", held_out.images(others))]
+    real = {"real held-out": held_out.images(others)}
     if pipe.vae is None:  # what the model's smudges alone take from the classifier
         again = torch.from_numpy(cache_redrawn(held_out, pipe, config.cache_dir)[others])
-        real.append(("real held-out, redrawn", again.float() / 127.5 - 1))
+        real["real held-out, redrawn"] = again.float() / 127.5 - 1
+    accuracy = {"generated": accuracies(found, truth)}
+    accuracy |= {name: accuracies(classify(classifier, x, config.styles), kinds) for name, x in real.items()}
     embeds, all_embeds = judge.embed_images(drawn), embed_pictures(judge, train, config.cache_dir)
-    concepts, truth = embed_concepts(judge, config.dataset), [train.columns["concept"][row] for row in rows]
-    ranks = {"generated": concepts.rank(embeds, truth), "real": concepts.rank(all_embeds[rows], truth)}
-    distances, nearest = nearest_neighbours(embeds, all_embeds)
+    concepts, shown = embed_concepts(judge, config.dataset), [train.columns["concept"][row] for row in rows]
     figures: dict[str, Any] = {
         "model": config.model,
         "pictures": len(rows),
         "names": len(rows) // len(config.styles),
         "classifier_guidance_scale": config.classifier_guidance_scale,
         "num_candidates": config.num_candidates,
-        "style found, generated": accuracies(found, [own[row] for row in rows]),
-        **{
-            f"style found, {name}": accuracies(classify(classifier, x, config.styles), kinds)
-            for name, x in real
-        },
-        **{f"R@5, {column}": recall_at(places, 5) for column, places in ranks.items()},
+        **{f"style found, {name}": shares for name, shares in accuracy.items()},
+        "R@5, generated": recall_at(concepts.rank(embeds, shown), 5),
+        "R@5, real": recall_at(concepts.rank(all_embeds[rows], shown), 5),
     }
-    copies = train.images(nearest)
+    distances, nearest = nearest_neighbours(embeds, all_embeds)
     notes = [
         f"{caption}\nfound: {style}; nearest: {names[int(j)]}, {own[int(j)]}\ndistance {float(distance):.3f}"
         for caption, style, j, distance in zip(captions, found, nearest, distances, strict=True)
     ]
+    pairs = pair_tags(drawn, train.images(nearest), ("drawn", "nearest"), notes)
     folder = Path(config.output)
-    write_file(
-        folder / "index.html", page(config, figures, pair_tags(drawn, copies, ("drawn", "nearest"), notes))
-    )
+    write_file(folder / "index.html", page(config, figures, accuracy, pairs))
     columns = len(config.styles) * max(1, 20 // len(config.styles))
     save_png(image_grid(to_pil(drawn), columns=columns), folder / "sheet.png")
     write_file(folder / "styles.json", json.dumps(figures, indent=1) + "\n")
     return figures
 
 
-def page(config: StylesConfig, figures: dict[str, Any], pairs: str) -> str:
+def page(
+    config: StylesConfig, figures: dict[str, Any], accuracy: dict[str, dict[str, float]], pairs: str
+) -> str:
     rows = [
-        [
-            name,
-            *(
-                f"{figures[f'style found, {name}'].get(style, float('nan')):.3f}"
-                for style in ("all", *config.styles)
-            ),
-        ]
-        for name in ("generated", "real held-out", "real held-out, redrawn")
-        if f"style found, {name}" in figures
+        [name, *(f"{shares.get(style, float('nan')):.3f}" for style in ("all", *config.styles))]
+        for name, shares in accuracy.items()
     ]
     scale = config.classifier_guidance_scale
     guided = f" Each guided to its style by a noised classifier, at scale {scale:g}." if scale > 0 else ""
     count = config.num_candidates
     several = f"{count} seeds each, of which the guides keep one and nobody else picks"
     drawn = several if count > 1 else "one seed each, nothing picked"
-    title = html.escape(f"{config.model}: {figures['names']} names in {len(config.styles)} styles")
+    title = f"{config.model}: {figures['names']} names in {len(config.styles)} styles"
     body = [
-        f"<h1>{title}</h1>",
+        heading(1, title),
         table_tag(["style found", "all", *config.styles], rows),
         note(
             f"R@5 of the concept {figures['R@5, generated']:.3f}, real pictures of the same captions "
@@ -211,9 +182,4 @@ def page(config: StylesConfig, figures: dict[str, Any], pairs: str) -> str:
         ),
         pairs,
     ]
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
+    return document(title, body)

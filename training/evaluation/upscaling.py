@@ -8,7 +8,8 @@ out, the same ones for every way.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,16 @@ from pipelines.super_resolution import SuperResolutionPipeline
 from training.data.pairs import load_pairs
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
-from training.run.settings import require
+from training.evaluation.samples import load_pipeline_as, own_steps, random_rows
+from training.evaluation.settings import (
+    CountSettings,
+    JudgeSettings,
+    ModelSettings,
+    SplitSettings,
+    StepsSettings,
+    at_least,
+)
+from training.run.settings import PairSettings, require, setting, settings
 
 FILTERS = {
     name: getattr(Image.Resampling, name.upper())
@@ -32,28 +42,16 @@ FILTERS = {
 EDGE = 0.05  # standard deviation, in a square of a picture in [-1, 1], that is an edge
 
 
-@dataclass
-class UpscalingConfig:
+@settings
+class UpscalingConfig(
+    ModelSettings, JudgeSettings, StepsSettings, CountSettings, PairSettings, SplitSettings
+):
     """Settings of `training.evaluate upscaling`."""
 
-    model: str = field(default="models/emoji-upsampler", metadata={"help": "The upsampler to measure."})
-    judge: str = field(default="models/judge", metadata={"help": "The CLIP in whose features is measured."})
-    dataset: str = field(default="data/emoji-256", metadata={"help": "Data set of the large pictures."})
-    low_dataset: str = field(default="data/emoji", metadata={"help": "The same pictures, small."})
-    cache_dir: str = field(default="data/cache", metadata={"help": "Decoded pictures."})
-    split: str = field(default="validation", metadata={"help": "Split to take; concepts never trained on."})
-    resolution: int = field(default=256, metadata={"help": "Side of the large pictures, in pixels."})
-    low_resolution: int = field(default=64, metadata={"help": "Side of the small ones."})
-    num_pictures: int = field(default=200, metadata={"help": "Pictures drawn at random."})
-    num_inference_steps: int | None = field(default=None, metadata={"help": "The model's own by default."})
-    noise_level: int | None = field(default=None, metadata={"help": "The model's own by default."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choice, and of the first picture."})
-    output: str = field(default="", metadata={"help": "PNG: small, by the best filter, by the model, real."})
-    json: str = field(default="", metadata={"help": "File for the figures."})
-
-    def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
-        require(self.num_pictures >= 2, "num_pictures", self.num_pictures, "at least 2")
+    model: str = "models/emoji-upsampler"
+    num_pictures: int = setting("Pictures drawn at random.", 200, at_least(2))
+    noise_level: int | None = setting("The model's own by default.", None)
+    output: str = setting("PNG: small, by the best filter, by the model, real.", "")
 
 
 def enlarge_by(method: Image.Resampling, small: Tensor, side: int) -> Tensor:
@@ -90,33 +88,9 @@ def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> float:
     )
 
 
-def upscaling(config: UpscalingConfig) -> dict[str, Any]:
-    """For each way: Frechet distance and perceptual distance of the squares from the real ones in the judge's
-    features, PSNR, mean absolute difference of the shrunk result from the small picture and the largest
-    shift of a channel's mean from the real pictures' (both of 255 levels), seconds for a picture."""
-    try:
-        pipe = SuperResolutionPipeline.from_pretrained(config.model)
-    except OSError as error:
-        raise ValueError(f"model {config.model!r}: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    sides = (config.resolution, config.low_resolution)
-    require(config.resolution == pipe.scale * config.low_resolution, "resolution", config.resolution,
-            f"{pipe.scale} times low_resolution, {config.low_resolution}")  # fmt: skip
-    judge, scale = Judge(config.judge), pipe.scale
-    require(config.resolution % judge.image_size == 0, "resolution", config.resolution,
-            f"a multiple of what the judge sees, {judge.image_size}")  # fmt: skip
-    pairs = load_pairs(config.dataset, config.low_dataset, config.split, *sides, config.cache_dir)
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(pairs), generator=generator)[: config.num_pictures].tolist()
-    real, small = pairs.large.images(chosen), pairs.small.images(chosen)
-
-    ways: dict[str, Tensor] = {}
-    seconds: dict[str, float] = {}
-    for name, method in FILTERS.items():
-        start = time.perf_counter()
-        ways[name] = enlarge_by(method, small, config.resolution)
-        seconds[name] = (time.perf_counter() - start) / len(small)
-    start, drawn = time.perf_counter(), []
+def enlarge_with(pipe: SuperResolutionPipeline, config: UpscalingConfig, small: Tensor) -> Tensor:
+    """The same by the model, one picture at a time; picture i has the seed seed + i."""
+    drawn = []
     for i in tqdm(range(len(small)), desc="enlarging", unit="picture"):
         result: Any = pipe(
             image=small[i : i + 1] / 2 + 0.5,
@@ -126,9 +100,28 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
             output_type="pt",
         )
         drawn.append(to_tensor(to_pil(result.images * 2 - 1)[0]))
-    ways[config.model] = torch.cat(drawn)
-    seconds[config.model] = (time.perf_counter() - start) / len(small)
+    return torch.cat(drawn)
 
+
+def upscaling(config: UpscalingConfig) -> dict[str, Any]:
+    """For each way: Frechet distance and perceptual distance of the squares from the real ones in the judge's
+    features, PSNR, mean absolute difference of the shrunk result from the small picture and the largest
+    shift of a channel's mean from the real pictures' (both of 255 levels), seconds for a picture."""
+    pipe = load_pipeline_as(SuperResolutionPipeline, config.model)
+    judge, scale, side = Judge(config.judge), pipe.scale, config.resolution
+    rule = f"{scale} times low_resolution, {config.low_resolution}"
+    require(side == scale * config.low_resolution, "resolution", side, rule)
+    rule = f"a multiple of what the judge sees, {judge.image_size}"
+    require(side % judge.image_size == 0, "resolution", side, rule)
+    sides = (side, config.low_resolution)
+    pairs = load_pairs(config.dataset, config.low_dataset, config.split, *sides, config.cache_dir)
+    chosen = random_rows(len(pairs), config.num_pictures, config.seed)
+    real, small = pairs.large.images(chosen), pairs.small.images(chosen)
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        name: partial(enlarge_by, method, small, side) for name, method in FILTERS.items()
+    }
+    ways[config.model] = partial(enlarge_with, pipe, config, small)
     squares = cut_squares(real, judge.image_size)
     edges = squares.flatten(1).std(1) > EDGE
     real_layers, real_embeds = layers_of(judge, squares[edges]), judge.embed_images(squares[edges])
@@ -136,11 +129,13 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
         "split": config.split,
         "pictures": len(chosen),
         "squares": int(edges.sum()),
-        "steps": pipe.config["default_num_inference_steps"]
-        if config.num_inference_steps is None
-        else config.num_inference_steps,
+        "steps": own_steps(pipe, config.num_inference_steps),
     }
-    for name, pictures in ways.items():
+    enlarged: dict[str, Tensor] = {}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        pictures = enlarged[name] = way()
+        seconds = (time.perf_counter() - start) / len(small)
         own = cut_squares(pictures, judge.image_size)[edges]
         shrunk = torch.cat([to_tensor(picture.reduce(scale)) for picture in to_pil(pictures)])
         shift = (pictures - real).mean(dim=(0, 2, 3)).abs().max()
@@ -150,11 +145,11 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
             "PSNR": psnr(pictures, real),
             "shrunk, from the small picture": float((shrunk - small).abs().mean()) * 127.5,
             "shift of colour": float(shift) * 127.5,
-            "seconds": seconds[name],
+            "seconds": seconds,
         }
     if config.output:
         best = min(FILTERS, key=lambda name: figures[name]["perceptual distance"])
-        draw_sheet([small, ways[best], ways[config.model], real], best, config.output)
+        draw_sheet([small, enlarged[best], enlarged[config.model], real], best, config.output)
     return figures
 
 

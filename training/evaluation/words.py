@@ -50,7 +50,7 @@ class StatesEmbedder:
     embed_names = embed_texts
 
 
-def measure(config: EvaluationConfig) -> dict[str, Any]:
+def words(config: EvaluationConfig) -> dict[str, Any]:
     """How often the concept that a word means is the nearest, or among the five nearest, of all concepts.
 
     The figures "tower" are of the text tower's own space, "states" of the states that the U-Net reads,

@@ -1,0 +1,48 @@
+"""The splits that a report measures, and what its page shows of them besides figures."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from training.data.pictures import PictureCache
+
+SPLITS = {  # what the page calls them: the data set's name
+    "seen captions": "train",
+    "held-out compositions": "heldout_compositions",
+    "held-out concepts": "validation",
+}
+
+
+@dataclass
+class Part:
+    """One split: its real pictures with their embeddings, and those chosen to be drawn again."""
+
+    pictures: PictureCache
+    embeds: Tensor  # (N, D) of all its pictures
+    numbers: list[int]  # of those chosen
+    drawn: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, 3, H, W)
+    drawn_embeds: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, D)
+    ranks: dict[str, Tensor] = field(default_factory=dict)  # of the true concepts, (n,)
+    # cosine distance and number of the nearest training picture, (n,) each
+    neighbours: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.pictures.captions[self.pictures.choices[i][0]] for i in self.numbers]
+
+    @property
+    def concepts(self) -> list[str]:
+        return [self.pictures.columns["concept"][i] for i in self.numbers]
+
+    def real(self) -> Tensor:
+        """(n, 3, H, W): the real pictures of the captions that were drawn."""
+        return self.pictures.images(self.numbers)
+
+
+@dataclass
+class Measured:
+    """What the page shows besides the figures."""
+
+    parts: dict[str, Part]
+    distances: dict[str, Tensor]  # to the nearest training picture, of drawn and of real pictures

@@ -1,0 +1,83 @@
+"""Does the judge find what was asked for? Among all concepts, of drawn pictures and of real ones.
+
+python -m training.evaluate zero-shot --clip models/judge
+python -m training.evaluate retrieval --model models/emoji --judge models/judge
+python -m training.evaluate sheet --model models/emoji
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from pipelines.coding.likelihood import chain_of
+from pipelines.drawing.images import image_grid, to_pil
+from pipelines.folders.files import save_png
+from training.data.emoji import STYLES
+from training.data.words import SPLITS
+from training.evaluation.judge import Judge, embed_concepts, recall
+from training.evaluation.samples import draw, random_rows, read_pictures, with_guides
+from training.evaluation.settings import EvaluationConfig
+
+SHEET_PROMPTS = (
+    "red heart", "dog face", "pizza", "rocket", "grinning face",
+    "sunflower", "house", "red apple", "cat face", "crown",
+)  # fmt: skip
+ZERO_SHOT_PICTURES = 1000  # of each split, at most
+
+
+def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
+    """Classify pictures among all concepts by prompt templates alone (Radford 2021, section 3.1)."""
+    judge = Judge(config.clip or config.judge)
+    concepts = embed_concepts(judge, config.dataset)
+    figures: dict[str, Any] = {"concepts": len(concepts.ids)}
+    for split in [config.split] if config.split else SPLITS:
+        pictures = read_pictures(config, split, judge.image_size)
+        chosen = random_rows(len(pictures), ZERO_SHOT_PICTURES, config.seed)
+        truth = [pictures.columns["concept"][i] for i in chosen]
+        ranks = concepts.rank(judge.embed_images(pictures.images(chosen)), truth)
+        figures[split] = {"pictures": len(chosen), **recall(ranks)}
+    return figures
+
+
+def draw_captions(config: EvaluationConfig, captions: list[str]) -> Tensor:
+    """(N, 3, H, W) in [-1, 1]: what the model draws for them."""
+    pipe = with_guides(config.model)
+    if config.eta is not None:
+        pipe.scheduler = chain_of(pipe.scheduler, eta=config.eta)
+    return draw(pipe, captions, config.seed, **config.drawing())
+
+
+def retrieval(config: EvaluationConfig) -> dict[str, Any]:
+    """Draw random captions of a split and let the judge find the concept of each picture among all; real
+    pictures of the same captions beside them, and a shuffled control that knows nothing of the text."""
+    judge, split = Judge(config.judge), config.split or "train"
+    concepts = embed_concepts(judge, config.dataset)
+    pictures = read_pictures(config, split, judge.image_size)
+    chosen = random_rows(len(pictures), config.num_pictures, config.seed)
+    captions, truth = ([pictures.columns[c][i] for i in chosen] for c in ("caption", "concept"))
+    drawn = draw_captions(config, captions)
+    embeds = judge.embed_images(drawn)
+    figures = {
+        "split": split,
+        "pictures": len(chosen),
+        "concepts": len(concepts.ids),
+        "steps": config.num_inference_steps,
+        "generated": recall(concepts.rank(embeds, truth)),
+        "real": recall(concepts.rank(judge.embed_images(pictures.images(chosen)), truth)),
+        "shuffled": recall(concepts.rank(embeds.roll(1, dims=0), truth)),
+    }
+    if config.output:
+        save_png(image_grid(to_pil(drawn[:100]), columns=10), config.output)
+    return figures
+
+
+def sheet(config: EvaluationConfig) -> dict[str, Any]:
+    """Ten prompts down, ten across: the six styles and four without one. No picking: seeds in a row."""
+    styles = [*list(STYLES.values())[:6], "", "", "", ""]
+    captions = [
+        f"{name}, {style} style" if style else f"a {name}" for name in SHEET_PROMPTS for style in styles
+    ]
+    images = draw_captions(config, captions)
+    path = config.output or "sheet.png"
+    save_png(image_grid(to_pil(images), columns=10), path)
+    return {"sheet": path, "pictures": len(captions)}
