@@ -105,9 +105,7 @@ def gender_of(hexcode: str) -> str:
 
 def slug(name: str) -> str:
     """Icon-name form of a label: "Woman’s hat" -> "womans-hat"."""
-    plain = (
-        name.lower().replace("’", "").replace("'", "").replace("ñ", "n").replace("é", "e").replace("ô", "o")
-    )
+    plain = name.lower().translate(str.maketrans({"’": "", "'": "", "ñ": "n", "é": "e", "ô": "o"}))
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
@@ -122,21 +120,11 @@ def install_packages(npm_dir: Path) -> Path:
         return modules
     npm = shutil.which("npm")
     if npm is None:
-        raise RuntimeError(
-            "npm is not on this machine. Install Node.js (https://nodejs.org), which brings npm."
-        )
+        raise RuntimeError("npm is not on this machine. Install Node.js (https://nodejs.org), which has it.")
     npm_dir.mkdir(parents=True, exist_ok=True)
     packages = [f"{name}@{version}" for name, version in PACKAGE_VERSIONS.items()]
-    command = [
-        npm,
-        "install",
-        "--no-audit",
-        "--no-fund",
-        "--ignore-scripts",
-        "--prefix",
-        str(npm_dir),
-        *packages,
-    ]
+    options = ["--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(npm_dir)]
+    command = [npm, "install", *options, *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"npm could not fetch the art: {done.stderr.strip().splitlines()[-1:]}")
@@ -221,10 +209,8 @@ def iter_icons(
     folder = modules / "@iconify-json" / package
     icons = read_json(folder / "icons.json")
     # Both Fluent sets share their names, but only the flat one lists the characters.
-    chars = read_json(
-        (modules / "@iconify-json" / "fluent-emoji-flat" if package == "fluent-emoji" else folder)
-        / "chars.json"
-    )
+    named = folder.with_name("fluent-emoji-flat") if package == "fluent-emoji" else folder
+    chars = read_json(named / "chars.json")
     by_name = {name: normalise_hexcode(code) for code, name in chars.items()}
     seen: set[str] = set()
     for name in [*icons["icons"], *icons.get("aliases", {})]:
@@ -240,11 +226,8 @@ def iter_icons(
         body = icon["body"]
         if alias.get("hFlip"):
             body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
-        yield (
-            hexcode,
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}">{body}</svg>',
-        )
+        spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        yield hexcode, f'<svg {spaces} viewBox="{left} {top} {width} {height}">{body}</svg>'
 
 
 def with_article(name: str) -> str:
@@ -265,11 +248,8 @@ def telling_tags(emoji: dict[str, Emoji]) -> set[str]:
     concepts = {item.concept: item for item in emoji.values() if not any(item.tones)}
     in_names = set().union(*(words_of(item.name) for item in concepts.values()))
     counts = Counter(tag for item in concepts.values() for tag in item.tags)
-    return {
-        tag
-        for tag, n in counts.items()
-        if n < 40 and len(tag) > 1 and words_of(tag) and not words_of(tag) & in_names
-    }
+    few = {tag for tag, n in counts.items() if n < 40 and len(tag) > 1 and words_of(tag)}
+    return {tag for tag in few if not words_of(tag) & in_names}
 
 
 def caption_variants(item: Emoji, style: str, telling: set[str]) -> list[str]:
@@ -332,21 +312,9 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
 def validation_concepts(emoji: dict[str, Emoji], heldout: set[str], fraction: float) -> list[str]:
     """Concepts unseen in training, by hash. Flags, letters and keycaps stay in training: nothing in the
     name of an unseen one says what it looks like. So do the parts that held-out compositions need."""
-    drawable = [
-        item
-        for item in emoji.values()
-        if item.group != "flags" and item.subgroup not in ("keycap", "alphanum")
-    ]
+    items = emoji.values()
+    drawable = (i for i in items if i.group != "flags" and i.subgroup not in ("keycap", "alphanum"))
     needed = {emoji[code].concept for code in heldout}
-    needed |= {
-        item.concept
-        for item in emoji.values()
-        if item.name.split()[-1] in SHAPES or item.subgroup == "cat-face"
-    }
-    return sorted(
-        {
-            i.concept
-            for i in drawable
-            if i.concept not in needed and unit_hash(i.concept, "validation") < fraction
-        }
-    )
+    needed |= {i.concept for i in items if i.name.split()[-1] in SHAPES or i.subgroup == "cat-face"}
+    unseen = {i.concept for i in drawable if unit_hash(i.concept, "validation") < fraction}
+    return sorted(unseen - needed)

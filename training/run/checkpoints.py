@@ -89,10 +89,8 @@ def check_shapes(saved: dict[str, tuple[int, ...]], expected: dict[str, Tensor],
     if not saved:
         raise ValueError(f"{part} has no safetensors")
     for name in sorted(saved.keys() | expected.keys()):
-        there, here = (
-            saved.get(name, "missing"),
-            tuple(expected[name].shape) if name in expected else "unknown",
-        )
+        there = saved.get(name, "missing")
+        here = tuple(expected[name].shape) if name in expected else "unknown"
         if there != here:
             raise ValueError(f"it holds another model: {name} is {there} in {part}, and {here} in this one")
 
@@ -268,9 +266,8 @@ class Checkpoints:
             if unlisted := self._unlisted(path):
                 return unlisted
             self.files.check(self._models(), path)
-            for name in (
-                ("optimizer.bin", "scheduler.bin") if not (path / "checkpoint.json").is_file() else ()
-            ):
+            listed = (path / "checkpoint.json").is_file()
+            for name in () if listed else ("optimizer.bin", "scheduler.bin"):
                 if not zipfile.is_zipfile(path / name):  # torch's format, whose directory is at its end
                     return f"{name} is missing or not whole"
         except (ValueError, OSError) as error:
