@@ -1,5 +1,6 @@
 """Text to image: `TextToImagePipeline`, in pixels or in a VAE's latents."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -157,38 +158,18 @@ class TextToImagePipeline(
 
     # ---- what callbacks and callers may read
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
-
-    @property
-    def clip_guidance_scale(self) -> float:
-        return self._clip_guidance_scale
+    guidance_scale = property(attrgetter("_guidance_scale"))
+    guidance_rescale = property(attrgetter("_guidance_rescale"))
+    clip_guidance_scale = property(attrgetter("_clip_guidance_scale"))
+    clip_skip = property(attrgetter("_clip_skip"))
+    cross_attention_kwargs = property(attrgetter("_cross_attention_kwargs"))
+    num_timesteps = property(attrgetter("_num_timesteps"))
+    interrupt = property(attrgetter("_interrupt"))
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """guidance_scale > 1, unless the U-Net takes the scale as an input (time_cond_proj_dim)."""
         return self._guidance_scale > 1 and self.unet.config.get("time_cond_proj_dim") is None
-
-    @property
-    def clip_skip(self) -> int | None:
-        return self._clip_skip
-
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     def guidance_defaults(
         self, guidance_scale: float | None, clip_guidance_scale: float | None, size: tuple[int, int] | Any

@@ -28,11 +28,13 @@ def written_aside(target: str | Path, many_writers: bool = False) -> Iterator[Pa
     partial = target.with_name(
         f"{target.name}.{os.getpid()}.partial" if many_writers else f"{target.name}.partial"
     )
+    replaced = target.with_name(f"{target.name}.replaced")
+    if replaced.is_dir() and not target.exists():  # a process was killed between the two renames below
+        replaced.rename(target)
     _remove(partial)
     try:
         yield partial
         if target.is_dir() and partial.is_dir():  # a rename replaces no folder that holds something
-            replaced = target.with_name(f"{target.name}.replaced")
             _remove(replaced)
             target.rename(replaced)
             partial.rename(target)
