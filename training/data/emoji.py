@@ -105,7 +105,7 @@ def gender_of(hexcode: str) -> str:
 
 def slug(name: str) -> str:
     """Icon-name form of a label: "Woman’s hat" -> "womans-hat"."""
-    plain = name.lower().translate(str.maketrans({"’": "", "'": "", "ñ": "n", "é": "e", "ô": "o"}))
+    plain = name.lower().translate(str.maketrans("ñéô", "neo", "’'"))
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
