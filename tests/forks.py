@@ -50,8 +50,9 @@ class Forks:
 def train(losses: str, stop: int, *arguments: str) -> None:
     """`python -m training.text_to_image`; adds to `losses` a line for each step; ends after step `stop`."""
     from training import text_to_image
+    from training.run import loop
 
-    real = text_to_image.fit
+    real = loop.fit
 
     def fit(*args: Any, **kwargs: Any) -> Any:
         for result in real(*args, **kwargs):
@@ -62,7 +63,7 @@ def train(losses: str, stop: int, *arguments: str) -> None:
             if result.step == stop:
                 os._exit(0)
 
-    text_to_image.fit = fit
+    loop.fit = fit
     sys.argv = ["text_to_image", *arguments]
     text_to_image.main()
 
@@ -71,7 +72,7 @@ def fill_cache(path: str, log: str) -> None:
     """`memory_map` of an array that takes half a second to fill; a line in `log` for each filling."""
     import numpy as np
 
-    from training.data.caches import memory_map
+    from training.data.arrays import memory_map
 
     def fill(target: Any) -> None:
         with open(log, "a") as file:

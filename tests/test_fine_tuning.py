@@ -113,10 +113,10 @@ def test_a_size_that_the_model_cannot_take_is_named(vae, make_pipeline, make_une
     """In patches of four, and in a VAE's halves."""
     pipe = TextToImagePipeline.from_pretrained(stable_diffusion_folder) if vae else None
     pipe = pipe or make_pipeline(unet=make_unet(patch_size=4))
-    assert resolution_of(TextToImageConfig("out"), pipe) == (32 if vae else 16)
-    assert resolution_of(TextToImageConfig("out", resolution=24), pipe) == 24
+    assert resolution_of(TextToImageConfig(output_dir="out"), pipe) == (32 if vae else 16)
+    assert resolution_of(TextToImageConfig(output_dir="out", resolution=24), pipe) == 24
     with pytest.raises(ValueError, match=f"resolution must be a multiple of {2 if vae else 4} .*, got 25"):
-        resolution_of(TextToImageConfig("out", resolution=25), pipe)
+        resolution_of(TextToImageConfig(output_dir="out", resolution=25), pipe)
 
 
 # ------------------------------------------------------------ Stable Diffusion folders
