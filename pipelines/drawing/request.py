@@ -221,7 +221,7 @@ class Request:
     guidance_interval: tuple[float, float] | None = argument(
         None, optional(Rule(_is_interval, "noise levels (lo, hi), 0 <= lo < hi")),
         "(lo, hi) in sigma = sqrt((1 - abar) / abar): guidance of any kind is on where lo < sigma <= hi, and "
-        "elsewhere its passes are left out (Kynkaanniemi et al. 2024).",
+        "elsewhere its passes are left out (Kynkaanniemi et al. 2024).", EVERY, tuple,
     )  # fmt: skip
     pooled_prompt_embeds: torch.Tensor | None = argument(
         None, ANYTHING, "(B, P), with `prompt_embeds`, where `requires_pooled_text` is true."
@@ -256,7 +256,7 @@ class Request:
     combined_prompts: dict[str, float] | None = argument(
         None, optional(Rule(_are_weighted, "a dict of prompts and their weights")),
         "Further prompts and their weights w_i, drawn together with each prompt: uncond + s [(cond - uncond) "
-        "+ sum_i w_i (cond_i - uncond)]; w_i < 0 to stay away.",
+        "+ sum_i w_i (cond_i - uncond)]; w_i < 0 to stay away.", EVERY, dict,
     )  # fmt: skip
     num_candidates: int = argument(
         1, COUNT, "Draw this many for each picture, and keep the best by CLIP, and by a class.", EVERY, int
