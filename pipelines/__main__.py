@@ -1,6 +1,6 @@
-"""The command line: `python -m pipelines draw "a corgi in a party hat"`, or edit, enlarge, classify, train, models.
+"""`python -m pipelines draw "a corgi in a party hat"`, and edit, enlarge, classify, train, models.
 
-Pictures are PNG files that say how they were made. Flags are the arguments of `drawing.request.Request`, and are
+Pictures are PNG files that say how they were made. Flags are the arguments of `drawing.request.Request`,
 checked before torch is imported, so that a mistake is answered at once: one line, exit code 2.
 """
 
@@ -160,7 +160,8 @@ def load(args: argparse.Namespace, call: dict[str, Any]) -> Any:
             print(
                 f"Drawn without the CLIP guidance of {own:g} that this model asks for: "
                 f"{args.model.resolve().name}-guidance is not beside it. --guides PATH names another folder, "
-                "models/emoji-guidance for a model tuned from models/emoji; --clip-guidance-scale 0 does without.",
+                "models/emoji-guidance for a model tuned from models/emoji; --clip-guidance-scale 0 "
+                "does without.",
                 file=sys.stderr,
             )
     if args.clip_guidance_model is not None:
@@ -320,7 +321,7 @@ def enlarge(args: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def classify(args: argparse.Namespace, _rest: list[str]) -> None:
-    """Says which label fits each picture best: softmax over labels of exp(logit_scale) f(picture) . g(label)."""
+    """Softmax over the labels of exp(logit_scale) f(picture) . g(label), by a clean CLIP."""
     labels = [label.strip() for label in args.labels.split(",") if label.strip()]
     if not labels:
         raise ValueError("--labels names no label")

@@ -1,4 +1,4 @@
-"""Flags of the command line: the arguments of `drawing.request.Request`, with dashes, and their names of 0.1."""
+"""Flags of the command line: the arguments of `drawing.request.Request`, and what they were called in 0.1."""
 
 import argparse
 import json
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) -> None
 
 
 def add(parser: argparse.ArgumentParser, name: str, tell: str, **options: Any) -> None:
-    options = {"dest": name, "action": Store, "default": argparse.SUPPRESS} | options
+    settings: dict[str, Any] = {"dest": name, "action": Store, "default": argparse.SUPPRESS} | options
     spellings = dict.fromkeys([flag(name), f"--{name}"])
-    parser.add_argument(next(iter(spellings)), help=tell, **options)
+    parser.add_argument(next(iter(spellings)), help=tell, **settings)
     for other in [*list(spellings)[1:], *(old for old, new in RENAMED.items() if new == name)]:
-        parser.add_argument(other, help=argparse.SUPPRESS, **options)
+        parser.add_argument(other, help=argparse.SUPPRESS, **settings)

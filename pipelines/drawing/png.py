@@ -46,8 +46,8 @@ def settings_of(call: dict[str, Any]) -> dict[str, str]:
     text = {}
     for name, value in call.items():
         default = ARGUMENTS[name].default if name in ARGUMENTS else None
-        unset = value is None or value == default or (value == 0 and not default)
-        if name in ALWAYS or not unset:
+        off = name == "clip_guidance_scale" and value == 0
+        if name in ALWAYS or not (off or value in (None, "", default)):
             listed = isinstance(value, dict | list | tuple)
             text[name] = json.dumps(value, ensure_ascii=False) if listed else str(value)
     return text
