@@ -1,5 +1,7 @@
 """The tab that enlarges a picture by the upsampler."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -19,6 +21,55 @@ MAX_AREA = 512 * 512  # pixels of a picture that is to be enlarged: half a minut
 
 def missing_tab() -> None:
     gr.HTML(f"<p>{MISSING}</p>", elem_id="no_upsampler", elem_classes="note")
+
+
+def enlarge_event(upsampler: Any) -> Callable[..., Any]:
+    """The function behind the button and /enlarge."""
+
+    @common.takes_old_names(steps="num_inference_steps")
+    def enlarge(
+        image: str | None,
+        noise_level: int,
+        num_inference_steps: int,
+        seed: float | None,
+        prompt: str,
+        history: list[str],
+        progress: gr.Progress = gr.Progress(),
+    ) -> tuple[str, int, str, list[str]]:
+        """Enlarge a picture, with details of the model's own."""
+        original, number = read_picture(image), common.whole_seed(seed)
+        if original.width * original.height > MAX_AREA:
+            raise user_error(
+                f"The picture has {original.width} × {original.height} pixels; at most 512 × 512, or as "
+                f"many in another shape, are enlarged here: make it smaller first."
+            )
+        with told_plainly():
+            large = upsampler(
+                prompt or None,
+                image=original,
+                num_inference_steps=num_inference_steps,
+                noise_level=noise_level,
+                generator=common.generators([number])[0],
+                callback_on_step_end=common.callback(progress, num_inference_steps, "Enlarging"),
+            ).images[0]
+        about = {
+            "prompt": prompt,
+            "seed": number,
+            "num_inference_steps": num_inference_steps,
+            "noise_level": noise_level,
+            "task": "enlarge",
+        }
+        path = common.save_picture(large, upsampler, f"enlarged_seed{number}", about)
+        return path, number, path, common.remember(history, [path])
+
+    return enlarge
+
+
+def before_and_after(scale: int, path: str) -> tuple[Image.Image, str]:
+    """The large picture beside the small one, which it shrinks to, with its pixels showing."""
+    with Image.open(path) as large:
+        small = large.resize([side // scale for side in large.size], Image.Resampling.BOX)
+        return small.resize(large.size, Image.Resampling.NEAREST), path
 
 
 def enlarge_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]:
@@ -73,64 +124,23 @@ def enlarge_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.R
     file = gr.Image(label="Large", type="filepath", format="png", interactive=False, visible=False)
     picture = gr.State(None)
 
-    def enlarge(
-        image: str | None,
-        noise_level: int,
-        steps: int,
-        seed: float | None,
-        prompt: str,
-        history: list[str],
-        progress: gr.Progress = gr.Progress(),
-    ) -> tuple[str, int, str, list[str]]:
-        """Enlarge a picture, with details of the model's own."""
-        original, number = read_picture(image), common.whole_seed(seed)
-        if original.width * original.height > MAX_AREA:
-            raise user_error(
-                f"The picture has {original.width} × {original.height} pixels; at most 512 × 512, or as "
-                f"many in another shape, are enlarged here: make it smaller first."
-            )
-        with told_plainly():
-            large = upsampler(
-                prompt or None,
-                image=original,
-                num_inference_steps=steps,
-                noise_level=noise_level,
-                generator=common.generators([number])[0],
-                callback_on_step_end=common.callback(progress, steps, "Enlarging"),
-            ).images[0]
-        about = {
-            "prompt": prompt,
-            "seed": number,
-            "steps": steps,
-            "noise_level": noise_level,
-            "task": "enlarge",
-        }
-        path = common.save_picture(large, upsampler, f"enlarged_seed{number}", about)
-        return path, number, path, common.remember(history, [path])
-
-    def before_and_after(path: str) -> tuple[Image.Image, str]:
-        """The large picture beside the small one, which it shrinks to, with its pixels showing."""
-        with Image.open(path) as large:
-            small = large.resize([side // scale for side in large.size], Image.Resampling.BOX)
-            return small.resize(large.size, Image.Resampling.NEAREST), path
-
     go.click(common.next_seed, [seed, new_each_time], seed, queue=False, **QUIETLY).then(
-        enlarge,
-        [source, noise_level, steps, seed, prompt, history],
+        enlarge_event(upsampler),
+        [source, noise_level, steps, seed, prompt, history, common.old_name(steps)],
         [file, seed, picture, history],
         show_progress_on=compare,
         api_name="enlarge",
         **MODEL_QUEUE,
-    ).success(before_and_after, picture, compare, **QUIETLY)
+    ).success(functools.partial(before_and_after, scale), picture, compare, **QUIETLY)
 
     def show(path: str, about: dict[str, str]) -> dict:
-        return {compare: before_and_after(path), picture: path}
+        return {compare: before_and_after(scale, path), picture: path}
 
     fields = {
         "prompt": prompt,
         "seed": seed,
         "new_each_time": new_each_time,
-        "steps": steps,
+        "num_inference_steps": steps,
         "noise_level": noise_level,
     }
     return Tab(fields, picture, show, [compare, picture], lambda path: {source: path}, [source]), sending
