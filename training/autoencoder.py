@@ -19,8 +19,6 @@ from pipelines.folders.files import written_aside
 from training.data.pictures import PictureCache, cache_pictures, load_pictures, seed_for
 from training.run.loop import Training
 from training.run.settings import (
-    AT_LEAST_0,
-    AT_LEAST_1,
     ColumnSettings,
     PictureSettings,
     RunSettings,
@@ -28,18 +26,16 @@ from training.run.settings import (
     parse_config,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 
-@settings
 class AutoencoderConfig(RunSettings, PictureSettings, ColumnSettings, TimeSettings):
     """Settings of `training.autoencoder`."""
 
     block_out_channels: list[int] = setting("Width of each level.", [32, 64, 128, 128])
-    latent_channels: int = setting("Channels of the latent.", 8, AT_LEAST_1)
-    kl_weight: float = setting("Weight of KL(q(z given x), N(0, I)), per pixel.", 1e-5, AT_LEAST_0)
+    latent_channels: int = setting("Channels of the latent.", 8, "at least 1")
+    kl_weight: float = setting("Weight of KL(q(z given x), N(0, I)), per pixel.", 1e-5, "0 or more")
     train_batch_size: int = 16
     max_train_steps: int = 4000
 

@@ -20,19 +20,16 @@ from training.objectives.noised import NoisedPictures
 from training.run.guides import TowerSettings, train_guide
 from training.run.loop import LossFunction
 from training.run.settings import (
-    ABOVE_0,
     AverageSettings,
     TimestepSettings,
     parse_config,
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 
-@settings
 class ClassifierConfig(TowerSettings, AverageSettings, TimestepSettings):
     """Settings of `training.classifier`."""
 
@@ -42,7 +39,7 @@ class ClassifierConfig(TowerSettings, AverageSettings, TimestepSettings):
         "For each column, below which t it is learned and guides; default all t.", None
     )
     guidance_limit: float | None = setting(
-        "By how much, RMS, it may move the predicted noise; default any.", None, ABOVE_0
+        "By how much, RMS, it may move the predicted noise; default any.", None, "above 0"
     )
     flip: bool = setting("Augmentation: mirror half of the pictures.", False)
     train_batch_size: int = 128

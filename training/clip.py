@@ -48,41 +48,37 @@ from training.run.guides import TowerSettings, train_guide
 from training.run.loop import LossFunction, Training
 from training.run.optimizers import make_adamw
 from training.run.settings import (
-    AT_LEAST_0,
-    AT_LEAST_1,
     CaptionSettings,
     PictureSettings,
     parse_config,
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 MAX_LOGIT_SCALE = 4.6052  # the temperature's inverse is at most 100, as CLIP's
 
 
-@settings
 class ClipTrainingConfig(TowerSettings, DistillationSettings, PictureSettings, CaptionSettings):
     """Settings of `training.clip`."""
 
     patch_size: int = 8
-    vision_width: int = setting("Width of the image tower.", 256, AT_LEAST_1)
-    vision_layers: int = setting("Layers of the image tower.", 6, AT_LEAST_1)
-    text_width: int = setting("Width of the text tower.", 256, AT_LEAST_1)
-    text_layers: int = setting("Layers of the text tower.", 6, AT_LEAST_1)
-    head_dim: int = setting("Width of one attention head in both towers.", 64, AT_LEAST_1)
-    num_merges: int = setting("How many of CLIP's merges the vocabulary keeps.", 8192, AT_LEAST_0)
-    context_length: int = setting("Tokens of a caption, start and end included.", 32, AT_LEAST_1)
-    noise: float = setting("Augmentation: Gaussian noise up to this deviation.", 0.15, AT_LEAST_0)
+    vision_width: int = setting("Width of the image tower.", 256, "at least 1")
+    vision_layers: int = setting("Layers of the image tower.", 6, "at least 1")
+    text_width: int = setting("Width of the text tower.", 256, "at least 1")
+    text_layers: int = setting("Layers of the text tower.", 6, "at least 1")
+    head_dim: int = setting("Width of one attention head in both towers.", 64, "at least 1")
+    num_merges: int = setting("How many of CLIP's merges the vocabulary keeps.", 8192, "0 or more")
+    context_length: int = setting("Tokens of a caption, start and end included.", 32, "at least 1")
+    noise: float = setting("Augmentation: Gaussian noise up to this deviation.", 0.15, "0 or more")
     attention: str = setting("eager or sdpa; in bf16 on a CPU eager is faster.", "eager")
     text_steps: int = setting("So many steps at the start see no pictures, only the teacher.", 0)
     distill_weight: float = setting(
-        "Weight of the distillation beside the contrastive loss.", 10.0, AT_LEAST_0
+        "Weight of the distillation beside the contrastive loss.", 10.0, "0 or more"
     )
     states_weight: float = setting(
-        "Weight of the states that a U-Net reads, in the distillation.", 0.5, AT_LEAST_0
+        "Weight of the states that a U-Net reads, in the distillation.", 0.5, "0 or more"
     )
     start_from_teacher: bool = setting(
         "With distill: token vectors start as the teacher sees the tokens.", True

