@@ -55,10 +55,8 @@ class Autoencoder(AutoencoderKL):
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error of the picture and, as much again, of its differences between neighbours: flat art
     lives by its edges, and the plain error blurs them."""
-    edges = F.l1_loss(decoded.diff(dim=-1), images.diff(dim=-1)) + F.l1_loss(
-        decoded.diff(dim=-2), images.diff(dim=-2)
-    )
-    return F.l1_loss(decoded, images) + edges
+    across, down = (F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
+    return F.l1_loss(decoded, images) + (across + down)
 
 
 class AutoencoderLoss:
@@ -80,15 +78,11 @@ class AutoencoderLoss:
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     levels = len(config.block_out_channels)
     return Autoencoder(
-        sample_size=config.resolution,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=1,
-        latent_channels=config.latent_channels,
-        norm_num_groups=16,
-        mid_block_add_attention=False,
-    )
+        sample_size=config.resolution, latent_channels=config.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.block_out_channels), layers_per_block=1,
+        norm_num_groups=16, mid_block_add_attention=False,
+    )  # fmt: skip
 
 
 def main() -> None:
