@@ -26,8 +26,8 @@ from tqdm import tqdm
 from pipelines import ConditionalUNet, InpaintPipeline, TextToImagePipeline
 from pipelines.drawing.images import image_grid
 from pipelines.folders.files import written_aside
-from training.data.caches import LatentCache, LiveText, cache_latents, cache_text
-from training.data.pictures import NoSuchSplit, PictureCache, cache_pictures, load_pictures
+from training.data.caches import LiveText, cache_latents, cache_text
+from training.data.pictures import NoSuchSplit, cache_pictures, load_pictures
 from training.data.streaming import PictureStream
 from training.objectives.denoising import DenoisingLoss, DenoisingSettings, diffusion_loss, validation_loss
 from training.objectives.losses import LossAwareTimesteps
@@ -50,7 +50,7 @@ from training.run.settings import (
 )
 from training.run.start import Run
 
-Pictures = PictureCache | LatentCache
+SCHEDULES = [kind.value for kind in SchedulerType]
 
 
 class TextToImageConfig(
@@ -97,11 +97,7 @@ class TextToImageConfig(
     optimizer: str = "adamw"
     learning_rate: float = 4e-4
     scale_lr: bool = setting("Multiply the learning rates by the pictures of one optimizer step.", False)
-    lr_scheduler: str = setting(
-        "A schedule of diffusers.optimization.",
-        "constant_with_warmup",
-        [kind.value for kind in SchedulerType],
-    )
+    lr_scheduler: str = setting("A schedule of diffusers.optimization.", "constant_with_warmup", SCHEDULES)
     lr_warmup_steps: int = 300
     adam_beta1: float = setting("AdamW's first beta.", 0.9)
     adam_beta2: float = setting("AdamW's second beta.", 0.99)
@@ -162,10 +158,10 @@ def load_data(config: TextToImageConfig, pipe: TextToImagePipeline, split: str, 
     """Pictures in [-1, 1], or latents where the pipeline has a VAE, with captions; or a stream of them."""
     folder, column = config.train_data_dir, config.caption_column
     require(folder is None or Path(folder).is_dir(), "train_data_dir", folder, "a folder that is there")
-    source = folder or config.dataset_name or ""
+    source, named = folder or config.dataset_name or "", config.dataset_config_name
     size, crop = resolution_of(config, pipe), config.center_crop
     strict, streaming = config.strict, config.streaming
-    data = load_pictures(source, split, config.dataset_config_name, None, streaming, column, strict)
+    data = load_pictures(source, split, named, streaming=streaming, caption_column=column, strict=strict)
     if config.max_train_samples:
         count = config.max_train_samples
         data = data.take(count) if streaming else data.select(range(min(count, len(data))))
@@ -176,10 +172,8 @@ def load_data(config: TextToImageConfig, pipe: TextToImagePipeline, split: str, 
             strict=strict, buffer_size=config.shuffle_buffer,
         )  # fmt: skip
     pictures = cache_pictures(data, size, config.cache_dir, config.image_column, column, crop, strict)
-    if pipe.vae is None:
-        return pictures
     mirrored = config.random_flip and split == "train"
-    return cache_latents(pictures, pipe.vae, config.cache_dir, mirrored)
+    return pictures if pipe.vae is None else cache_latents(pictures, pipe.vae, config.cache_dir, mirrored)
 
 
 def load_all(config: TextToImageConfig, pipe: TextToImagePipeline, run: Run) -> tuple[Any, Any, Any]:
@@ -203,12 +197,9 @@ def load_all(config: TextToImageConfig, pipe: TextToImagePipeline, run: Run) -> 
 
 
 def validate(
-    config: TextToImageConfig,
-    pipe: TextToImagePipeline,
-    loss: DenoisingLoss,
-    parts: dict[str, Any],
-    step: int,
-) -> dict[str, float]:
+    config: TextToImageConfig, pipe: TextToImagePipeline, loss: DenoisingLoss,
+    parts: dict[str, Any], step: int,
+) -> dict[str, float]:  # fmt: skip
     """Print the losses by timestep on the fixed noise of each part of the data, draw the prompts; returns
     what the tracker is to log."""
     log: dict[str, float] = {}
@@ -216,12 +207,9 @@ def validate(
         buckets = validation_loss(loss, part, config.seed)
         log |= {f"{name}_loss/t{i * 100:03d}": value for i, value in enumerate(buckets)}
         log[f"{name}_loss/mean"] = sum(buckets) / len(buckets)
-        shown = " ".join(f"{bucket:.4f}" for bucket in buckets)
-        tqdm.write(f"step {step} {name} loss by t: {shown}")
-    prompts = config.validation_prompts
-    if config.validation_prompt:
-        prompts = prompts + [config.validation_prompt] * config.num_validation_images
-    if prompts:
+        tqdm.write(f"step {step} {name} loss by t: " + " ".join(f"{bucket:.4f}" for bucket in buckets))
+    one_more = [config.validation_prompt] * config.num_validation_images if config.validation_prompt else []
+    if prompts := config.validation_prompts + one_more:
         save_sheet(pipe, prompts, Path(config.output_dir) / "samples" / f"{step:07d}.png", config.seed)
     return log
 
@@ -232,8 +220,8 @@ def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: 
     pipe.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {}
     if isinstance(pipe, InpaintPipeline):  # all of it is to be painted
-        width, height = pipe.sample_size
-        given = {name: Image.new("L", (width, height), "white") for name in ("image", "mask_image")}
+        white = Image.new("L", pipe.sample_size, "white")
+        given = {"image": white, "mask_image": white}
     drawn: Any = pipe(prompts, num_inference_steps=25, generator=generators, **given)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(drawn.images, columns=8).save(path)
@@ -244,23 +232,22 @@ def save_result(
 ) -> Path:
     """The trained pipeline in output_dir/pipeline, or the adapters' file in output_dir; also uploaded if
     `repo` names a Hub repository."""
-    output = Path(config.output_dir)
+    output, token = Path(config.output_dir), config.hub_token
+    result = output / ("pipeline" if config.rank is None else FILE)
     with tempfile.TemporaryDirectory(dir=output) as aside:
-        if config.rank is not None:
-            LoraFile().save(models, Path(aside))
-            (Path(aside) / FILE).replace(output / FILE)
-        else:
+        if config.rank is None:
             named = Path(aside) / output.resolve().name  # the model card is headed by the folder's name
             pipe.save_pretrained(str(named))
-            with written_aside(output / "pipeline") as partial:
+            with written_aside(result) as partial:
                 named.rename(partial)
-    if config.rank is None:
-        if repo:
-            pipe.push_to_hub(repo, token=config.hub_token)
-        return output / "pipeline"
-    if repo:
-        upload_file(path_or_fileobj=output / FILE, path_in_repo=FILE, repo_id=repo, token=config.hub_token)
-    return output / FILE
+        else:
+            LoraFile().save(models, Path(aside))
+            (Path(aside) / FILE).replace(result)
+    if repo and config.rank is None:
+        pipe.push_to_hub(repo, token=token)
+    elif repo:
+        upload_file(path_or_fileobj=result, path_in_repo=FILE, repo_id=repo, token=token)
+    return result
 
 
 # ------------------------------------------------------------ the run
@@ -292,28 +279,21 @@ def prepare_learning(config: TextToImageConfig, pipe: TextToImagePipeline) -> li
 
 
 def start_training(
-    config: TextToImageConfig,
-    run: Run,
-    models: list[Any],
-    train: Pictures | PictureStream,
-    timesteps: LossAwareTimesteps | None,
+    config: TextToImageConfig, run: Run, models: list[Any], train: Any, timesteps: LossAwareTimesteps | None
 ) -> Training:
     """Optimizer, schedule and averages of the models, and the checkpoint to resume from."""
     pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * run.world
     total = config.max_train_steps or 100_000
-    if config.num_train_epochs and not config.max_train_steps and not isinstance(train, PictureStream):
+    if config.num_train_epochs and not config.max_train_steps:
         total = config.num_train_epochs * math.ceil(len(train) / pictures_a_step)
     scale = pictures_a_step if config.scale_lr else 1
     optimizer = make_optimizer(
         config.optimizer, models, config.learning_rate * scale, config.muon_learning_rate * scale,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
     )  # fmt: skip
-    warm_up = config.lr_warmup_steps
-    schedule = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
-    )
+    length = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": total}
+    schedule = get_scheduler(config.lr_scheduler, optimizer, **length)
     add_decay(schedule, total, config.lr_decay_steps)
     keeps = config.use_ema and config.rank is None and run.is_main
     decays = [config.ema_decay, *config.more_ema_decays] if keeps else []
@@ -321,21 +301,13 @@ def start_training(
         return Training(
             run, models, optimizer, schedule, "unet", total,
             averages=[make_ema(decay, models[0]) for decay in decays],
-            limit=config.checkpoints_total_limit,
-            files=None if config.rank is None else LoraFile(),
-            settings={
-                "seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming
-            },
+            limit=config.checkpoints_total_limit, files=None if config.rank is None else LoraFile(),
+            settings={"seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming},
             also_saved=[] if timesteps is None else [timesteps],
         )  # fmt: skip
     except RuntimeError as error:  # accelerate's, if only one of the two runs draws t by its losses
-        rule = f"of a run with loss {config.loss}, too"
-        require(
-            "custom checkpoints" not in str(error),
-            "resume_from_checkpoint",
-            config.resume_from_checkpoint,
-            rule,
-        )
+        alike, rule = "custom checkpoints" not in str(error), f"of a run with loss {config.loss}, too"
+        require(alike, "resume_from_checkpoint", config.resume_from_checkpoint, rule)
         raise
 
 
@@ -380,9 +352,8 @@ def main() -> None:
     timesteps = LossAwareTimesteps(len(chain)) if config.loss == "vlb" else None
     training = start_training(config, run, models, train, timesteps)
     ema = training.averages[0] if training.averages else None
-    fixed_loss = DenoisingLoss(
-        config, pipe, pipe.unet, None, text
-    )  # of the bare models: one process validates
+    # Of the bare models: one process validates
+    fixed_loss = DenoisingLoss(config, pipe, pipe.unet, None, text)
     fixed_parts = {"validation": held_out} if held_out else {}
     if held_out and not config.streaming:
         fixed_parts = {"train": train} | fixed_parts

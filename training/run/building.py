@@ -57,8 +57,8 @@ def build_pipeline(config: PipelineSettings) -> TextToImagePipeline:
         if config.prediction_type:
             pipe.scheduler.register_to_config(prediction_type=config.prediction_type)
         changes: dict[str, Any] = {"self_conditioning": True} if config.self_conditioning else {}
-        if config.inpainting:
-            changes["in_channels"] = inpainting_channels(pipe)
+        if config.inpainting:  # x_t, the mask and the masked picture, in this order (inpainting.see_mask)
+            changes["in_channels"] = 2 * pipe.num_channels_latents + 1
         if any(pipe.unet.config.get(key) != value for key, value in changes.items()):
             pipe.unet = widen_input(pipe.unet, **changes)
         return pipe
@@ -71,13 +71,9 @@ def build_pipeline(config: PipelineSettings) -> TextToImagePipeline:
     if config.inpainting:
         network.setdefault("in_channels", 7)
     tokenizer, text_encoder = load_text_tower(config.text_encoder or "")
-    return pipeline_class(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        unet=ConditionalUNet(**network),
-        scheduler=DDPMScheduler(**settings),
-        vae=AutoencoderKL.from_pretrained(config.vae) if config.vae else None,
-    )
+    vae = AutoencoderKL.from_pretrained(config.vae) if config.vae else None
+    parts = {"unet": ConditionalUNet(**network), "scheduler": DDPMScheduler(**settings), "vae": vae}
+    return pipeline_class(tokenizer=tokenizer, text_encoder=text_encoder, **parts)
 
 
 def compile_blocks(unet: ConditionalUNet) -> None:
@@ -101,23 +97,16 @@ def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, C
     if there is none."""
     root = Path(folder)
     of_pipeline = (root / "model_index.json").is_file()
+    words, weights = (root / "tokenizer", root / "text_encoder") if of_pipeline else (root, root)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer" if of_pipeline else root)
-        loaded = _TowerOfCLIP.from_pretrained(
-            root / "text_encoder" if of_pipeline else root, dtype=torch.float32
-        )
+        tokenizer = CLIPTokenizer.from_pretrained(words)
+        loaded = _TowerOfCLIP.from_pretrained(weights, dtype=torch.float32)
     except OSError as error:
-        raise ValueError(
-            f"{argument} must be a folder of a pipeline or a CLIP, got {folder!r}: {error}"
-        ) from error
+        rule = "a folder of a pipeline or a CLIP"
+        raise ValueError(f"{argument} must be {rule}, got {folder!r}: {error}") from error
     tower = CLIPTextModelWithProjection(loaded.config).eval()
     tower.load_state_dict(loaded.state_dict())
     return tokenizer, tower
-
-
-def inpainting_channels(pipe: Any) -> int:
-    """2C + 1: x_t, the mask and the masked picture, in that order (`objectives.inpainting.see_mask`)."""
-    return 2 * pipe.num_channels_latents + 1
 
 
 def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
