@@ -147,7 +147,8 @@ class TextToImageConfig(
 
 
 def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
-    """The side of the pictures: as asked for, if the model can take it, else the one it was made for."""
+    """The side of the pictures: `resolution`, by default the model's own. Raises ValueError if the model
+    cannot take it."""
     unit = pipe.vae_scale_factor * pipe.unet.config.get("patch_size", 1)
     size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     require(size % unit == 0, "resolution", size, f"a multiple of {unit} for this model")

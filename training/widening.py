@@ -1,4 +1,4 @@
-"""More captions and more compositions than the art brings: the data set that models/emoji learned last from.
+"""More captions and compositions than the art comes with: the data set that models/emoji was last trained on.
 
     python -m training.widening                       # data/emoji -> data/emoji-wide
 
@@ -12,7 +12,7 @@ by more words, and some of them put together:
   no set has by itself and which is drawn here.
 - kinds: every word for a head is a concept of its own, bareheaded and in hats: else training would read each
   of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
-- hats alone: each again, a few times in each style, or "a crown" is drawn on a head: thirty wear one.
+- hats alone: each a few more times in each style; otherwise "a crown" is drawn on a head, as thirty wear one.
 
 The splits that are kept out of training are those of data/emoji, unchanged.
 """

@@ -51,7 +51,7 @@ class WordNet:
     irregular: dict[str, str] = field(default_factory=dict)  # plural -> singular
 
     def noun(self, text: str) -> str | None:
-        """The noun that a text is, in the singular (WordNet's rules of detachment), or None."""
+        """The text as a singular noun of WordNet's (by its rules of detachment), or None if it is none."""
         if text in self.senses:
             return text
         regular = [text.removesuffix(end) + one for end, one in _ENDINGS if text.endswith(end)]
@@ -59,7 +59,7 @@ class WordNet:
         return next((noun for noun in candidates if noun in self.senses), None)
 
     def synonyms(self, text: str) -> list[str]:
-        """The words of the first noun sense of a text, none when it is no noun of WordNet's."""
+        """The words of the first noun sense of a text; none if it is not a noun in WordNet."""
         noun = self.noun(text)
         return [] if noun is None else self.synsets[self.senses[noun][0]].words
 
@@ -79,7 +79,8 @@ class WordNet:
         return [w for w in synset.words if not synset.instance and self.senses.get(w, [None])[0] == key]
 
     def concepts_by_sense(self, names: dict[str, set[str]], ending: str = "") -> dict[int, set[str]]:
-        """First sense -> the concepts that have a name of it, with or without `ending`."""
+        """First sense -> the concepts with a name of that sense; a name that is no noun is tried without
+        `ending`."""
         found: dict[int, set[str]] = defaultdict(set)
         for concept, own in names.items():
             for name in own:
@@ -171,7 +172,7 @@ def tokens(text: str) -> list[str]:
 
 
 class Phrases:
-    """Tells which runs of whole words occur in any of some texts."""
+    """The runs of whole words that occur in some texts: `text in phrases` looks one up."""
 
     def __init__(self, texts: Iterable[str], longest: int = 6):
         self.runs: set[tuple[str, ...]] = set()

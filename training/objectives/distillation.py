@@ -3,9 +3,9 @@
 The encoder has read a billion pairs of sentences and knows that an automobile is a car. It is used in
 training only: its embeddings of captions and of WordNet's words are computed once, and nothing of it is
 needed to draw.
-They are projected on as many principal directions as the tower's shared space has, and the tower's own
-embeddings are drawn to them there: no head is added, or dropped in the end, and the space in which a U-Net
-reads the pooled text is the one that learns.
+They are projected on as many principal directions as the tower's shared space has dimensions, and the tower's
+own embeddings are drawn to them there. So no extra head is needed, and the space that is trained is the one
+in which a U-Net reads the pooled text.
 """
 
 from collections.abc import Iterable, Sequence

@@ -100,7 +100,7 @@ class DiffusionLoss:
         kind: "simple", "hybrid" or "vlb".
         scheduler: of the model that is trained; its config is copied, so that drawing pictures with few steps
             between two training steps leaves the loss as it is.
-        out_channels, channels: the U-Net's and the picture's, where known, so that a misfit is told at once.
+        out_channels, channels: the U-Net's and the picture's, if known, so that a mismatch is found at once.
         vlb_weight: lambda.
 
     Raises:

@@ -28,8 +28,8 @@ TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def add_lora(model: torch.nn.Module, layers: list[str], rank: int, alpha: float | None = None) -> None:
-    """Freeze the model and give each layer whose name ends so an adapter that changes nothing yet (B = 0);
-    alpha None is rank. ValueError for an ending that no layer has."""
+    """Freeze the model and add an adapter that changes nothing yet (B = 0) to each layer whose name ends in
+    one of `layers`. `alpha` defaults to the rank. Raises ValueError for an ending that no layer has."""
     names = [name for name, module in model.named_modules() if isinstance(module, (Linear, Conv2d))]
     for layer in layers:
         known = any(f".{name}".endswith(f".{layer}") for name in names)
@@ -71,8 +71,8 @@ class LoraFile:
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapted layer, under diffusers' names, which for a U-Net are peft's: diffusers' older
-    ones hold the attention's alone, and a mixture is read in part."""
+    """A and B of every adapted layer under diffusers' names. For a U-Net these are peft's: diffusers' older
+    names cover attention layers only, and of a file that mixes the two only a part is read."""
     weights = get_peft_model_state_dict(model)
     return weights if isinstance(model, ConditionalUNet) else convert_state_dict_to_diffusers(weights)
 
