@@ -13,34 +13,21 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from training import text_to_image
-from training.run.settings import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    SHARE,
-    RunSettings,
-    Settings,
-    one_of,
-    parse_config,
-    setting,
-    settings,
-)
+from training.run.settings import RunSettings, Settings, parse_config, setting
 
 DATA = Path(__file__).resolve().parent / "data"
 RECORD = json.loads((DATA / "settings.json").read_text(encoding="utf-8"))  # of version 0, by class
 
 
-@settings
 class Base(Settings):
-    steps: int | None = setting("How many steps.", None, AT_LEAST_1)
-    share: float = setting("How often.", 0.5, SHARE)
+    steps: int | None = setting("How many steps.", None, "at least 1")
+    share: float = setting("How often.", 0.5, "in [0, 1]")
     names: list[str] = setting("What is drawn.", ["cat"])
 
 
-@settings
 class Narrow(Base):
     steps: int = 10
-    rate: float = setting("How fast.", 0.1, ABOVE_0)
+    rate: float = setting("How fast.", 0.1, "above 0")
 
     def check(self) -> None:
         super().check()
@@ -77,15 +64,16 @@ def test_groups_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("rule", "inside", "outside"),
     [
-        (AT_LEAST_1, [1, 7], [0, -1]),
-        (AT_LEAST_0, [0, 0.5], [-0.1]),
-        (ABOVE_0, [1e-9], [0, -1]),
-        (SHARE, [0, 0.3, 1], [-0.1, 1.1]),
-        (one_of("a", "b"), ["a", "b"], ["c", None]),
+        ("at least 1", [1, 7], [0, -1]),
+        ("0 or more", [0, 0.5], [-0.1]),
+        ("above 0", [1e-9], [0, -1]),
+        ("in [0, 1]", [0, 0.3, 1], [-0.1, 1.1]),
+        (("a", "b"), ["a", "b"], ["c", None]),
     ],
 )
 def test_ranges(rule: Any, inside: list[Any], outside: list[Any]) -> None:
-    assert all(map(rule.holds, inside)) and not any(map(rule.holds, outside))
+    holds = setting("", None, rule).metadata["rule"].holds
+    assert all(map(holds, inside)) and not any(map(holds, outside))
 
 
 @pytest.mark.parametrize("place", RECORD)

@@ -19,8 +19,6 @@ from pipelines.folders.files import written_aside
 from training.data.pictures import PictureCache, cache_pictures, load_pictures, seed_for
 from training.run.loop import Training
 from training.run.settings import (
-    AT_LEAST_0,
-    AT_LEAST_1,
     ColumnSettings,
     PictureSettings,
     RunSettings,
@@ -28,18 +26,16 @@ from training.run.settings import (
     parse_config,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 
-@settings
 class AutoencoderConfig(RunSettings, PictureSettings, ColumnSettings, TimeSettings):
     """Settings of `training.autoencoder`."""
 
     block_out_channels: list[int] = setting("Width of each level.", [32, 64, 128, 128])
-    latent_channels: int = setting("Channels of the latent.", 8, AT_LEAST_1)
-    kl_weight: float = setting("Weight of KL(q(z given x), N(0, I)), per pixel.", 1e-5, AT_LEAST_0)
+    latent_channels: int = setting("Channels of the latent.", 8, "at least 1")
+    kl_weight: float = setting("Weight of KL(q(z given x), N(0, I)), per pixel.", 1e-5, "0 or more")
     train_batch_size: int = 16
     max_train_steps: int = 4000
 
@@ -59,10 +55,8 @@ class Autoencoder(AutoencoderKL):
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error of the picture and, as much again, of its differences between neighbours: flat art
     lives by its edges, and the plain error blurs them."""
-    edges = F.l1_loss(decoded.diff(dim=-1), images.diff(dim=-1)) + F.l1_loss(
-        decoded.diff(dim=-2), images.diff(dim=-2)
-    )
-    return F.l1_loss(decoded, images) + edges
+    across, down = (F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
+    return F.l1_loss(decoded, images) + (across + down)
 
 
 class AutoencoderLoss:
@@ -84,15 +78,11 @@ class AutoencoderLoss:
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     levels = len(config.block_out_channels)
     return Autoencoder(
-        sample_size=config.resolution,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=1,
-        latent_channels=config.latent_channels,
-        norm_num_groups=16,
-        mid_block_add_attention=False,
-    )
+        sample_size=config.resolution, latent_channels=config.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.block_out_channels), layers_per_block=1,
+        norm_num_groups=16, mid_block_add_attention=False,
+    )  # fmt: skip
 
 
 def main() -> None:

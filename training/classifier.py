@@ -6,6 +6,7 @@
 The classes are the values of a column of the data set; what it sees is x_t of the model that it will guide.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,17 @@ from pipelines.components.noisy_classifier import NoisyClassifier
 from training.evaluation.samples import load_pipeline
 from training.objectives.noised import NoisedPictures
 from training.run.guides import TowerSettings, train_guide
-from training.run.loop import LossFunction
 from training.run.settings import (
-    ABOVE_0,
     AverageSettings,
     TimestepSettings,
     parse_config,
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 
-@settings
 class ClassifierConfig(TowerSettings, AverageSettings, TimestepSettings):
     """Settings of `training.classifier`."""
 
@@ -42,7 +39,7 @@ class ClassifierConfig(TowerSettings, AverageSettings, TimestepSettings):
         "For each column, below which t it is learned and guides; default all t.", None
     )
     guidance_limit: float | None = setting(
-        "By how much, RMS, it may move the predicted noise; default any.", None, ABOVE_0
+        "By how much, RMS, it may move the predicted noise; default any.", None, "above 0"
     )
     flip: bool = setting("Augmentation: mirror half of the pictures.", False)
     train_batch_size: int = 128
@@ -58,16 +55,12 @@ class LabelSet:
     labels: Tensor  # (N,)
     limit: int
 
-    @property
+    @functools.cached_property
     def weights(self) -> Tensor:
-        return class_weights(self.labels, len(self.names))
-
-
-def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """What each class counts in the loss, (classes,): (N / (classes n_k))^(1/2), so that a class that few
-    pictures have is not given up for one that most have. All pictures together count N or less."""
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
-    return (len(labels) / (classes * counts)).sqrt()
+        """What each class counts in the loss, (classes,): (N / (classes n_k))^(1/2), so that a class that few
+        pictures have is not given up for one that most have. All pictures together count N or less."""
+        counts = torch.bincount(self.labels, minlength=len(self.names)).clamp(min=1)
+        return (len(self.labels) / (len(self.names) * counts)).sqrt()
 
 
 def label_set(pictures: NoisedPictures, column: str) -> tuple[list[str], Tensor]:
@@ -96,19 +89,15 @@ def label_sets(config: ClassifierConfig, pictures: NoisedPictures) -> list[Label
     return [LabelSet(c, *own, limit) for c, own, limit in zip(columns, found, each, strict=True)]
 
 
+@dataclass
 class ClassifierLoss:
     """The sum over the label sets of the weighted cross-entropy of noised pictures below each set's limit."""
 
-    def __init__(
-        self,
-        config: ClassifierConfig,
-        run: Run,
-        model: torch.nn.Module,
-        pictures: NoisedPictures,
-        sets: list[LabelSet],
-    ):
-        self.config, self.run, self.model, self.pictures, self.sets = config, run, model, pictures, sets
-        self.weights = [own.weights for own in sets]
+    config: ClassifierConfig
+    pictures: NoisedPictures
+    sets: list[LabelSet]
+    run: Run
+    model: torch.nn.Module
 
     def __call__(self, indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         config, device = self.config, self.run.device
@@ -118,10 +107,10 @@ class ClassifierLoss:
         )  # fmt: skip
         parts = self.model(x_t.to(device), t.to(device)).split([len(own.names) for own in self.sets], dim=1)
         loss, details = torch.zeros((), device=device), {}
-        for own, logits, weights in zip(self.sets, parts, self.weights, strict=True):
+        for own, logits in zip(self.sets, parts, strict=True):
             truth = own.labels[indices].to(device)
             counts = (t < own.limit).to(device)  # the others' loss is a constant
-            weight = weights.to(device)[truth] * counts
+            weight = own.weights.to(device)[truth] * counts
             each = F.cross_entropy(logits, truth, reduction="none")
             loss = loss + (weight * each).sum() / weight.sum().clamp(min=1e-6)
             right = (logits.argmax(-1) == truth)[counts]
@@ -141,18 +130,12 @@ def main() -> None:
     # By name: diffusers takes what is passed by place for a default, which it may drop
     model = NoisyClassifier(
         labels=[name for own in sets for name in own.names],
-        sample_size=pictures.side,
-        in_channels=pictures.channels,
-        patch_size=config.patch_size,
-        block_out_channels=tuple(config.block_out_channels),
         label_sets=[len(own.names) for own in sets] if len(sets) > 1 else None,
-        timestep_limits=config.timestep_limits,
-        guidance_limit=config.guidance_limit,
-    )
-
-    def make_loss(run: Run, trained: torch.nn.Module) -> LossFunction:
-        return ClassifierLoss(config, run, trained, pictures, sets)
-
+        sample_size=pictures.side, in_channels=pictures.channels, patch_size=config.patch_size,
+        block_out_channels=tuple(config.block_out_channels),
+        timestep_limits=config.timestep_limits, guidance_limit=config.guidance_limit,
+    )  # fmt: skip
+    make_loss = functools.partial(ClassifierLoss, config, pictures, sets)
     train_guide(config, run, model, pictures, make_loss, "noisy_classifier", config.ema_decay)
 
 

@@ -17,7 +17,9 @@ With `--noised` only an image tower is trained, on a model's noised pictures, ag
 text tower (GLIDE, Nichol 2022, section 2.3): the `noisy_clip` of CLIP guidance.
 """
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,44 +47,40 @@ from training.objectives.distillation import Distillation, DistillationSettings,
 from training.objectives.noised import NoisedPictures, text_width
 from training.run.building import load_text_tower
 from training.run.guides import TowerSettings, train_guide
-from training.run.loop import LossFunction, Training
+from training.run.loop import Training
 from training.run.optimizers import make_adamw
 from training.run.settings import (
-    AT_LEAST_0,
-    AT_LEAST_1,
     CaptionSettings,
     PictureSettings,
     parse_config,
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 MAX_LOGIT_SCALE = 4.6052  # the temperature's inverse is at most 100, as CLIP's
 
 
-@settings
 class ClipTrainingConfig(TowerSettings, DistillationSettings, PictureSettings, CaptionSettings):
     """Settings of `training.clip`."""
 
     patch_size: int = 8
-    vision_width: int = setting("Width of the image tower.", 256, AT_LEAST_1)
-    vision_layers: int = setting("Layers of the image tower.", 6, AT_LEAST_1)
-    text_width: int = setting("Width of the text tower.", 256, AT_LEAST_1)
-    text_layers: int = setting("Layers of the text tower.", 6, AT_LEAST_1)
-    head_dim: int = setting("Width of one attention head in both towers.", 64, AT_LEAST_1)
-    num_merges: int = setting("How many of CLIP's merges the vocabulary keeps.", 8192, AT_LEAST_0)
-    context_length: int = setting("Tokens of a caption, start and end included.", 32, AT_LEAST_1)
-    noise: float = setting("Augmentation: Gaussian noise up to this deviation.", 0.15, AT_LEAST_0)
+    vision_width: int = setting("Width of the image tower.", 256, "at least 1")
+    vision_layers: int = setting("Layers of the image tower.", 6, "at least 1")
+    text_width: int = setting("Width of the text tower.", 256, "at least 1")
+    text_layers: int = setting("Layers of the text tower.", 6, "at least 1")
+    head_dim: int = setting("Width of one attention head in both towers.", 64, "at least 1")
+    num_merges: int = setting("How many of CLIP's merges the vocabulary keeps.", 8192, "0 or more")
+    context_length: int = setting("Tokens of a caption, start and end included.", 32, "at least 1")
+    noise: float = setting("Augmentation: Gaussian noise up to this deviation.", 0.15, "0 or more")
     attention: str = setting("eager or sdpa; in bf16 on a CPU eager is faster.", "eager")
     text_steps: int = setting("So many steps at the start see no pictures, only the teacher.", 0)
     distill_weight: float = setting(
-        "Weight of the distillation beside the contrastive loss.", 10.0, AT_LEAST_0
+        "Weight of the distillation beside the contrastive loss.", 10.0, "0 or more"
     )
     states_weight: float = setting(
-        "Weight of the states that a U-Net reads, in the distillation.", 0.5, AT_LEAST_0
+        "Weight of the states that a U-Net reads, in the distillation.", 0.5, "0 or more"
     )
     start_from_teacher: bool = setting(
         "With distill: token vectors start as the teacher sees the tokens.", True
@@ -105,8 +103,7 @@ class ClipTrainingConfig(TowerSettings, DistillationSettings, PictureSettings, C
         divides = self.resolution % self.patch_size == 0
         require(divides, "patch_size", self.patch_size, "a divisor of resolution")
         fits = 0 <= self.text_steps < self.max_train_steps and (distils or not self.text_steps)
-        rule = "0, or with distill fewer than max_train_steps"
-        require(fits, "text_steps", self.text_steps, rule)
+        require(fits, "text_steps", self.text_steps, "0, or with distill fewer than max_train_steps")
         require(not (distils and self.text_encoder), "distill", self.distill, "none with text_encoder")
 
 
@@ -118,38 +115,28 @@ def build_clip(config: ClipTrainingConfig, tower: CLIPTextModelWithProjection | 
     `tower`, its text tower is that one, sizes and weights, frozen."""
     vocabulary = config.num_merges + 514
     space = config.projection_dim if tower is None else tower.config.projection_dim
-    shared: dict[str, Any] = {"hidden_act": "gelu", "projection_dim": space}
-    text = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=config.text_width,
-        intermediate_size=4 * config.text_width,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=config.text_width // config.head_dim,
-        max_position_embeddings=config.context_length,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-        **shared,
-    )
+
+    def sizes(width: int, layers: int) -> dict[str, Any]:
+        return {
+            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+            "num_attention_heads": width // config.head_dim, "hidden_act": "gelu", "projection_dim": space,
+        }  # fmt: skip
+
+    text = tower.config if tower is not None else CLIPTextConfig(
+        vocab_size=vocabulary, max_position_embeddings=config.context_length, bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+        **sizes(config.text_width, config.text_layers),
+    )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=config.vision_width,
-        intermediate_size=4 * config.vision_width,
-        num_hidden_layers=config.vision_layers,
-        num_attention_heads=config.vision_width // config.head_dim,
-        image_size=config.resolution,
-        patch_size=config.patch_size,
-        **shared,
-    )
-    if tower is not None:
-        text = tower.config
-    model = Towers(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=space)
-    )
+        image_size=config.resolution, patch_size=config.patch_size,
+        **sizes(config.vision_width, config.vision_layers),
+    )  # fmt: skip
+    both = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+    model = Towers(CLIPConfig(**both, projection_dim=space))
     if tower is not None:
         for part in ("text_model", "text_projection"):
-            own = getattr(model, part)
-            own.load_state_dict(getattr(tower, part).state_dict())
-            own.requires_grad_(False)
+            getattr(model, part).load_state_dict(getattr(tower, part).state_dict())
+            getattr(model, part).requires_grad_(False)
     return model
 
 
@@ -211,27 +198,24 @@ def learning_rate_factor(step: int, warmup: int, text_steps: int, total: int) ->
     return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / max(1, total - text_steps - warmup))
 
 
-def contrastive_loss(run: Run) -> ClipLoss:
+def contrastive_loss(run: Run, images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy (Radford 2021, figure 3), over the pairs of all processes."""
     several = run.world > 1
-    return ClipLoss(local_loss=several, gather_with_grad=several, rank=run.rank, world_size=run.world)
+    loss = ClipLoss(local_loss=several, gather_with_grad=several, rank=run.rank, world_size=run.world)
+    return loss(images, texts, scale)
 
 
+@dataclass
 class ClipTrainingLoss:
     """The contrastive loss of a micro-batch of pictures, from `text_steps` on, plus distill_weight times the
     distance of its captions' and other texts' embeddings to the teacher's."""
 
-    def __init__(
-        self,
-        config: ClipTrainingConfig,
-        run: Run,
-        model: torch.nn.Module,
-        pictures: PictureCache,
-        tokenizer: CLIPTokenizer,
-        distillation: Distillation | None,
-    ):
-        self.config, self.run, self.model, self.pictures = config, run, model, pictures
-        self.tokenizer, self.distillation, self.contrastive = tokenizer, distillation, contrastive_loss(run)
+    config: ClipTrainingConfig
+    run: Run
+    model: torch.nn.Module
+    pictures: PictureCache
+    tokenizer: CLIPTokenizer
+    distillation: Distillation | None
 
     def __call__(self, indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         config, run, distillation = self.config, self.run, self.distillation
@@ -253,7 +237,7 @@ class ClipTrainingLoss:
         loss, details = text_embeds.new_zeros(()), {}
         if image_embeds is not None:
             scale = run.accelerator.unwrap_model(self.model).logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-            loss = self.contrastive(image_embeds, text_embeds[: len(image_embeds), 0], scale)
+            loss = contrastive_loss(run, image_embeds, text_embeds[: len(image_embeds), 0], scale)
             details["contrastive"] = float(loss.detach())
         if distillation is not None:
             targets = distillation.targets(rows).to(run.device)
@@ -263,19 +247,15 @@ class ClipTrainingLoss:
         return loss, details
 
 
+@dataclass
 class NoisyClipLoss:
     """The contrastive loss of a micro-batch of noised pictures and their captions' pooled text."""
 
-    def __init__(
-        self,
-        config: ClipTrainingConfig,
-        run: Run,
-        model: torch.nn.Module,
-        pictures: NoisedPictures,
-        captions: TextCache,
-    ):
-        self.config, self.run, self.model, self.pictures = config, run, model, pictures
-        self.captions, self.contrastive = captions, contrastive_loss(run)
+    config: ClipTrainingConfig
+    pictures: NoisedPictures
+    captions: TextCache
+    run: Run
+    model: torch.nn.Module
 
     def __call__(self, indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         config, run, data = self.config, self.run, self.pictures.data
@@ -287,7 +267,7 @@ class NoisyClipLoss:
         texts = F.normalize(pooled.float(), dim=-1).to(run.device)
         images = self.model(x_t.to(run.device), t.to(run.device))
         scale = run.accelerator.unwrap_model(self.model).scale
-        return self.contrastive(images, texts, scale), {"scale": float(scale.detach())}
+        return contrastive_loss(run, images, texts, scale), {"scale": float(scale.detach())}
 
 
 # ------------------------------------------------------------ the runs
@@ -303,18 +283,11 @@ def train_noised(config: ClipTrainingConfig, run: Run) -> None:
     captions = cache_text(pictures.data.captions, pipe.tokenizer, pipe.text_encoder, config.cache_dir)
     set_seed(config.seed)  # so that the weights depend on nothing else
     model = NoisyCLIP(
-        sample_size=side,
-        in_channels=pictures.channels,
-        patch_size=config.patch_size,
-        width=config.vision_width,
-        layers=config.vision_layers,
-        heads=config.vision_width // config.head_dim,
-        projection_dim=text_width(pipe),
-    )
-
-    def make_loss(run: Run, trained: torch.nn.Module) -> LossFunction:
-        return NoisyClipLoss(config, run, trained, pictures, captions)
-
+        sample_size=side, in_channels=pictures.channels, patch_size=config.patch_size,
+        width=config.vision_width, layers=config.vision_layers,
+        heads=config.vision_width // config.head_dim, projection_dim=text_width(pipe),
+    )  # fmt: skip
+    make_loss = functools.partial(NoisyClipLoss, config, pictures, captions)
     train_guide(config, run, model, pictures, make_loss, "noisy_clip")
 
 
@@ -352,11 +325,10 @@ def main() -> None:
     data = load_splits(config.dataset, config.splits)
     pictures = cache_pictures(data, config.resolution, config.cache_dir, "image", "caption")
     distillation = start_distillation(config, pictures, run)
-    tower = None
     if config.text_encoder:
         tokenizer, tower = load_text_tower(config.text_encoder)
     else:
-        tokenizer = build_clip_tokenizer(config.num_merges, config.context_length)
+        tokenizer, tower = build_clip_tokenizer(config.num_merges, config.context_length), None
     model = build_clip(config, tower)
     if distillation is not None and config.start_from_teacher:
         distillation.start_table(model.text_model, tokenizer)

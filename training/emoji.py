@@ -34,20 +34,17 @@ from training.data.emoji import (
     telling_tags,
     validation_concepts,
 )
-from training.run.settings import NpmSettings, Rule, parse_config, setting, settings
+from training.run.settings import NpmSettings, Rule, parse_config, setting
 
 COLUMNS = ("name", "concept", "hexcode", "style", "group", "subgroup", "licence")
 
 
-@settings
 class EmojiConfig(NpmSettings):
     """Settings of `training.emoji`."""
 
     output_dir: str = setting("Folder to write, or to replace.", "data/emoji")
     resolution: int = setting(
-        "Side of the rendered pictures, in pixels.",
-        64,
-        Rule(lambda value: 8 <= value <= 1024, "in 8..1024"),
+        "Side of the rendered pictures, in pixels.", 64, Rule(lambda value: 8 <= value <= 1024, "in 8..1024")
     )
     include_openmoji: bool = setting("Add OpenMoji, share-alike.", False)
     validation_fraction: float = setting(
@@ -60,20 +57,19 @@ def render(svg: str, resolution: int) -> Image.Image:
     import resvg_py
 
     try:
-        png = resvg_py.svg_to_bytes(
-            svg_string=svg, width=resolution, height=resolution, background="#ffffff", skip_system_fonts=True
-        )
+        size: dict[str, Any] = {"width": resolution, "height": resolution}
+        png = resvg_py.svg_to_bytes(svg_string=svg, **size, background="#ffffff", skip_system_fonts=True)
     except BaseException as error:  # a panic, as of resvg 0.48 on one icon at 16 pixels, is no Exception
         if type(error).__name__ != "PanicException" or resolution > 2048:
             raise
         return render(svg, 2 * resolution).reduce(2)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    if image.size != (resolution, resolution):  # a viewBox that is not square: centre it on white
-        canvas = Image.new("RGB", (resolution, resolution), "white")
-        image.thumbnail((resolution, resolution), Image.Resampling.LANCZOS)
-        canvas.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
-        image = canvas
-    return image
+    if image.size == (resolution, resolution):
+        return image
+    canvas = Image.new("RGB", (resolution, resolution), "white")  # a viewBox that is not square is centred
+    image.thumbnail((resolution, resolution), Image.Resampling.LANCZOS)
+    canvas.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
+    return canvas
 
 
 def picture_rows(
@@ -106,33 +102,31 @@ def build(config: EmojiConfig) -> dict[str, Any]:
     rules = heldout_compositions(emoji)
     heldout = {code for codes in rules.values() for code in codes}
     unseen = set(validation_concepts(emoji, heldout, config.validation_fraction))
-    packages = [name for name in STYLES if config.include_openmoji or name not in SHARE_ALIKE]
+    left_out = set() if config.include_openmoji else SHARE_ALIKE
+    packages = [name for name in STYLES if name not in left_out]
     everything = [row for name in packages for row in picture_rows(config, modules, name, emoji, names)]
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "heldout_compositions": []}
     for row in everything:
         kept_out = "heldout_compositions" if row["hexcode"] in heldout else "train"
         splits["validation" if row["concept"] in unseen else kept_out].append(row)
-    left_out = {f"@iconify-json/{name}" for name in STYLES if name not in packages}
+    versions = PACKAGE_VERSIONS.items()
     summary = {
-        "resolution": config.resolution,
-        "pictures": len(everything),
+        "resolution": config.resolution, "pictures": len(everything),
         "concepts": len({row["concept"] for row in everything}),
         "styles": dict(Counter(row["style"] for row in everything)),
         "splits": {split: len(part) for split, part in splits.items()},
-        "packages": {name: version for name, version in PACKAGE_VERSIONS.items() if name not in left_out},
+        "packages": {name: version for name, version in versions if name.split("/")[-1] not in left_out},
         "validation_concepts": {c: emoji[c].name if c in emoji else c for c in sorted(unseen)},
         "heldout_compositions": {rule: {c: emoji[c].name for c in codes} for rule, codes in rules.items()},
-    }
+    }  # fmt: skip
     features = Features(
         {"image": ImageFeature(), "caption": Value("string"), "captions": List(Value("string"))}
         | {column: Value("string") for column in COLUMNS}
     )
     with written_aside(config.output_dir) as partial:
-        DatasetDict(
-            {split: Dataset.from_list(part, features=features) for split, part in splits.items()}
-        ).save_to_disk(str(partial))
-        text = json.dumps(summary, indent=1, ensure_ascii=False)
-        (partial / "splits.json").write_text(text, encoding="utf-8")
+        data = {split: Dataset.from_list(part, features=features) for split, part in splits.items()}
+        DatasetDict(data).save_to_disk(str(partial))
+        (partial / "splits.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
     return summary
 
 
@@ -143,8 +137,8 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"training.emoji: {error}") from error
     print(f"{summary['pictures']} pictures of {summary['concepts']} concepts in {config.output_dir}")
-    print("styles: " + ", ".join(f"{style} {count}" for style, count in summary["styles"].items()))
-    print("splits: " + ", ".join(f"{split} {count}" for split, count in summary["splits"].items()))
+    for title in ("styles", "splits"):
+        print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in summary[title].items()))
 
 
 if __name__ == "__main__":

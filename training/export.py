@@ -22,11 +22,10 @@ from transformers import CLIPModel, CLIPTokenizer
 from pipelines import ConditionalUNet, NoisyClassifier, NoisyCLIP, SuperResolutionPipeline
 from pipelines.folders.files import read_json, write_file, write_json, written_aside
 from training.run.building import build_pipeline
-from training.run.settings import Settings, parse_config, require, setting, settings
+from training.run.settings import Settings, parse_config, require, setting
 from training.text_to_image import TextToImageConfig
 
 
-@settings
 class ExportConfig(Settings):
     """Settings of `training.export`."""
 

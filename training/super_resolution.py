@@ -35,7 +35,6 @@ from training.run.building import as_mapping, compile_blocks
 from training.run.loop import Training
 from training.run.optimizers import add_decay, make_optimizer
 from training.run.settings import (
-    AT_LEAST_0,
     AverageSettings,
     MuonSettings,
     PairSettings,
@@ -46,12 +45,10 @@ from training.run.settings import (
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
 
-@settings
 class SuperResolutionConfig(
     RunSettings, PairSettings, UNetSettings, MuonSettings, AverageSettings, TimeSettings
 ):
@@ -59,8 +56,8 @@ class SuperResolutionConfig(
 
     crop: int = setting("Side of the crops that are trained on, large pixels.", 128)
     low_res_scheduler: Any = setting("Config of the chain that noises the small picture.", None)
-    max_noise_level: int = setting("Noisiest timestep of that chain that is used.", 200, AT_LEAST_0)
-    max_blur: float = setting("Widest blur, standard deviation in small pixels.", 1.0, AT_LEAST_0)
+    max_noise_level: int = setting("Noisiest timestep of that chain that is used.", 200, "0 or more")
+    max_blur: float = setting("Widest blur, standard deviation in small pixels.", 1.0, "0 or more")
     num_inference_steps: int = setting("Default of the saved pipeline's calls.", 4)
     noise_level: int = setting("Likewise.", 0)
     learning_rate: float = 4e-4
@@ -73,6 +70,11 @@ class SuperResolutionConfig(
     def scale(self) -> int:
         return self.resolution // self.low_resolution
 
+    def chains(self) -> list[DDPMScheduler]:
+        """Of the large pictures, and of the small ones."""
+        names = ("noise_scheduler", "low_res_scheduler")
+        return [DDPMScheduler(**as_mapping(getattr(self, name), name)) for name in names]
+
     def check(self) -> None:
         super().check()
         side, low, patch = (
@@ -80,11 +82,9 @@ class SuperResolutionConfig(
             self.low_resolution,
             as_mapping(self.unet, "unet").get("patch_size", 1),
         )
-        divides = low < side and side % low == 0
-        require(divides, "low_resolution", low, f"a divisor of resolution, {side}")
-        unit = max(patch, self.scale)
-        divides = unit % min(patch, self.scale) == 0
-        require(divides, "unet.patch_size", patch, f"a factor or multiple of {self.scale}")
+        require(low < side and side % low == 0, "low_resolution", low, f"a divisor of resolution, {side}")
+        unit, rule = max(patch, self.scale), f"a factor or multiple of {self.scale}"
+        require(unit % min(patch, self.scale) == 0, "unet.patch_size", patch, rule)
         fits = 0 < self.crop <= side and self.crop % unit == 0
         require(fits, "crop", self.crop, f"a multiple of {unit}, {side} at most")
 
@@ -95,12 +95,9 @@ class SuperResolutionLoss:
     Every draw is a function of (seed, step) and the place in the global batch alone.
     """
 
-    def __init__(
-        self, config: SuperResolutionConfig, unet: Any, pairs: Pairs, rank: int = 0, world: int = 1
-    ) -> None:
-        self.config, self.unet, self.pairs, self.rank, self.world = config, unet, pairs, rank, world
-        self.chain = DDPMScheduler(**as_mapping(config.noise_scheduler, "noise_scheduler"))
-        self.low_chain = DDPMScheduler(**as_mapping(config.low_res_scheduler, "low_res_scheduler"))
+    def __init__(self, config: SuperResolutionConfig, unet: Any, pairs: Pairs, rank: int = 0) -> None:
+        self.config, self.unet, self.pairs, self.rank = config, unet, pairs, rank
+        self.chain, self.low_chain = config.chains()
 
     def __call__(self, indices: list[int], step: int) -> tuple[Tensor, dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed_for(self.config.seed, "noise", step, self.rank))
@@ -137,17 +134,12 @@ def validation_loss(loss: SuperResolutionLoss, pairs: Pairs) -> dict[str, float]
 def save_result(config: SuperResolutionConfig, unet: ConditionalUNet) -> Path:
     """The pipeline in output_dir/pipeline, with DDIM's steps, which at a few steps draw better than the
     ancestral sampler's."""
-    chain = DDPMScheduler(**as_mapping(config.noise_scheduler, "noise_scheduler"))
+    chain, low_chain = config.chains()
     pipe = SuperResolutionPipeline(
-        unet=unet,
-        low_res_scheduler=DDPMScheduler(**as_mapping(config.low_res_scheduler, "low_res_scheduler")),
-        scheduler=DDIMScheduler.from_config(chain.config),
-        max_noise_level=config.max_noise_level,
-        upscale_factor=config.scale,
-        default_guidance_scale=1.0,
-        default_num_inference_steps=config.num_inference_steps,
-        default_noise_level=config.noise_level,
-    )
+        unet=unet, low_res_scheduler=low_chain, scheduler=DDIMScheduler.from_config(chain.config),
+        max_noise_level=config.max_noise_level, upscale_factor=config.scale, default_guidance_scale=1.0,
+        default_num_inference_steps=config.num_inference_steps, default_noise_level=config.noise_level,
+    )  # fmt: skip
     folder = Path(config.output_dir) / "pipeline"
     with written_aside(folder) as partial:
         pipe.save_pretrained(str(partial))
@@ -180,7 +172,7 @@ def main() -> None:
     training = Training(run, [unet], optimizer, schedule, "unet", config.max_train_steps, averages, limit=2)
 
     # 3. Train; what follows each step happens between steps.
-    loss = SuperResolutionLoss(config, training.models[0], train, run.rank, run.world)
+    loss = SuperResolutionLoss(config, training.models[0], train, run.rank)
     batches = run.batches(train.large, training.start)
     for progress in training.steps(batches, loss, max_train_minutes=config.max_train_minutes):
         if progress.saved and run.is_main:

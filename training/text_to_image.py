@@ -26,8 +26,8 @@ from tqdm import tqdm
 from pipelines import ConditionalUNet, InpaintPipeline, TextToImagePipeline
 from pipelines.drawing.images import image_grid
 from pipelines.folders.files import written_aside
-from training.data.caches import LatentCache, LiveText, cache_latents, cache_text
-from training.data.pictures import NoSuchSplit, PictureCache, cache_pictures, load_pictures
+from training.data.caches import LiveText, cache_latents, cache_text
+from training.data.pictures import NoSuchSplit, cache_pictures, load_pictures
 from training.data.streaming import PictureStream
 from training.objectives.denoising import DenoisingLoss, DenoisingSettings, diffusion_loss, validation_loss
 from training.objectives.losses import LossAwareTimesteps
@@ -37,27 +37,22 @@ from training.run.loop import Training
 from training.run.lora import FILE, TEXT_LAYERS, UNET_LAYERS, Behind, LoraFile, add_lora
 from training.run.optimizers import add_decay, make_optimizer
 from training.run.settings import (
-    AT_LEAST_1,
-    SHARE,
     AdamWSettings,
     AverageSettings,
     ColumnSettings,
     MuonSettings,
     RunSettings,
     TimeSettings,
-    one_of,
     parse_config,
     require,
     run_command,
     setting,
-    settings,
 )
 from training.run.start import Run
 
-Pictures = PictureCache | LatentCache
+SCHEDULES = [kind.value for kind in SchedulerType]
 
 
-@settings
 class TextToImageConfig(
     RunSettings, TimeSettings, AdamWSettings, MuonSettings, AverageSettings, ColumnSettings,
     PipelineSettings, DenoisingSettings,
@@ -65,7 +60,9 @@ class TextToImageConfig(
     """Settings of `training.text_to_image`."""
 
     # What is trained
-    rank: int | None = setting("Train adapters of this rank (LoRA) instead of the weights.", None, AT_LEAST_1)
+    rank: int | None = setting(
+        "Train adapters of this rank (LoRA) instead of the weights.", None, "at least 1"
+    )
     lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.", None)
     lora_layers: list[str] | None = setting(
         "The U-Net's layers that get adapters; default the attention's.", None
@@ -78,48 +75,44 @@ class TextToImageConfig(
         "Folder of pictures with a metadata.jsonl, or of webdataset tars.", None
     )
     image_column: str = setting("Column of the pictures.", "image")
-    max_train_samples: int | None = setting("Use only the first so many pictures.", None, AT_LEAST_1)
+    max_train_samples: int | None = setting("Use only the first so many pictures.", None, "at least 1")
     streaming: bool = setting(
         "Read the pictures in order, without caches (see training.data.streaming).", False
     )
-    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000, AT_LEAST_1)
+    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000, "at least 1")
     strict: bool = setting("End the run at a picture that cannot be read, instead of leaving it out.", False)
     resolution: int | None = setting(
-        "Side of the pictures, in pixels; default the model's.", None, AT_LEAST_1
+        "Side of the pictures, in pixels; default the model's.", None, "at least 1"
     )
     center_crop: bool = setting("Crop to a square; otherwise pad with white.", True)
-    concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25, SHARE)
-    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0, SHARE)
+    concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25, "in [0, 1]")
+    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0, "in [0, 1]")
     # The optimizer
-    gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1, AT_LEAST_1)
+    gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1, "at least 1")
     num_train_epochs: int | None = setting(
         "Passes over the data, if max_train_steps is not given; without either, 100,000 steps.",
         None,
-        AT_LEAST_1,
+        "at least 1",
     )
     optimizer: str = "adamw"
     learning_rate: float = 4e-4
     scale_lr: bool = setting("Multiply the learning rates by the pictures of one optimizer step.", False)
-    lr_scheduler: str = setting(
-        "A schedule of diffusers.optimization.",
-        "constant_with_warmup",
-        one_of(*(kind.value for kind in SchedulerType)),
-    )
+    lr_scheduler: str = setting("A schedule of diffusers.optimization.", "constant_with_warmup", SCHEDULES)
     lr_warmup_steps: int = 300
     adam_beta1: float = setting("AdamW's first beta.", 0.9)
     adam_beta2: float = setting("AdamW's second beta.", 0.99)
     adam_epsilon: float = setting("AdamW's epsilon.", 1e-8)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
-    num_processes: int | None = setting("Refuse to run in any other number of processes.", None, AT_LEAST_1)
+    num_processes: int | None = setting("Refuse to run in any other number of processes.", None, "at least 1")
     # EMA, checkpoints, logs
     use_ema: bool = setting("Keep an exponential moving average of the weights; not of adapters.", True)
     ema_decay: float = 0.9995
     more_ema_decays: list[float] = setting("Further averages, for training.export to choose from.", [])
-    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2, AT_LEAST_1)
+    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2, "at least 1")
     validation_prompts: list[str] = setting("Drawn at each validation.", [])
     validation_prompt: str | None = setting("One more, drawn num_validation_images times.", None)
-    num_validation_images: int = setting("Pictures of validation_prompt.", 4, AT_LEAST_1)
-    validation_steps: int = setting("Validate every so many steps.", 1000, AT_LEAST_1)
+    num_validation_images: int = setting("Pictures of validation_prompt.", 4, "at least 1")
+    validation_steps: int = setting("Validate every so many steps.", 1000, "at least 1")
     report_to: str = setting("Tracker of accelerate, or none.", "tensorboard")
     tracker_project_name: str = setting("Name of the run in the tracker.", "text_to_image")
     push_to_hub: bool = setting("Upload the result to the Hub at the end.", False)
@@ -137,7 +130,7 @@ class TextToImageConfig(
         require(one, "dataset_name", data, "given, or train_data_dir")
         more, rule = self.more_ema_decays, "different numbers in [0, 1], other than ema_decay"
         distinct = len({self.ema_decay, *more}) == 1 + len(more)
-        require(distinct and all(map(SHARE.holds, more)), "more_ema_decays", more, rule)
+        require(distinct and all(0 <= decay <= 1 for decay in more), "more_ema_decays", more, rule)
         lora, tower_too = self.rank is not None, self.train_text_encoder
         new_inputs = "left out with rank: adapters train no new inputs"
         require(not (lora and self.inpainting), "inpainting", True, new_inputs)
@@ -154,7 +147,8 @@ class TextToImageConfig(
 
 
 def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
-    """The side of the pictures: as asked for, if the model can take it, else the one it was made for."""
+    """The side of the pictures: `resolution`, by default the model's own. Raises ValueError if the model
+    cannot take it."""
     unit = pipe.vae_scale_factor * pipe.unet.config.get("patch_size", 1)
     size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     require(size % unit == 0, "resolution", size, f"a multiple of {unit} for this model")
@@ -165,10 +159,10 @@ def load_data(config: TextToImageConfig, pipe: TextToImagePipeline, split: str, 
     """Pictures in [-1, 1], or latents where the pipeline has a VAE, with captions; or a stream of them."""
     folder, column = config.train_data_dir, config.caption_column
     require(folder is None or Path(folder).is_dir(), "train_data_dir", folder, "a folder that is there")
-    source = folder or config.dataset_name or ""
+    source, named = folder or config.dataset_name or "", config.dataset_config_name
     size, crop = resolution_of(config, pipe), config.center_crop
     strict, streaming = config.strict, config.streaming
-    data = load_pictures(source, split, config.dataset_config_name, None, streaming, column, strict)
+    data = load_pictures(source, split, named, streaming=streaming, caption_column=column, strict=strict)
     if config.max_train_samples:
         count = config.max_train_samples
         data = data.take(count) if streaming else data.select(range(min(count, len(data))))
@@ -179,10 +173,8 @@ def load_data(config: TextToImageConfig, pipe: TextToImagePipeline, split: str, 
             strict=strict, buffer_size=config.shuffle_buffer,
         )  # fmt: skip
     pictures = cache_pictures(data, size, config.cache_dir, config.image_column, column, crop, strict)
-    if pipe.vae is None:
-        return pictures
     mirrored = config.random_flip and split == "train"
-    return cache_latents(pictures, pipe.vae, config.cache_dir, mirrored)
+    return pictures if pipe.vae is None else cache_latents(pictures, pipe.vae, config.cache_dir, mirrored)
 
 
 def load_all(config: TextToImageConfig, pipe: TextToImagePipeline, run: Run) -> tuple[Any, Any, Any]:
@@ -206,12 +198,9 @@ def load_all(config: TextToImageConfig, pipe: TextToImagePipeline, run: Run) -> 
 
 
 def validate(
-    config: TextToImageConfig,
-    pipe: TextToImagePipeline,
-    loss: DenoisingLoss,
-    parts: dict[str, Any],
-    step: int,
-) -> dict[str, float]:
+    config: TextToImageConfig, pipe: TextToImagePipeline, loss: DenoisingLoss,
+    parts: dict[str, Any], step: int,
+) -> dict[str, float]:  # fmt: skip
     """Print the losses by timestep on the fixed noise of each part of the data, draw the prompts; returns
     what the tracker is to log."""
     log: dict[str, float] = {}
@@ -219,12 +208,9 @@ def validate(
         buckets = validation_loss(loss, part, config.seed)
         log |= {f"{name}_loss/t{i * 100:03d}": value for i, value in enumerate(buckets)}
         log[f"{name}_loss/mean"] = sum(buckets) / len(buckets)
-        shown = " ".join(f"{bucket:.4f}" for bucket in buckets)
-        tqdm.write(f"step {step} {name} loss by t: {shown}")
-    prompts = config.validation_prompts
-    if config.validation_prompt:
-        prompts = prompts + [config.validation_prompt] * config.num_validation_images
-    if prompts:
+        tqdm.write(f"step {step} {name} loss by t: " + " ".join(f"{bucket:.4f}" for bucket in buckets))
+    one_more = [config.validation_prompt] * config.num_validation_images if config.validation_prompt else []
+    if prompts := config.validation_prompts + one_more:
         save_sheet(pipe, prompts, Path(config.output_dir) / "samples" / f"{step:07d}.png", config.seed)
     return log
 
@@ -235,8 +221,8 @@ def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: 
     pipe.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {}
     if isinstance(pipe, InpaintPipeline):  # all of it is to be painted
-        width, height = pipe.sample_size
-        given = {name: Image.new("L", (width, height), "white") for name in ("image", "mask_image")}
+        white = Image.new("L", pipe.sample_size, "white")
+        given = {"image": white, "mask_image": white}
     drawn: Any = pipe(prompts, num_inference_steps=25, generator=generators, **given)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(drawn.images, columns=8).save(path)
@@ -247,23 +233,22 @@ def save_result(
 ) -> Path:
     """The trained pipeline in output_dir/pipeline, or the adapters' file in output_dir; also uploaded if
     `repo` names a Hub repository."""
-    output = Path(config.output_dir)
+    output, token = Path(config.output_dir), config.hub_token
+    result = output / ("pipeline" if config.rank is None else FILE)
     with tempfile.TemporaryDirectory(dir=output) as aside:
-        if config.rank is not None:
-            LoraFile().save(models, Path(aside))
-            (Path(aside) / FILE).replace(output / FILE)
-        else:
+        if config.rank is None:
             named = Path(aside) / output.resolve().name  # the model card is headed by the folder's name
             pipe.save_pretrained(str(named))
-            with written_aside(output / "pipeline") as partial:
+            with written_aside(result) as partial:
                 named.rename(partial)
-    if config.rank is None:
-        if repo:
-            pipe.push_to_hub(repo, token=config.hub_token)
-        return output / "pipeline"
-    if repo:
-        upload_file(path_or_fileobj=output / FILE, path_in_repo=FILE, repo_id=repo, token=config.hub_token)
-    return output / FILE
+        else:
+            LoraFile().save(models, Path(aside))
+            (Path(aside) / FILE).replace(result)
+    if repo and config.rank is None:
+        pipe.push_to_hub(repo, token=token)
+    elif repo:
+        upload_file(path_or_fileobj=result, path_in_repo=FILE, repo_id=repo, token=token)
+    return result
 
 
 # ------------------------------------------------------------ the run
@@ -295,28 +280,21 @@ def prepare_learning(config: TextToImageConfig, pipe: TextToImagePipeline) -> li
 
 
 def start_training(
-    config: TextToImageConfig,
-    run: Run,
-    models: list[Any],
-    train: Pictures | PictureStream,
-    timesteps: LossAwareTimesteps | None,
+    config: TextToImageConfig, run: Run, models: list[Any], train: Any, timesteps: LossAwareTimesteps | None
 ) -> Training:
     """Optimizer, schedule and averages of the models, and the checkpoint to resume from."""
     pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * run.world
     total = config.max_train_steps or 100_000
-    if config.num_train_epochs and not config.max_train_steps and not isinstance(train, PictureStream):
+    if config.num_train_epochs and not config.max_train_steps:
         total = config.num_train_epochs * math.ceil(len(train) / pictures_a_step)
     scale = pictures_a_step if config.scale_lr else 1
     optimizer = make_optimizer(
         config.optimizer, models, config.learning_rate * scale, config.muon_learning_rate * scale,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
     )  # fmt: skip
-    warm_up = config.lr_warmup_steps
-    schedule = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=total
-    )
+    length = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": total}
+    schedule = get_scheduler(config.lr_scheduler, optimizer, **length)
     add_decay(schedule, total, config.lr_decay_steps)
     keeps = config.use_ema and config.rank is None and run.is_main
     decays = [config.ema_decay, *config.more_ema_decays] if keeps else []
@@ -324,21 +302,13 @@ def start_training(
         return Training(
             run, models, optimizer, schedule, "unet", total,
             averages=[make_ema(decay, models[0]) for decay in decays],
-            limit=config.checkpoints_total_limit,
-            files=None if config.rank is None else LoraFile(),
-            settings={
-                "seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming
-            },
+            limit=config.checkpoints_total_limit, files=None if config.rank is None else LoraFile(),
+            settings={"seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming},
             also_saved=[] if timesteps is None else [timesteps],
         )  # fmt: skip
     except RuntimeError as error:  # accelerate's, if only one of the two runs draws t by its losses
-        rule = f"of a run with loss {config.loss}, too"
-        require(
-            "custom checkpoints" not in str(error),
-            "resume_from_checkpoint",
-            config.resume_from_checkpoint,
-            rule,
-        )
+        alike, rule = "custom checkpoints" not in str(error), f"of a run with loss {config.loss}, too"
+        require(alike, "resume_from_checkpoint", config.resume_from_checkpoint, rule)
         raise
 
 
@@ -383,9 +353,8 @@ def main() -> None:
     timesteps = LossAwareTimesteps(len(chain)) if config.loss == "vlb" else None
     training = start_training(config, run, models, train, timesteps)
     ema = training.averages[0] if training.averages else None
-    fixed_loss = DenoisingLoss(
-        config, pipe, pipe.unet, None, text
-    )  # of the bare models: one process validates
+    # Of the bare models: one process validates
+    fixed_loss = DenoisingLoss(config, pipe, pipe.unet, None, text)
     fixed_parts = {"validation": held_out} if held_out else {}
     if held_out and not config.streaming:
         fixed_parts = {"train": train} | fixed_parts

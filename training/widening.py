@@ -1,4 +1,4 @@
-"""More captions and more compositions than the art brings: the data set that models/emoji learned last from.
+"""More captions and compositions than the art comes with: the data set that models/emoji was last trained on.
 
     python -m training.widening                       # data/emoji -> data/emoji-wide
 
@@ -12,11 +12,12 @@ by more words, and some of them put together:
   no set has by itself and which is drawn here.
 - kinds: every word for a head is a concept of its own, bareheaded and in hats: else training would read each
   of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
-- hats alone: each again, a few times in each style, or "a crown" is drawn on a head: thirty wear one.
+- hats alone: each a few more times in each style; otherwise "a crown" is drawn on a head, as thirty wear one.
 
 The splits that are kept out of training are those of data/emoji, unchanged.
 """
 
+import itertools
 import json
 import random
 from collections import defaultdict
@@ -40,7 +41,7 @@ from training.data.words import (
     zipf_frequency,
 )
 from training.objectives.distillation import Teacher, distillation_texts
-from training.run.settings import CacheSettings, WordSettings, parse_config, setting, settings
+from training.run.settings import CacheSettings, WordSettings, parse_config, setting
 
 LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
 NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
@@ -63,7 +64,6 @@ HATS = (
 PARTY_COLOURS = ("#e0245e", "#f4b400", "#1da1f2", "#17bf63", "#794bc4", "#f45d22", "#ff7eb6", "#ffffff")
 
 
-@settings
 class WideningConfig(WordSettings, CacheSettings):
     """Settings of `training.widening`."""
 
@@ -80,30 +80,17 @@ def kinds(names: dict[str, set[str]], wordnet: WordNet, levels: int = LEVELS) ->
     Going down from a concept's name ends where another concept's begins: a poodle is no word for "dog" where
     there is a picture of a poodle. "dog face" counts as "dog" here.
     """
-    concepts_of: dict[int, set[str]] = defaultdict(set)
-    for concept, own in names.items():
-        for name in own:
-            noun = wordnet.noun(name) or wordnet.noun(name.removesuffix(" face"))
-            if noun is not None:
-                concepts_of[wordnet.senses[noun][0]].add(concept)
-    below: dict[int, list[int]] = defaultdict(list)
-    for key, synset in wordnet.synsets.items():
-        for parent in synset.hypernyms:
-            below[parent].append(key)
+    concepts_of = wordnet.concepts_by_sense(names, " face")
     found: dict[str, set[str]] = defaultdict(set)
     for root, concepts in concepts_of.items():
         reached, seen = [root], {root}
-        for level in range(levels + 1):
-            for key in reached:
-                synset = wordnet.synsets[key]
-                for word in synset.words:
-                    if not synset.instance and wordnet.senses.get(word, [None])[0] == key:
-                        for concept in concepts:
-                            found[concept].add(word)
-            if level < levels:
-                next_ones = {key for parent in reached for key in below[parent]}
-                reached = sorted(next_ones - seen - concepts_of.keys())
-                seen.update(reached)
+        for _ in range(levels):
+            reached = [key for parent in reached for key in wordnet.hyponyms[parent]]
+            reached = sorted(set(reached) - seen - concepts_of.keys())
+            seen.update(reached)
+        words = {word for key in seen for word in wordnet.own_words(key)}
+        for concept in concepts if words else ():
+            found[concept] |= words
     return dict(found)
 
 
@@ -174,33 +161,33 @@ def party_hat(chance: random.Random, size: int = 256) -> Image.Image:
         cone, stripes = stripes, cone
     image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
     mask = Image.new("L", (size, size), 0)
-    top, left, right, bottom = (0.5, 0.14), (0.16, 0.97), (0.84, 0.97), 1.0
-    corners = [tuple(size * x for x in point) for point in (top, left, right)]
+    corners = [size * x for x in (0.5, 0.14, 0.16, 0.97, 0.84, 0.97)]  # top, left, right
     ImageDraw.Draw(mask).polygon(corners, fill=255)
-    ImageDraw.Draw(mask).ellipse([size * 0.16, size * 0.9, size * 0.84, size * bottom], fill=255)
+    ImageDraw.Draw(mask).ellipse([size * x for x in (0.16, 0.9, 0.84, 1.0)], fill=255)
     painted = Image.new("RGBA", (size, size), cone)
     pen, slant = ImageDraw.Draw(painted), chance.choice((-0.2, 0.0, 0.2))
     for row in range(4):
         y = size * (0.22 + 0.22 * row)
-        ends = [(0, y - slant * size), (size, y + slant * size)]
-        pen.line(ends, fill=stripes, width=size // 11)
+        pen.line([0, y - slant * size, size, y + slant * size], fill=stripes, width=size // 11)
     image.paste(painted, (0, 0), mask)
-    ImageDraw.Draw(image).ellipse(
-        [size * 0.39, 0, size * 0.61, size * 0.22], fill=ball, outline=cone, width=4
-    )
+    ball_box = [size * x for x in (0.39, 0.0, 0.61, 0.22)]
+    ImageDraw.Draw(image).ellipse(ball_box, fill=ball, outline=cone, width=4)
     return image
 
 
 def put_on(head: Image.Image, hat: Image.Image, chance: random.Random, size: int) -> Image.Image:
     """The head at the bottom of a white square and the hat on it, a little aslant by chance."""
+
+    def scaled(image: Image.Image, scale: float) -> Image.Image:
+        side = (round(image.width * scale), round(image.height * scale))
+        return image.resize(side, Image.Resampling.LANCZOS)
+
     canvas = Image.new("RGBA", (size, size), "white")
-    scale = min(0.78 * size / head.width, 0.66 * size / head.height)
-    head = head.resize((round(head.width * scale), round(head.height * scale)), Image.Resampling.LANCZOS)
+    head = scaled(head, min(0.78 * size / head.width, 0.66 * size / head.height))
     top = size - head.height - round(0.02 * size)
     canvas.alpha_composite(head, ((size - head.width) // 2, top))
     width = chance.uniform(0.52, 0.66) * head.width
-    scale = min(width / hat.width, (top + 0.2 * head.height) / hat.height)
-    hat = hat.resize((round(hat.width * scale), round(hat.height * scale)), Image.Resampling.LANCZOS)
+    hat = scaled(hat, min(width / hat.width, (top + 0.2 * head.height) / hat.height))
     hat = hat.rotate(chance.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
     low = max(round(top + 0.2 * head.height) - hat.height, 0)
     canvas.alpha_composite(hat, ((size - hat.width) // 2, low))
@@ -224,15 +211,13 @@ def worn(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[di
     """A row for every head and hat of one style; three for each party hat. The concept's further words stand
     in some captions."""
     pictures = {(row["style"], row["name"]): row for row in rows}
-    for style in sorted({row["style"] for row in rows}):
-        for name in HEADS:
-            for hat in HATS:
-                for number in range(3 if hat == "party hat" else 1):
-                    picture = dressed(pictures, style, name, hat, number)
-                    if picture is not None:
-                        head = pictures[style, name]
-                        own = () if hat == "party hat" else words.get(head["concept"], ())
-                        yield head | worn_row(head, hat, picture, number, own)
+    for style, name, hat in itertools.product(sorted({row["style"] for row in rows}), HEADS, HATS):
+        for number in range(3 if hat == "party hat" else 1):
+            picture = dressed(pictures, style, name, hat, number)
+            if picture is not None:
+                head = pictures[style, name]
+                own = () if hat == "party hat" else words.get(head["concept"], ())
+                yield head | worn_row(head, hat, picture, number, own)
 
 
 def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
@@ -245,12 +230,9 @@ def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> I
             captions = [form.format(word, text, style) for form in TEMPLATES]
             changes = {"caption": captions[0], "captions": captions, "name": word, "concept": concept}
             yield head | changes
-            others = sorted(
-                (unit_hash(f"{word} {hat} {style}", "kind"), hat)
-                for hat in HATS
-                if hat != "party hat" and (style, hat) in pictures
-            )
-            for number, hat in enumerate(("party hat", *(hat for _, hat in others[:HATS_EACH]))):
+            there = [hat for hat in HATS if hat != "party hat" and (style, hat) in pictures]
+            there.sort(key=lambda hat: unit_hash(f"{word} {hat} {style}", "kind"))
+            for number, hat in enumerate(("party hat", *there[:HATS_EACH])):
                 picture = dressed(pictures, style, name, hat, 3 + number)
                 if picture is not None and (word, hat) != (UNSEEN, "party hat"):
                     row = worn_row(head | {"name": word}, hat, picture, 3 + number, ())
@@ -267,18 +249,21 @@ def hats_alone(rows: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
 def worn_row(
     head: dict[str, Any], hat: str, picture: Image.Image, number: int, words: Iterable[str]
 ) -> dict[str, Any]:
-    name, style = head["name"], head["style"]
+    name, style, the_hat = head["name"], head["style"], with_article(hat)
     short = name.removesuffix(" face") if head["group"] == "animals-nature" else name
-    captions = [f"{name} in {with_article(hat)}, {style} style"]
+    captions = [f"{name} in {the_hat}, {style} style"]
     for one in dict.fromkeys((short, name)):
         text = with_article(one)
-        captions += [f"{text} in {with_article(hat)}", f"{text} wearing {with_article(hat)}"]
-        captions += [f"{one} with {with_article(hat)}, {style} style"]
+        captions += [
+            f"{text} in {the_hat}",
+            f"{text} wearing {the_hat}",
+            f"{one} with {the_hat}, {style} style",
+        ]
     chosen = sorted(words, key=lambda word: unit_hash(f"{word} {hat} {style}", "hat"))[:3]
-    captions += [f"{with_article(word)} in {with_article(hat)}" for word in chosen]
+    captions += [f"{with_article(word)} in {the_hat}" for word in chosen]
     return {
         "image": {"bytes": png_bytes(picture), "path": None}, "caption": captions[0], "captions": captions,
-        "name": f"{name} in {with_article(hat)}", "concept": f"{head['concept']} {hat}",
+        "name": f"{name} in {the_hat}", "concept": f"{head['concept']} {hat}",
         "hexcode": f"{head['hexcode']} {hat} {number}",
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Arrays that are computed once: memory-mapped files whose names are digests of what they come from."""
+"""Arrays that are computed once: memory-mapped files named by a digest of what they are computed from."""
 
 import hashlib
 import json
@@ -22,8 +22,7 @@ def content_key(*parts: bytes | str) -> str:
 
 
 def model_key(model: Any) -> str:
-    """A digest of a model's weights and config, the name of the folder it came from and library versions
-    excepted."""
+    """A digest of a model's weights and config, without the name of its folder and library versions."""
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
     incidental = ("architectures", "dtype", "transformers_version")  # of the file, not of what it computes
     kept = {key: value for key, value in config.items() if key[0] != "_" and key not in incidental}

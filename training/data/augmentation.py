@@ -12,9 +12,8 @@ def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator
     if shift:
         padded = F.pad(images, [shift] * 4, value=1.0)
         offsets = torch.randint(0, 2 * shift + 1, (batch, 2), generator=generator).tolist()
-        images = torch.stack(
-            [p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)]
-        )
+        pairs = zip(padded, offsets, strict=True)
+        images = torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in pairs])
     if noise:
         deviation = noise * torch.rand(batch, 1, 1, 1, generator=generator)
         images = images + deviation * torch.randn(images.shape, generator=generator)

@@ -1,5 +1,5 @@
-"""What never changes in training, computed once: text states and latents, in memory-mapped files whose names
-are a digest of the models and the data that they come from."""
+"""What stays the same throughout training and is computed once: text states and latents, in memory-mapped
+files named by a digest of the models and the data that they come from."""
 
 import contextlib
 import hashlib
@@ -80,8 +80,8 @@ def cache_text(captions: list[str], tokenizer: Any, text_encoder: Any, cache_dir
 
 @dataclass
 class LiveText:
-    """What TextCache is, computed when it is asked for: for streams, whose captions are not known before, and
-    for a text encoder that learns, through which gradients flow."""
+    """Like TextCache, but computed on demand: for streams, whose captions are not known in advance, and for a
+    text encoder that is trained, so that gradients flow through it."""
 
     tokenizer: Any
     text_encoder: Any
@@ -94,8 +94,8 @@ class LiveText:
 
 @contextlib.contextmanager
 def without_cut_warnings() -> Iterator[None]:
-    """`encode_text` shows each prompt that it cuts, which is right for a person's and too much for a data
-    set's: here they are counted instead."""
+    """Silences the warning that `encode_text` logs for each prompt it truncates, which is too much for a data
+    set: `cache_text` counts the truncated captions instead."""
     log = logging.getLogger("pipelines.drawing.text")
     was = log.disabled
     log.disabled = True
@@ -121,7 +121,7 @@ def encode_latents(vae: Any, images: Tensor) -> Tensor:
 
 @dataclass
 class LatentCache:
-    """What PictureCache is for pixels, for latents."""
+    """Like PictureCache, for latents instead of pixels."""
 
     latents: np.ndarray  # (N, C, h, w) fp16, memory-mapped; (2 N, C, h, w) with `mirrored`
     pictures: PictureCache

@@ -140,17 +140,11 @@ def read_emoji(emojibase: Path) -> dict[str, Emoji]:
         subgroup = meta["subgroups"].get(str(entry.get("subgroup")), "alphanum")
         for item in [entry, *entry.get("skins", [])]:
             hexcode = normalise_hexcode(item["hexcode"])
-            tone = item.get("tone", ())
-            emoji[hexcode] = Emoji(
-                hexcode,
-                concept_of(entry["hexcode"]),  # the skins of an entry belong to its concept
-                name_in_words(item["label"]),
-                entry.get("tags", []),
-                group,
-                subgroup,
-                tuple(tone) if isinstance(tone, list | tuple) else (tone,),
-                gender_of(hexcode),
-            )
+            tone, tags = item.get("tone", ()), entry.get("tags", [])
+            tones = tuple(tone) if isinstance(tone, list | tuple) else (tone,)
+            concept = concept_of(entry["hexcode"])  # the skins of an entry belong to its concept
+            words, gender = name_in_words(item["label"]), gender_of(hexcode)
+            emoji[hexcode] = Emoji(hexcode, concept, words, tags, group, subgroup, tones, gender)
     return emoji
 
 
@@ -194,10 +188,9 @@ def names_to_hexcodes(modules: Path, emoji: dict[str, Emoji]) -> dict[str, str]:
         for code, names in read_json(codes).items():
             for name in [names] if isinstance(names, str) else names:
                 add(name, code)
-    for hour in range(1, 13):
-        add(f"clock{hour}oclock", f"1F5{0x4F + hour:02X}")
-        add(f"clock{hour}thirty", f"1F5{0x5B + hour:02X}")
-    for name, code in FXEMOJI_NAMES.items():
+    clocks = {f"clock{hour}oclock": f"1F5{0x4F + hour:02X}" for hour in range(1, 13)}
+    clocks |= {f"clock{hour}thirty": f"1F5{0x5B + hour:02X}" for hour in range(1, 13)}
+    for name, code in (clocks | FXEMOJI_NAMES).items():
         add(name, code)
     return known
 
@@ -220,10 +213,8 @@ def iter_icons(
             continue
         seen.add(hexcode)
         icon = icons["icons"][alias.get("parent", name)]
-        left, top = icon.get("left", 0), icon.get("top", 0)
-        width = icon.get("width", icons.get("width", 16))
-        height = icon.get("height", icons.get("height", 16))
-        body = icon["body"]
+        left, top, body = icon.get("left", 0), icon.get("top", 0), icon["body"]
+        width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
         if alias.get("hFlip"):
             body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
         spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -255,12 +246,8 @@ def telling_tags(emoji: dict[str, Emoji]) -> set[str]:
 def caption_variants(item: Emoji, style: str, telling: set[str]) -> list[str]:
     """Captions of one picture; the first is its canonical one, "red heart, noto style". Toned pictures
     take no tags: they are many already, and their words are tone and gender."""
-    captions = [
-        f"{item.name}, {style} style",
-        item.name,
-        with_article(item.name),
-        f"{with_article(item.name)} in {style} style",
-    ]
+    one = with_article(item.name)
+    captions = [f"{item.name}, {style} style", item.name, one, f"{one} in {style} style"]
     if not any(item.tones):
         own = [tag.lower() for tag in item.tags if tag in telling][:4]
         for tag in own:
@@ -282,19 +269,13 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
     animal x expression: of the cat faces in alphabetical order, the fourth of each four;
     profession x gender x tone: for each profession one (gender, tone) pair, picked by its hash.
     """
-    rules: dict[str, list[str]] = {
-        "colour x shape": [],
-        "animal x expression": [],
-        "profession x gender x tone": [],
-    }
+    coloured, people = [], []
     plain = {code: item for code, item in emoji.items() if not any(item.tones)}
     for code, item in plain.items():
-        words = item.name.split()
-        if len(words) >= 2 and words[-2] in COLOURS and words[-1] in SHAPES:
-            if (COLOURS.index(words[-2]) + SHAPES.index(words[-1])) % 4 == 2:
-                rules["colour x shape"].append(code)
+        *_, colour, shape = ["", *item.name.split()]
+        if colour in COLOURS and shape in SHAPES and (COLOURS.index(colour) + SHAPES.index(shape)) % 4 == 2:
+            coloured.append(code)
     cats = sorted((item.name, code) for code, item in plain.items() if item.subgroup == "cat-face")
-    rules["animal x expression"] = [code for _, code in cats[3::4]]
     roles: dict[str, list[Emoji]] = defaultdict(list)
     for item in emoji.values():
         if item.subgroup == "person-role" and len(item.tones) == 1:
@@ -303,9 +284,9 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
         pairs = sorted({(m.gender, m.tones[0]) for m in members})
         if len({gender for gender, _ in pairs}) > 1:
             pick = pairs[int(unit_hash(concept, "composition") * len(pairs))]
-            rules["profession x gender x tone"] += [
-                m.hexcode for m in members if (m.gender, m.tones[0]) == pick
-            ]
+            people += [m.hexcode for m in members if (m.gender, m.tones[0]) == pick]
+    faces = [code for _, code in cats[3::4]]
+    rules = {"colour x shape": coloured, "animal x expression": faces, "profession x gender x tone": people}
     return {rule: sorted(codes) for rule, codes in rules.items()}
 
 

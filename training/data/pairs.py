@@ -29,13 +29,12 @@ class Pairs:
         h, room = side // scale, small.shape[-1] - side // scale + 1
         corners = torch.randint(0, room, (len(indices), 2), generator=generator).tolist()
         mirror = torch.rand(len(indices), generator=generator) < 0.5
-        x = torch.stack(
-            [
-                p[:, scale * i : scale * i + side, scale * j : scale * j + side]
-                for p, (i, j) in zip(large, corners, strict=True)
-            ]
-        )
-        y = torch.stack([p[:, i : i + h, j : j + h] for p, (i, j) in zip(small, corners, strict=True)])
+
+        def cut(pictures: Tensor, unit: int, side: int) -> Tensor:
+            places = zip(pictures, corners, strict=True)
+            return torch.stack([p[:, unit * i :, unit * j :][:, :side, :side] for p, (i, j) in places])
+
+        x, y = cut(large, scale, side), cut(small, 1, h)
         x[mirror], y[mirror] = x[mirror].flip(-1), y[mirror].flip(-1)
         return x, y
 
@@ -48,11 +47,11 @@ def load_pairs(
     Raises:
         ValueError: the data sets differ in other things than size.
     """
-    sizes = ((dataset, resolution), (low_dataset, low_resolution))
-    large, small = (
-        cache_pictures(load_pictures(name, split), side, cache_dir, "image", "caption")
-        for name, side in sizes
-    )
+
+    def load(name: str, side: int) -> PictureCache:
+        return cache_pictures(load_pictures(name, split), side, cache_dir, "image", "caption")
+
+    large, small = load(dataset, resolution), load(low_dataset, low_resolution)
     for column in ("hexcode", "style", "caption"):
         if large.columns.get(column) != small.columns.get(column) or len(large) != len(small):
             raise ValueError(
@@ -64,10 +63,6 @@ def load_pairs(
 
 def blur(y: Tensor, max_blur: float, generator: torch.Generator) -> Tensor:
     """Half of the pictures blurred by a Gaussian of a random width, up to `max_blur` pixels."""
-    widths = (torch.rand(len(y), generator=generator) * 2 - 1) * max_blur  # below 0: none
-    return torch.stack(
-        [
-            gaussian_blur(p, [BLUR_KERNEL] * 2, [w] * 2) if w > 0.1 else p
-            for p, w in zip(y, widths.tolist(), strict=True)
-        ]
-    )
+    widths = ((torch.rand(len(y), generator=generator) * 2 - 1) * max_blur).tolist()  # below 0: none
+    pairs = zip(y, widths, strict=True)
+    return torch.stack([gaussian_blur(p, [BLUR_KERNEL] * 2, [w] * 2) if w > 0.1 else p for p, w in pairs])

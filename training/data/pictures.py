@@ -11,10 +11,11 @@ same batches, and each process takes its own slice of the same global batch.
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,9 @@ class NoSuchSplit(ValueError):
 
 
 def load_pictures(
-    source: str,
-    split: str = "train",
-    config_name: str | None = None,
-    cache_dir: str | None = None,
-    streaming: bool = False,
-    caption_column: str | None = None,
-    strict: bool = False,
-) -> Any:
+    source: str, split: str = "train", config_name: str | None = None, cache_dir: str | None = None,
+    streaming: bool = False, caption_column: str | None = None, strict: bool = False,
+) -> Any:  # fmt: skip
     """A `datasets.Dataset` (`streaming`: an IterableDataset) from a saved data set, a folder of pictures or
     of webdataset tars, or a Hub name. A folder's metadata are checked first, see `check_picture_folder`.
 
@@ -120,9 +116,8 @@ def check_picture_folder(folder: Path, caption_column: str | None = None, strict
     """
     paths = sorted(path for kind in ("jsonl", "csv") for path in folder.rglob(f"metadata.{kind}"))
     if not paths:
-        raise ValueError(
-            f'{folder} has no metadata.jsonl; each line: {{"file_name": "cat.png", "text": "a cat"}}'
-        )
+        example = '{"file_name": "cat.png", "text": "a cat"}'
+        raise ValueError(f"{folder} has no metadata.jsonl; each line: {example}")
     captions = [caption_column] if caption_column else ["text", "caption"]
     named = set()
     for path in paths:
@@ -137,11 +132,8 @@ def check_picture_folder(folder: Path, caption_column: str | None = None, strict
             named.add((path.parent / row["file_name"]).resolve())
     if not named:
         raise ValueError(f"{folder} has no pictures: its metadata are empty")
-    left_out = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURES and path.resolve() not in named
-    )
+    pictures = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    left_out = sorted(str(path.relative_to(folder)) for path in pictures if path.resolve() not in named)
     if left_out:
         message = f"{folder}: no line of the metadata names {listed(left_out)}"
         if strict:
@@ -180,16 +172,15 @@ def find_columns(
     """The columns of pictures and captions: those asked for; else `image` or, in webdataset tars, the file
     kind, and `caption`, `text` or, in tars, `txt`. Raises ValueError when there is none."""
     kinds = [kind[1:] for kind in PICTURES] if image_column == "image" else []
-    found = []
-    for wanted in (
-        [image_column, *kinds],
-        [caption_column] if caption_column else ["caption", "text", "txt"],
-    ):
-        present = [name for name in wanted if name in columns]
-        if not present:
-            raise ValueError(f"the data set has no column {wanted[0]!r}; it has {', '.join(columns)}")
-        found.append(present[0])
-    return found[0], found[1]
+    captions = [caption_column] if caption_column else ["caption", "text", "txt"]
+
+    def first(wanted: list[str]) -> str:
+        for name in wanted:
+            if name in columns:
+                return name
+        raise ValueError(f"the data set has no column {wanted[0]!r}; it has {', '.join(columns)}")
+
+    return first([image_column, *kinds]), first(captions)
 
 
 # ------------------------------------------------------------ pixels
@@ -236,11 +227,10 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    if image.size != (resolution, resolution):
-        size = (resolution, resolution)
-        fit = ImageOps.fit if center_crop else ImageOps.pad
-        extra = {} if center_crop else {"color": "white"}
-        image = fit(image, size, Image.Resampling.LANCZOS, **extra)  # type: ignore[arg-type]
+    size, method = (resolution, resolution), Image.Resampling.LANCZOS
+    if image.size != size:
+        cropped = center_crop
+        image = ImageOps.fit(image, size, method) if cropped else ImageOps.pad(image, size, method, "white")
     return np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
 
 
@@ -287,15 +277,9 @@ class StepBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        weights: Tensor | None = None,
-        start: int = 0,
-        rank: int = 0,
-        num_processes: int = 1,
-    ):
+        self, size: int, batch_size: int, seed: int, weights: Tensor | None = None,
+        start: int = 0, rank: int = 0, num_processes: int = 1,
+    ):  # fmt: skip
         if size < 1:
             raise ValueError("the data set is empty")
         self.size, self.batch_size, self.seed, self.weights = size, batch_size, seed, weights
@@ -313,16 +297,12 @@ class StepBatchSampler(Sampler[list[int]]):
         return torch.stack([self.orders[int(p) // self.size][int(p) % self.size] for p in positions])
 
     def epoch_order(self, epoch: int) -> Tensor:
-        return torch.randperm(
-            self.size, generator=torch.Generator().manual_seed(seed_for(self.seed, "epoch", epoch))
-        )
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", epoch))
+        return torch.randperm(self.size, generator=generator)
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
-        while True:
-            batch = self.global_batch(step)
-            yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
-            step += 1
+        for step in itertools.count(self.start):
+            yield self.global_batch(step)[self.rank * self.batch_size :][: self.batch_size].tolist()
 
 
 def seed_for(*parts: object) -> int:
@@ -385,15 +365,18 @@ class PictureCache:
         return torch.tensor(chosen)
 
 
+def index_captions(texts: Iterable[str | list[str]]) -> tuple[list[str], list[list[int]]]:
+    """(every distinct caption, "" first; of each picture the indices of its own)."""
+    index: dict[str, int] = {"": 0}
+    several = ([own] if isinstance(own, str) else own for own in texts)
+    choices = [[index.setdefault(text, len(index)) for text in own] for own in several]
+    return list(index), choices
+
+
 def cache_pictures(
-    data: Any,
-    resolution: int,
-    cache_dir: str | Path,
-    image_column: str = "image",
-    caption_column: str | None = None,
-    center_crop: bool = True,
-    strict: bool = False,
-) -> PictureCache:
+    data: Any, resolution: int, cache_dir: str | Path, image_column: str = "image",
+    caption_column: str | None = None, center_crop: bool = True, strict: bool = False,
+) -> PictureCache:  # fmt: skip
     """Decode a data set once into a memory-mapped array under `cache_dir`, keyed by its content.
 
     Pictures that cannot be read and rows without a caption are named in a warning and left out.
@@ -411,10 +394,9 @@ def cache_pictures(
     key = content_key(str(data._fingerprint), f"{resolution}-{center_crop}-{image_column}")
     path = Path(cache_dir) / f"pixels-{key}.npy"
     unread = path.with_suffix(".json")  # what could not be read: {row: why}
+    undecoded = data
     if isinstance(data.features[image_column], datasets.Image):
         undecoded = data.cast_column(image_column, datasets.Image(decode=False))
-    else:
-        undecoded = data
 
     def decode(target: np.ndarray) -> None:
         problems = {}
@@ -446,12 +428,10 @@ def cache_pictures(
             raise ValueError(message)
         logger.warning("%s; left out", message)
     rows = np.array([number for number in range(len(data)) if str(number) not in problems])
-    index: dict[str, int] = {"": 0}
-    texts = [[own] if isinstance(own, str) else own for own in (captions[row] for row in rows)]
-    choices = [[index.setdefault(text, len(index)) for text in own] for own in texts]
     columns = {}
     for name in data.column_names:
         if name not in (image_column, "captions") and not isinstance(data.features[name], datasets.Image):
             values = list(data[name])
             columns[name] = [values[row] for row in rows]
-    return PictureCache(pixels, list(index), choices, columns, rows if problems else None, path.name)
+    texts, choices = index_captions(captions[row] for row in rows)
+    return PictureCache(pixels, texts, choices, columns, rows if problems else None, path.name)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data.pictures import PictureCache, draw_row, find_columns, is_caption, seed_for
+from training.data.pictures import PictureCache, draw_row, find_columns, index_captions, is_caption, seed_for
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,10 @@ class PictureStream:
     """
 
     def __init__(
-        self,
-        data: Any,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        num_processes: int = 1,
-        *,
-        resolution: int = 64,
-        image_column: str = "image",
-        caption_column: str | None = None,
-        center_crop: bool = True,
-        strict: bool = False,
-        buffer_size: int = 1000,
-    ):
+        self, data: Any, batch_size: int, seed: int = 0, rank: int = 0, num_processes: int = 1, *,
+        resolution: int = 64, image_column: str = "image", caption_column: str | None = None,
+        center_crop: bool = True, strict: bool = False, buffer_size: int = 1000,
+    ):  # fmt: skip
         self.data, self.batch_size, self.seed = data.decode(False), batch_size, seed
         self.rank, self.num_processes, self.buffer_size = rank, num_processes, buffer_size
         self.resolution, self.center_crop, self.strict = resolution, center_crop, strict
@@ -73,9 +63,8 @@ class PictureStream:
         """(epoch, place in it, undecoded row) from the present place on, epoch after epoch."""
         first = self.position
         for epoch in itertools.count(self.epoch):
-            shuffled = self.data.shuffle(
-                seed=seed_for(self.seed, "stream", epoch) % 2**32, buffer_size=self.buffer_size
-            )
+            seed = seed_for(self.seed, "stream", epoch) % 2**32
+            shuffled = self.data.shuffle(seed=seed, buffer_size=self.buffer_size)
             position = -1
             for position, row in enumerate(shuffled):
                 if position >= first:
@@ -93,19 +82,15 @@ class PictureStream:
                 if not is_caption(caption):
                     raise ValueError(f"{row.get('__key__', f'row {number}')} has no caption")
                 pixels.append(draw_row(row, number, image_column, self.resolution, self.center_crop))
-                texts.append([caption] if isinstance(caption, str) else caption)
+                texts.append(caption)
             except ValueError as error:
                 if self.strict:
                     raise
                 logger.warning("%s; another picture of the batch takes its place", error)
         if not pixels:
             raise ValueError(f"none of {len(rows)} pictures of the stream can be read")
-        good = len(pixels)
-        pixels += [pixels[i % good] for i in range(len(rows) - good)]
-        texts += [texts[i % good] for i in range(len(rows) - good)]
-        index: dict[str, int] = {"": 0}
-        choices = [[index.setdefault(text, len(index)) for text in own] for own in texts]
-        return PictureCache(np.stack(pixels), list(index), choices, {})
+        pixels, texts = (list(itertools.islice(itertools.cycle(own), len(rows))) for own in (pixels, texts))
+        return PictureCache(np.stack(pixels), *index_captions(texts), {})
 
     def head(self, count: int) -> PictureCache:
         """The first pictures of the unshuffled stream, for validation."""

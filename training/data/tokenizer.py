@@ -53,9 +53,8 @@ def build_clip_tokenizer(num_merges: int = 8192, model_max_length: int = 77) -> 
     Raises ValueError when `num_merges` is not in 0..48894 or `model_max_length` is below 3.
     """
     if model_max_length < 3:
-        raise ValueError(
-            f"model_max_length must be 3 or more, to hold start, a token, end; got {model_max_length}"
-        )
+        rule = "3 or more, to hold start, a token, end"
+        raise ValueError(f"model_max_length must be {rule}; got {model_max_length}")
     merges = read_clip_merges(num_merges)
     characters = list(bytes_to_characters().values())
     tokens = characters + [character + "</w>" for character in characters]

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from training.data.emoji import STYLES, install_packages, read_emoji, unit_hash
@@ -50,32 +51,52 @@ class WordNet:
     irregular: dict[str, str] = field(default_factory=dict)  # plural -> singular
 
     def noun(self, text: str) -> str | None:
-        """The noun that a text is, in the singular (WordNet's rules of detachment), or None."""
+        """The text as a singular noun of WordNet's (by its rules of detachment), or None if it is none."""
         if text in self.senses:
             return text
-        candidates = [self.irregular.get(text, "")]
-        for plural, singular in _ENDINGS:
-            if text.endswith(plural):
-                candidates.append(text.removesuffix(plural) + singular)
+        regular = [text.removesuffix(end) + one for end, one in _ENDINGS if text.endswith(end)]
+        candidates = [self.irregular.get(text, ""), *regular]
         return next((noun for noun in candidates if noun in self.senses), None)
 
     def synonyms(self, text: str) -> list[str]:
-        """The words of the first noun sense of a text, none when it is no noun of WordNet's."""
+        """The words of the first noun sense of a text; none if it is not a noun in WordNet."""
         noun = self.noun(text)
         return [] if noun is None else self.synsets[self.senses[noun][0]].words
 
-    def kinds_of(self, ancestor: str) -> set[int]:
-        """Synsets below the first sense of `ancestor`, itself included."""
+    @cached_property
+    def hyponyms(self) -> dict[int, list[int]]:
+        """Synset -> those that are a kind of it."""
         below: dict[int, list[int]] = defaultdict(list)
         for key, synset in self.synsets.items():
             for parent in synset.hypernyms:
                 below[parent].append(key)
+        return below
+
+    def own_words(self, key: int) -> list[str]:
+        """The words that mean a synset first of all: to most a "shepherd" is no dog. None of a person's or a
+        place's."""
+        synset = self.synsets[key]
+        return [w for w in synset.words if not synset.instance and self.senses.get(w, [None])[0] == key]
+
+    def concepts_by_sense(self, names: dict[str, set[str]], ending: str = "") -> dict[int, set[str]]:
+        """First sense -> the concepts with a name of that sense; a name that is no noun is tried without
+        `ending`."""
+        found: dict[int, set[str]] = defaultdict(set)
+        for concept, own in names.items():
+            for name in own:
+                noun = self.noun(name) or self.noun(name.removesuffix(ending))
+                if noun is not None:
+                    found[self.senses[noun][0]].add(concept)
+        return found
+
+    def kinds_of(self, ancestor: str) -> set[int]:
+        """Synsets below the first sense of `ancestor`, itself included."""
         found, stack = set(), [self.senses[ancestor][0]]
         while stack:
             key = stack.pop()
             if key not in found:
                 found.add(key)
-                stack += below[key]
+                stack += self.hyponyms[key]
         return found
 
 
@@ -114,9 +135,8 @@ def read_wordnet(folder: str | Path = WORDNET_DIR) -> WordNet:
         pointers = columns[5 + 2 * count :]
         hypernyms = [int(pointers[i + 1]) for i in range(0, len(pointers), 4) if pointers[i] in ("@", "@i")]
         definition = re.sub(r"\([^)]*\)", " ", gloss.partition('"')[0]).partition(";")[0]
-        synsets[int(columns[0])] = Synset(
-            words, " ".join(definition.lower().split()), hypernyms, "@i" in pointers[::4]
-        )
+        definition = " ".join(definition.lower().split())
+        synsets[int(columns[0])] = Synset(words, definition, hypernyms, "@i" in pointers[::4])
     senses: dict[str, list[int]] = {}
     words_of_all: set[str] = set()
     for part in ("noun", "verb", "adj", "adv"):
@@ -139,9 +159,8 @@ def zipf_frequency(text: str) -> float:
     try:
         from wordfreq import zipf_frequency as frequency
     except ImportError as error:
-        raise ValueError(
-            "wordfreq is not installed: pip install -r training/requirements-words.txt"
-        ) from error
+        missing = "wordfreq is not installed: pip install -r training/requirements-words.txt"
+        raise ValueError(missing) from error
     return float(frequency(text, "en"))
 
 
@@ -153,15 +172,14 @@ def tokens(text: str) -> list[str]:
 
 
 class Phrases:
-    """Tells which runs of whole words occur in any of some texts."""
+    """The runs of whole words that occur in some texts: `text in phrases` looks one up."""
 
     def __init__(self, texts: Iterable[str], longest: int = 6):
         self.runs: set[tuple[str, ...]] = set()
         for text in texts:
             words = tokens(text)
             for start in range(len(words)):
-                for end in range(start + 1, min(start + longest, len(words)) + 1):
-                    self.runs.add(tuple(words[start:end]))
+                self.runs |= {tuple(words[start : start + 1 + more]) for more in range(longest)}
 
     def __contains__(self, text: str) -> bool:
         return tuple(tokens(text)) in self.runs
@@ -210,30 +228,15 @@ def unseen_words(names: dict[str, set[str]], seen: Iterable[str], wordnet: WordN
         unseen = bool(tokens(word)) and not any(form in phrases for form in forms)
         return unseen and zipf_frequency(word) >= MINIMUM_ZIPF
 
-    below: dict[int, list[int]] = defaultdict(list)
-    for key, synset in wordnet.synsets.items():
-        for parent in synset.hypernyms:
-            below[parent].append(key)
-    concepts_of: dict[int, set[str]] = defaultdict(set)  # first sense -> concepts
-    for concept, own in names.items():
-        for noun in map(wordnet.noun, own):
-            if noun is not None:
-                concepts_of[wordnet.senses[noun][0]].add(concept)
+    concepts_of = wordnet.concepts_by_sense(names)
     found: dict[str, UnseenWord] = {}
     for sense, concepts in concepts_of.items():
         for word in filter(is_unseen, wordnet.synsets[sense].words):
             found.setdefault(word, UnseenWord(word, set(), kind=False)).concepts.update(concepts)
     synonyms = set(found)
     for sense, concepts in concepts_of.items():
-        kinds = {
-            word
-            for key in below[sense]
-            for word in wordnet.synsets[key].words
-            # A kind's word must mean it first of all: to most a "shepherd" is no dog
-            if not wordnet.synsets[key].instance and wordnet.senses[word][0] == key
-            if word not in synonyms and is_unseen(word)
-        }
-        for word in sorted(kinds, key=lambda text: unit_hash(text, "kind"))[:KINDS_EACH]:
+        kinds = {word for key in wordnet.hyponyms[sense] for word in wordnet.own_words(key)} - synonyms
+        for word in sorted(filter(is_unseen, kinds), key=lambda text: unit_hash(text, "kind"))[:KINDS_EACH]:
             found.setdefault(word, UnseenWord(word, set(), kind=True)).concepts.update(concepts)
     return [found[text] for text in sorted(found)]
 

@@ -30,22 +30,21 @@ from training.evaluation.settings import (
     SplitSettings,
     StepsSettings,
 )
-from training.run.settings import AT_LEAST_1, Rule, one_of, require, setting, settings
+from training.run.settings import Rule, require, setting
 
 VARIANCES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 BUCKETS = 20  # of timesteps, in the figures
 FOR_AN_ERROR = Rule(lambda count: count >= 2, "at least 2, for a standard error")
 
 
-@settings
 class BitsPerDimConfig(ModelSettings, StepsSettings, CountSettings, BatchSettings, SplitSettings):
     """Settings of `training.evaluate bits-per-dim` and `text-information`."""
 
     variance_type: str | None = setting(
-        "fixed_small, fixed_large, ...; the model's own by default.", None, one_of(*VARIANCES)
+        "fixed_small, fixed_large, ...; the model's own by default.", None, VARIANCES
     )
     num_inference_steps: int | None = setting(
-        "Timesteps of the chain, ends included; all T by default.", None, AT_LEAST_1
+        "Timesteps of the chain, ends included; all T by default.", None, "at least 1"
     )
     num_pictures: int = setting("Pictures drawn at random; at least 2.", 100, FOR_AN_ERROR)
 

@@ -17,7 +17,7 @@ from training.evaluation.report_page import COLUMNS, describe_guidance, metric_r
 from training.evaluation.report_parts import SPLITS
 from training.evaluation.samples import load_pipeline, pipeline_key
 from training.evaluation.settings import ModelSettings
-from training.run.settings import require, setting, settings
+from training.run.settings import require, setting
 
 BEGIN = "<!-- figures: python -m training.evaluate card writes from here -->"
 END = "<!-- figures: to here -->"
@@ -30,7 +30,6 @@ TYPES = {  # of the Hub's model-index, by our names of the figures
 }
 
 
-@settings
 class CardConfig(ModelSettings):
     """Settings of `training.evaluate card`."""
 

@@ -24,7 +24,7 @@ from pipelines.folders.files import save_png
 from training.evaluation.judge import Judge
 from training.evaluation.samples import load_pipeline_as, read_pictures
 from training.evaluation.settings import JudgeSettings, SplitSettings, StepsSettings
-from training.run.settings import require, setting, settings
+from training.run.settings import require, setting
 
 # left, top, right, bottom as shares of the sides
 REGIONS = {"middle": (0.25, 0.25, 0.75, 0.75), "top": (0.1, 0.0, 0.9, 0.45), "right": (0.5, 0.0, 1.0, 1.0)}
@@ -37,7 +37,6 @@ CHANGES = [
 ]
 
 
-@settings
 class EditingConfig(JudgeSettings, StepsSettings, SplitSettings):
     """Settings of `training.evaluate editing`."""
 

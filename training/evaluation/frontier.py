@@ -32,7 +32,7 @@ from training.evaluation.settings import (
     StepsSettings,
     at_least,
 )
-from training.run.settings import Rule, require, setting, settings
+from training.run.settings import Rule, require, setting
 
 # form -> the component that it needs
 FORMS = {
@@ -47,7 +47,6 @@ FORMS = {
 SCALES = Rule(lambda scales: all(scale >= 0 for scale in scales), "scales of 0 or more")
 
 
-@settings
 class FrontierConfig(
     ModelSettings,
     NoisyClipSettings,

@@ -25,10 +25,9 @@ from training.evaluation.settings import (
 )
 from training.objectives.denoising import BUCKETS
 from training.objectives.noised import NoisedPictures, embed_prompts
-from training.run.settings import require, setting, settings
+from training.run.settings import require, setting
 
 
-@settings
 class NoisedAccuracyConfig(
     ModelSettings,
     JudgeSettings,

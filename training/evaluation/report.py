@@ -57,13 +57,12 @@ from training.evaluation.settings import (
     at_least,
 )
 from training.objectives.denoising import BUCKETS, DenoisingLoss, DenoisingSettings, validation_loss
-from training.run.settings import require, setting, settings
+from training.run.settings import require, setting
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 NOISE_DRAWS = 4  # of the validation loss, for its standard error
 
 
-@settings
 class ReportConfig(ModelSettings, JudgeSettings, GuidanceSettings, SeededSettings):
     """Settings of `training.evaluate report`."""
 

@@ -31,10 +31,9 @@ from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
 from training.evaluation.samples import draw, read_pictures, two_halves
 from training.evaluation.settings import BatchSettings, CountSettings, JudgeSettings, SplitSettings, at_least
-from training.run.settings import AT_LEAST_0, require, setting, settings
+from training.run.settings import require, setting
 
 
-@settings
 class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings, SplitSettings):
     """Settings of `training.evaluate sampling-steps`."""
 
@@ -45,7 +44,7 @@ class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings, SplitSett
     steps: list[int] = setting("Numbers of steps to compare.", [10, 25, 50, 100])
     num_pictures: int = setting("Pictures whose bits are counted; at least 2.", 100, FOR_AN_ERROR)
     num_drawn: int = setting("Pictures drawn, and in each half of real ones.", 1000, at_least(2))
-    guidance_scale: float = setting("Of the drawn pictures; 1 shows the model itself.", 1.0, AT_LEAST_0)
+    guidance_scale: float = setting("Of the drawn pictures; 1 shows the model itself.", 1.0, "0 or more")
 
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""

@@ -3,16 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from training.run.settings import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    DataSettings,
-    Rule,
-    Settings,
-    WordSettings,
-    setting,
-    settings,
-)
+from training.run.settings import DataSettings, Rule, Settings, WordSettings, setting
 
 OWN = "if empty the model's own, or that of the folder beside it with -guidance added."
 TRAINED = Rule(
@@ -24,24 +15,20 @@ def at_least(least: int) -> Rule:
     return Rule(lambda value: value >= least, f"at least {least}")
 
 
-@settings
 class ModelSettings(Settings):
     model: str = setting("The pipeline to measure.", "models/emoji")
 
 
-@settings
 class JudgeSettings(Settings):
     judge: str = setting("The CLIP that scores pictures.", "models/judge")
 
 
-@settings
 class SeededSettings(DataSettings):
     """The data set, and the seed of all that is random."""
 
     seed: int = setting("Seed of the choices, of the noise and of the first picture.", 0)
 
 
-@settings
 class FigureSettings(SeededSettings):
     """What a measurement has: its pictures, and where its results go."""
 
@@ -49,37 +36,32 @@ class FigureSettings(SeededSettings):
     json: str = setting("File for the figures.", "")
 
 
-@settings
 class SplitSettings(FigureSettings):
     split: str = setting("Split to take pictures from.", "validation")
 
 
-@settings
 class BatchSettings(Settings):
-    batch_size: int = setting("Pictures in one pass of the network.", 25, AT_LEAST_1)
+    batch_size: int = setting("Pictures in one pass of the network.", 25, "at least 1")
 
 
-@settings
 class CountSettings(Settings):
-    num_pictures: int = setting("Pictures drawn at random.", 200, AT_LEAST_1)
+    num_pictures: int = setting("Pictures drawn at random.", 200, "at least 1")
 
 
-@settings
 class StepsSettings(Settings):
     num_inference_steps: int | None = setting(
-        "Denoising steps; the model's own by default.", None, AT_LEAST_1
+        "Denoising steps; the model's own by default.", None, "at least 1"
     )
 
 
-@settings
 class GuidanceSettings(StepsSettings, BatchSettings):
     """How the model draws."""
 
     guidance_scale: float | None = setting(
-        "Classifier-free guidance; the model's own by default.", None, AT_LEAST_0
+        "Classifier-free guidance; the model's own by default.", None, "0 or more"
     )
     clip_guidance_scale: float | None = setting(
-        "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given.", None, AT_LEAST_0
+        "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given.", None, "0 or more"
     )
 
     def drawing(self) -> dict[str, Any]:
@@ -88,17 +70,14 @@ class GuidanceSettings(StepsSettings, BatchSettings):
         return {name: getattr(self, name) for name in names}
 
 
-@settings
 class NoisyClipSettings(Settings):
     noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "", TRAINED)
 
 
-@settings
 class NoisyClassifierSettings(Settings):
     noisy_classifier: str = setting("Folder of a NoisyClassifier; " + OWN, "", TRAINED)
 
 
-@settings
 class EvaluationConfig(
     ModelSettings, JudgeSettings, GuidanceSettings, CountSettings, WordSettings, SplitSettings
 ):

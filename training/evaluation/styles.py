@@ -30,12 +30,11 @@ from training.evaluation.settings import (
     ModelSettings,
     NoisyClassifierSettings,
 )
-from training.run.settings import AT_LEAST_0, AT_LEAST_1, Rule, require, setting, settings
+from training.run.settings import Rule, require, setting
 
 DRAWN = ["3d", "flat", "noto", "twemoji"]
 
 
-@settings
 class StylesConfig(ModelSettings, NoisyClassifierSettings, JudgeSettings, GuidanceSettings, FigureSettings):
     """Settings of `training.evaluate styles`."""
 
@@ -45,12 +44,12 @@ class StylesConfig(ModelSettings, NoisyClassifierSettings, JudgeSettings, Guidan
         Rule(lambda folder: (Path(folder) / "config.json").is_file(), "the folder of a NoisyClassifier"),
     )
     styles: list[str] = setting("Each name in each.", DRAWN, Rule(bool, "one or more"))
-    num_names: int = setting("Names drawn at random of those in all styles.", 100, AT_LEAST_1)
+    num_names: int = setting("Names drawn at random of those in all styles.", 100, "at least 1")
     classifier_guidance_scale: float = setting(
-        "Of guidance to each picture's style by noisy_classifier, 0 is off.", 0.0, AT_LEAST_0
+        "Of guidance to each picture's style by noisy_classifier, 0 is off.", 0.0, "0 or more"
     )
     num_candidates: int = setting(
-        "So many drawn for each picture; the best by what guides is kept.", 1, AT_LEAST_1
+        "So many drawn for each picture; the best by what guides is kept.", 1, "at least 1"
     )
     output: str = setting(
         "Folder of the page, and of what was drawn.",

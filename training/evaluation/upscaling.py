@@ -33,7 +33,7 @@ from training.evaluation.settings import (
     StepsSettings,
     at_least,
 )
-from training.run.settings import PairSettings, require, setting, settings
+from training.run.settings import PairSettings, require, setting
 
 FILTERS = {
     name: getattr(Image.Resampling, name.upper())
@@ -42,7 +42,6 @@ FILTERS = {
 EDGE = 0.05  # standard deviation, in a square of a picture in [-1, 1], that is an edge
 
 
-@settings
 class UpscalingConfig(
     ModelSettings, JudgeSettings, StepsSettings, CountSettings, PairSettings, SplitSettings
 ):

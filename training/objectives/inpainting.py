@@ -23,19 +23,15 @@ def random_masks(
 
     A function of (seed, step) and the place in the global batch alone, however many processes share it.
     """
-    numbers = range(rank * count, (rank + 1) * count)
-    masks = [
-        draw_mask(np.random.default_rng(seed_for(seed, "mask", step, n)), height, width) for n in numbers
-    ]
+    seeds = [seed_for(seed, "mask", step, n) for n in range(rank * count, (rank + 1) * count)]
+    masks = [draw_mask(np.random.default_rng(one), height, width) for one in seeds]
     return torch.from_numpy(np.stack(masks)).float()[:, None]
 
 
 def draw_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     """One mask, (height, width) bool, never empty."""
-    kind = random.choice(KINDS, p=SHARES)
-    mask = {"brush": brush_mask, "box": box_mask, "half": half_mask, "all": all_mask}[kind](
-        random, height, width
-    )
+    draw = {"brush": brush_mask, "box": box_mask, "half": half_mask, "all": all_mask}
+    mask = draw[random.choice(KINDS, p=SHARES)](random, height, width)
     return mask if mask.any() else ~mask
 
 
@@ -71,10 +67,8 @@ def half_mask(random: np.random.Generator, height: int, width: int) -> np.ndarra
     """One side of the picture, a quarter to three quarters of it."""
     mask = np.zeros((height, width), dtype=bool)
     share, side = random.uniform(0.25, 0.75), random.integers(4)
-    if side < 2:
-        mask[:, : max(round(share * width), 1)] = True
-    else:
-        mask[: max(round(share * height), 1)] = True
+    part = mask.T if side < 2 else mask
+    part[: max(round(share * len(part)), 1)] = True
     return mask[::-1, ::-1] if side % 2 else mask
 
 

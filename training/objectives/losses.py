@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipelines.chain.equations import LEARNED_VARIANCES
 from pipelines.coding.likelihood import chain_of, vlb_term
+from training.run.settings import require
 
 LOSSES = ("simple", "hybrid", "vlb")
 
@@ -31,14 +32,10 @@ def min_snr_weight(snr: Tensor, prediction_type: str, gamma: float, floor: float
         raise ValueError(f"gamma must be above 0, got {gamma}")
     if not 0 <= floor <= gamma:
         raise ValueError(f"floor must be in [0, gamma] = [0, {gamma}], got {floor}")
-    capped = snr.clamp(floor, gamma)
-    if prediction_type == "epsilon":
-        return capped / snr
-    if prediction_type == "v_prediction":
-        return capped / (snr + 1)
-    if prediction_type == "sample":
-        return capped
-    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+    divisors = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    if prediction_type not in divisors:
+        raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}")
+    return snr.clamp(floor, gamma) / divisors[prediction_type]
 
 
 def simple_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -56,10 +53,9 @@ def simple_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = No
     Raises:
         ValueError: the shapes differ (broadcasting would hide it).
     """
-    if model_output.shape != target.shape:
-        raise ValueError(
-            f"model_output {tuple(model_output.shape)} and target {tuple(target.shape)} differ in shape"
-        )
+    shapes = tuple(model_output.shape), tuple(target.shape)
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"model_output {shapes[0]} and target {shapes[1]} differ in shape")
     loss = (model_output.float() - target.float()).pow(2).flatten(1).mean(dim=1)
     return loss if weight is None else weight * loss
 
@@ -104,7 +100,7 @@ class DiffusionLoss:
         kind: "simple", "hybrid" or "vlb".
         scheduler: of the model that is trained; its config is copied, so that drawing pictures with few steps
             between two training steps leaves the loss as it is.
-        out_channels, channels: the U-Net's and the picture's, where known, so that a misfit is told at once.
+        out_channels, channels: the U-Net's and the picture's, if known, so that a mismatch is found at once.
         vlb_weight: lambda.
 
     Raises:
@@ -114,41 +110,27 @@ class DiffusionLoss:
     """
 
     def __init__(
-        self,
-        kind: str,
-        scheduler: Any,
-        out_channels: int | None = None,
-        channels: int | None = None,
+        self, kind: str, scheduler: Any, out_channels: int | None = None, channels: int | None = None,
         vlb_weight: float = 0.001,
-    ) -> None:
-        if kind not in LOSSES:
-            raise ValueError(f"loss must be one of {LOSSES}, got {kind!r}")
-        if vlb_weight <= 0:
-            raise ValueError(f"vlb_weight must be above 0, got {vlb_weight}")
+    ) -> None:  # fmt: skip
+        require(kind in LOSSES, "loss", kind, f"one of {LOSSES}")
+        require(vlb_weight > 0, "vlb_weight", vlb_weight, "above 0")
         variance = scheduler.config.get("variance_type")
-        learned = variance in LEARNED_VARIANCES
-        if learned and kind == "simple":
-            raise ValueError(f"loss must be hybrid or vlb with variance_type={variance!r}, got {kind!r}")
-        if kind == "hybrid" and not learned:
-            raise ValueError(
-                f"variance_type must be one of {LEARNED_VARIANCES} with loss='hybrid', got {variance!r}"
-            )
+        learned, told = variance in LEARNED_VARIANCES, f"with variance_type={variance!r}"
+        require(not learned or kind != "simple", "loss", kind, f"hybrid or vlb {told}")
+        allowed = f"one of {LEARNED_VARIANCES} with loss='hybrid'"
+        require(learned or kind != "hybrid", "variance_type", variance, allowed)
         if out_channels is not None and channels is not None:
-            wanted, told = channels * (2 if learned else 1), f"variance_type={variance!r}"
-            if out_channels != wanted:
-                raise ValueError(f"the U-Net's out_channels must be {wanted} with {told}, got {out_channels}")
+            wanted = channels * (2 if learned else 1)
+            fits = out_channels == wanted
+            require(fits, "the U-Net's out_channels", out_channels, f"{wanted} {told}")
         self.kind, self.vlb_weight = kind, vlb_weight
         self.chain = chain_of(scheduler, clip_sample=False, thresholding=False)
 
     def __call__(
-        self,
-        model_output: Tensor,
-        target: Tensor,
-        x0: Tensor,
-        x_t: Tensor,
-        t: Tensor,
+        self, model_output: Tensor, target: Tensor, x0: Tensor, x_t: Tensor, t: Tensor,
         weight: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The loss of each sample, (B,), computed in fp32 whatever the inputs.
 
         Args:
@@ -193,12 +175,9 @@ class LossAwareTimesteps:
     """
 
     def __init__(self, num_timesteps: int, history: int = 10, uniform_share: float = 0.001) -> None:
-        if num_timesteps < 1 or history < 1:
-            raise ValueError(
-                f"num_timesteps and history must be at least 1, got {num_timesteps} and {history}"
-            )
-        if not 0 < uniform_share <= 1:
-            raise ValueError(f"uniform_share must be above 0 and at most 1, got {uniform_share}")
+        require(num_timesteps >= 1, "num_timesteps", num_timesteps, "at least 1")
+        require(history >= 1, "history", history, "at least 1")
+        require(0 < uniform_share <= 1, "uniform_share", uniform_share, "above 0 and at most 1")
         self.uniform_share = uniform_share
         self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)  # the oldest first once full
         self.counts = torch.zeros(num_timesteps, dtype=torch.long)  # how many of them are there
@@ -228,10 +207,9 @@ class LossAwareTimesteps:
                 continue
             if self.counts[step] == self.losses.shape[1]:
                 self.losses[step] = self.losses[step].roll(-1)
-                self.losses[step, -1] = loss
-            else:
-                self.losses[step, self.counts[step]] = loss
-                self.counts[step] += 1
+                self.counts[step] -= 1
+            self.losses[step, self.counts[step]] = loss
+            self.counts[step] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
@@ -239,8 +217,6 @@ class LossAwareTimesteps:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError where the state is of another T or history."""
         for name, own in self.state_dict().items():
-            if state[name].shape != own.shape:
-                raise ValueError(
-                    f"{name} must be of shape {tuple(own.shape)}, got {tuple(state[name].shape)}"
-                )
+            shape, wanted = tuple(state[name].shape), tuple(own.shape)
+            require(shape == wanted, name, shape, f"of shape {wanted}")
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()

@@ -39,24 +39,15 @@ class NoisedPictures:
         return len(self.data)
 
     def batch(
-        self,
-        indices: list[int],
-        seed: int,
-        step: int,
-        rank: int,
-        world: int,
-        shift: int = 0,
-        noised: bool = True,
-        flip: bool = False,
-        timestep_shift: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+        self, indices: list[int], seed: int, step: int, rank: int, world: int,
+        shift: int = 0, noised: bool = True, flip: bool = False, timestep_shift: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(x_t, t) of a micro-batch, of the seed, the step and the place in the global batch alone; in pixels
         each picture is moved by up to `shift` first, and with `flip` mirrored half the time; t as
         `draw_noise` draws it. Without `noised` (x_0, 0)."""
         x0 = self.data.images(indices)
-        eps, t = draw_noise(
-            seed, step, tuple(x0.shape), len(self.chain), rank, world, timestep_shift=timestep_shift
-        )
+        shape, total = tuple(x0.shape), len(self.chain)
+        eps, t = draw_noise(seed, step, shape, total, rank, world, timestep_shift=timestep_shift)
         if shift and self.channels == 3:
             generator = torch.Generator().manual_seed(seed_for(seed, "shift", step, rank))
             x0 = augment(x0, shift, 0.0, generator)

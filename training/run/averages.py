@@ -10,15 +10,9 @@ from diffusers.training_utils import EMAModel
 
 def make_ema(decay: float, model: Any, foreach: bool = True) -> EMAModel:
     """The average of a diffusers model: its decay is 1 - (1 + step)^(-3/4) until it reaches `decay`."""
-    return EMAModel(
-        model.parameters(),
-        decay=decay,
-        use_ema_warmup=True,
-        power=0.75,
-        model_cls=type(model),
-        model_config=model.config,
-        foreach=foreach,
-    )
+    warm_up = {"use_ema_warmup": True, "power": 0.75}
+    kept = {"model_cls": type(model), "model_config": model.config}
+    return EMAModel(model.parameters(), decay=decay, foreach=foreach, **warm_up, **kept)
 
 
 @contextlib.contextmanager

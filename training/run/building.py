@@ -9,12 +9,11 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from pipelines import ConditionalUNet, DDPMScheduler, InpaintPipeline, TextToImagePipeline
-from training.run.settings import InpaintingSettings, UNetSettings, one_of, require, setting, settings
+from training.run.settings import InpaintingSettings, UNetSettings, require, setting
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-@settings
 class PipelineSettings(UNetSettings, InpaintingSettings):
     """What the pipeline to train is made of."""
 
@@ -23,9 +22,7 @@ class PipelineSettings(UNetSettings, InpaintingSettings):
     )
     text_encoder: str | None = setting("A CLIP's folder with its tokenizer, or a pipeline's; frozen.", None)
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.", None)
-    prediction_type: str | None = setting(
-        "epsilon, sample (x0) or v_prediction.", None, one_of(*PREDICTION_TYPES)
-    )
+    prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.", None, PREDICTION_TYPES)
     self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
 
     def check(self) -> None:
@@ -60,8 +57,8 @@ def build_pipeline(config: PipelineSettings) -> TextToImagePipeline:
         if config.prediction_type:
             pipe.scheduler.register_to_config(prediction_type=config.prediction_type)
         changes: dict[str, Any] = {"self_conditioning": True} if config.self_conditioning else {}
-        if config.inpainting:
-            changes["in_channels"] = inpainting_channels(pipe)
+        if config.inpainting:  # x_t, the mask and the masked picture, in this order (inpainting.see_mask)
+            changes["in_channels"] = 2 * pipe.num_channels_latents + 1
         if any(pipe.unet.config.get(key) != value for key, value in changes.items()):
             pipe.unet = widen_input(pipe.unet, **changes)
         return pipe
@@ -74,13 +71,9 @@ def build_pipeline(config: PipelineSettings) -> TextToImagePipeline:
     if config.inpainting:
         network.setdefault("in_channels", 7)
     tokenizer, text_encoder = load_text_tower(config.text_encoder or "")
-    return pipeline_class(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        unet=ConditionalUNet(**network),
-        scheduler=DDPMScheduler(**settings),
-        vae=AutoencoderKL.from_pretrained(config.vae) if config.vae else None,
-    )
+    vae = AutoencoderKL.from_pretrained(config.vae) if config.vae else None
+    parts = {"unet": ConditionalUNet(**network), "scheduler": DDPMScheduler(**settings), "vae": vae}
+    return pipeline_class(tokenizer=tokenizer, text_encoder=text_encoder, **parts)
 
 
 def compile_blocks(unet: ConditionalUNet) -> None:
@@ -104,23 +97,16 @@ def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, C
     if there is none."""
     root = Path(folder)
     of_pipeline = (root / "model_index.json").is_file()
+    words, weights = (root / "tokenizer", root / "text_encoder") if of_pipeline else (root, root)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer" if of_pipeline else root)
-        loaded = _TowerOfCLIP.from_pretrained(
-            root / "text_encoder" if of_pipeline else root, dtype=torch.float32
-        )
+        tokenizer = CLIPTokenizer.from_pretrained(words)
+        loaded = _TowerOfCLIP.from_pretrained(weights, dtype=torch.float32)
     except OSError as error:
-        raise ValueError(
-            f"{argument} must be a folder of a pipeline or a CLIP, got {folder!r}: {error}"
-        ) from error
+        rule = "a folder of a pipeline or a CLIP"
+        raise ValueError(f"{argument} must be {rule}, got {folder!r}: {error}") from error
     tower = CLIPTextModelWithProjection(loaded.config).eval()
     tower.load_state_dict(loaded.state_dict())
     return tokenizer, tower
-
-
-def inpainting_channels(pipe: Any) -> int:
-    """2C + 1: x_t, the mask and the masked picture, in that order (`objectives.inpainting.see_mask`)."""
-    return 2 * pipe.num_channels_latents + 1
 
 
 def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:

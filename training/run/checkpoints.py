@@ -54,11 +54,9 @@ class ModelFolder:
             if not path.is_file():
                 raise ValueError(f"{part}/config.json is missing")
             check_shapes(tensor_shapes(folder / part), models[0].state_dict(), part)
-            if not isinstance(models[0], ConfigMixin):
-                continue
-            public = {key: value for key, value in models[0].config.items() if not key.startswith("_")}
-            saved, ours = read_json(path), json.loads(json.dumps(public))
-            for key in sorted(saved.keys() & ours.keys()):
+            config = dict(models[0].config) if isinstance(models[0], ConfigMixin) else {}
+            saved, ours = read_json(path), json.loads(json.dumps(config))
+            for key in sorted(key for key in saved.keys() & ours.keys() if key[0] != "_"):
                 if saved[key] != ours[key]:
                     raise ValueError(f"it holds another model: {key} is {saved[key]}, not {ours[key]}")
 
@@ -105,13 +103,9 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        output_dir: str | Path,
-        files: ModelFiles,
-        limit: int | None = None,
-        settings: dict[str, Any] | None = None,
-    ):
+        self, accelerator: Accelerator, output_dir: str | Path, files: ModelFiles,
+        limit: int | None = None, settings: dict[str, Any] | None = None,
+    ):  # fmt: skip
         self.accelerator, self.folder, self.limit, self.files = accelerator, Path(output_dir), limit, files
         self.settings, self.state = settings or {}, {}  # type: ignore[var-annotated]
 
@@ -157,7 +151,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        failure = None
+        failure: Exception | None = None
         for write in (self._write, self._write_list):  # the list once all processes have written
             if failure is None:
                 try:
@@ -284,9 +278,10 @@ class Checkpoints:
             return "checkpoint.json is not whole"
         for name, size in sizes.items():
             file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                is_there = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
-                return f"{name} {is_there}, {size} bytes were written"
+            there = file.stat().st_size if file.is_file() else None
+            if there != size:
+                shown = "is missing" if there is None else f"has {there} bytes"
+                return f"{name} {shown}, {size} bytes were written"
         return None
 
     def _check_folder(self) -> None:
@@ -304,19 +299,14 @@ class Checkpoints:
                 probe.unlink()
             except OSError as error:
                 raise OSError(f"output_dir {self.folder} cannot be written: {error}") from error
-            free = shutil.disk_usage(self.folder).free
-            # one more than the limit, as the oldest goes after the newest came
+            # One more than the limit, as the oldest goes after the newest came. Each holds about what learns,
+            # its two moments and its averages
             at_once = max(1, (self.limit or 1) + 1 - len(self.steps()))
-            need = at_once * self._bytes()
+            learning = [p for model in self._models() for p in model.parameters() if p.requires_grad]
+            copies = 3 + len(getattr(self.files, "averages", ()))
+            each = copies * sum(p.numel() * p.element_size() for p in learning) / 2**20
+            free, need = shutil.disk_usage(self.folder).free / 2**20, at_once * each
             if free < need:
-                raise OSError(
-                    f"output_dir {self.folder} has {free / 2**20:.0f} MB free and its checkpoints need "
-                    f"{need / 2**20:.0f} MB ({at_once} of {self._bytes() / 2**20:.0f} MB)"
-                )
+                has = f"has {free:.0f} MB free and its checkpoints need {need:.0f} MB"
+                raise OSError(f"output_dir {self.folder} {has} ({at_once} of {each:.0f} MB)")
         self.accelerator.wait_for_everyone()
-
-    def _bytes(self) -> int:
-        """About what one checkpoint takes: what learns with its two moments, its average, what is frozen."""
-        learning = [p for model in self._models() for p in model.parameters() if p.requires_grad]
-        copies = 3 + len(getattr(self.files, "averages", ()))
-        return copies * sum(p.numel() * p.element_size() for p in learning)

@@ -1,7 +1,6 @@
 """The training of a guide: a component of a pipeline that reads the pipeline's noised pictures."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from pipelines.folders.files import written_aside
 from training.run.averages import averaged, make_ema
 from training.run.loop import LossFunction, Training
 from training.run.optimizers import make_adamw
-from training.run.settings import AdamWSettings, GuideSettings, RunSettings, settings
+from training.run.settings import AdamWSettings, GuideSettings, RunSettings
 from training.run.start import Run
 
 
-@settings
 class TowerSettings(RunSettings, GuideSettings, AdamWSettings):
     """What the trainings of a guide and of a CLIP share."""
 
@@ -24,16 +22,11 @@ class TowerSettings(RunSettings, GuideSettings, AdamWSettings):
 
 
 def train_guide(
-    config: TowerSettings,
-    run: Run,
-    model: Any,
-    pictures: Any,
-    make_loss: Callable[[Run, torch.nn.Module], LossFunction],
-    name: str,
-    ema_decay: float | None = None,
-) -> Path | None:
+    config: TowerSettings, run: Run, model: Any, pictures: Any,
+    make_loss: Callable[[Run, torch.nn.Module], LossFunction], name: str, ema_decay: float | None = None,
+) -> None:  # fmt: skip
     """Train `model`, a component of a pipeline, and save it, or with `ema_decay` the moving average of its
-    weights, as output_dir/name. Returns that folder, None in all but the main process.
+    weights, as output_dir/name.
 
     Args:
         pictures: has a length and `columns`, as NoisedPictures.
@@ -48,7 +41,6 @@ def train_guide(
     batches, loss = run.batches(pictures, training.start), make_loss(run, training.models[0])
     for progress in training.steps(batches, loss, config.max_grad_norm):
         means = progress.means
-    folder = None
     if run.is_main:
         folder, trained = run.output / name, run.accelerator.unwrap_model(training.models[0])
         with averaged([trained], averages[0] if averages else None), written_aside(folder) as partial:
@@ -57,4 +49,3 @@ def train_guide(
         shown = ", ".join(f"{key} {mean:.3f}" for key, mean in means.items())
         print(f"saved in {folder}: {size_mb:.2f} MB in fp16; {shown}")
     run.accelerator.end_training()
-    return folder

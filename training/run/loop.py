@@ -39,20 +39,11 @@ class StepResult:
 
 
 def fit(
-    accelerator: Accelerator,
-    model: torch.nn.Module | Sequence[torch.nn.Module],
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: Any,
-    batches: Iterator[Any],
-    compute_loss: Callable[[Any, int], tuple[Tensor, dict[str, Any]]],
-    *,
-    max_train_steps: int,
-    start_step: int = 0,
-    gradient_accumulation_steps: int = 1,
-    max_grad_norm: float = 1.0,
-    seed: int = 0,
-    ema: Any = None,
-) -> Iterator[StepResult]:
+    accelerator: Accelerator, model: torch.nn.Module | Sequence[torch.nn.Module],
+    optimizer: torch.optim.Optimizer, lr_scheduler: Any, batches: Iterator[Any], compute_loss: LossFunction,
+    *, max_train_steps: int, start_step: int = 0, gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 1.0, seed: int = 0, ema: Any = None,
+) -> Iterator[StepResult]:  # fmt: skip
     """Train from `start_step` to `max_train_steps`, yielding after each optimizer step.
 
     Args:
@@ -130,38 +121,25 @@ class Training:
     """
 
     def __init__(
-        self,
-        run: Run,
-        models: Sequence[torch.nn.Module],
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        name: str,
-        total: int,
-        averages: Sequence[EMAModel] = (),
-        limit: int | None = 1,
-        files: ModelFiles | None = None,
-        settings: dict[str, Any] | None = None,
-        also_saved: Sequence[Any] = (),
-    ) -> None:
+        self, run: Run, models: Sequence[torch.nn.Module], optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler, name: str, total: int,
+        averages: Sequence[EMAModel] = (), limit: int | None = 1, files: ModelFiles | None = None,
+        settings: dict[str, Any] | None = None, also_saved: Sequence[Any] = (),
+    ) -> None:  # fmt: skip
         self.run, self.total, self.averages = run, total, list(averages)
         self.models: list[torch.nn.Module]
         *self.models, self.optimizer, self.schedule = run.accelerator.prepare(*models, optimizer, schedule)
-        self.checkpoints = Checkpoints(
-            run.accelerator, run.output, files or ModelFolder(name, *averages), limit, settings
-        )
+        files = files or ModelFolder(name, *averages)
+        self.checkpoints = Checkpoints(run.accelerator, run.output, files, limit, settings)
         for one in also_saved:
             run.accelerator.register_for_checkpointing(one)
         self.start = self.checkpoints.resume(run.config.resume_from_checkpoint)
 
     def steps(
-        self,
-        batches: Iterator[Any],
-        compute_loss: LossFunction,
-        max_grad_norm: float = 1.0,
-        gradient_accumulation_steps: int = 1,
-        max_train_minutes: float | None = None,
+        self, batches: Iterator[Any], compute_loss: LossFunction, max_grad_norm: float = 1.0,
+        gradient_accumulation_steps: int = 1, max_train_minutes: float | None = None,
         state: Callable[[], dict[str, Any]] | None = None,
-    ) -> Iterator[Progress]:
+    ) -> Iterator[Progress]:  # fmt: skip
         """Train to the last step, or until the main process has used `max_train_minutes` of CPU time.
 
         Checkpoints are written before each yield, with `state()`; only the last one has to succeed.
@@ -172,9 +150,8 @@ class Training:
             max_train_steps=self.total, start_step=self.start, seed=config.seed, ema=self.averages,
             gradient_accumulation_steps=gradient_accumulation_steps, max_grad_norm=max_grad_norm,
         )  # fmt: skip
-        bar = tqdm(
-            total=self.total, initial=self.start, disable=not self.run.is_main, unit="step", mininterval=10
-        )
+        quiet = not self.run.is_main
+        bar = tqdm(total=self.total, initial=self.start, disable=quiet, unit="step", mininterval=10)
         began = time.process_time()
         means: dict[str, float] = {}
         for result in steps:

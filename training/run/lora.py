@@ -22,24 +22,21 @@ from training.run.checkpoints import check_shapes, tensor_shapes
 from training.run.settings import require
 
 FILE = "pytorch_lora_weights.safetensors"
+MODELS = ("unet", "text_encoder")
 UNET_LAYERS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def add_lora(model: torch.nn.Module, layers: list[str], rank: int, alpha: float | None = None) -> None:
-    """Freeze the model and give each layer whose name ends so an adapter that changes nothing yet (B = 0);
-    alpha None is rank. ValueError for an ending that no layer has."""
+    """Freeze the model and add an adapter that changes nothing yet (B = 0) to each layer whose name ends in
+    one of `layers`. `alpha` defaults to the rank. Raises ValueError for an ending that no layer has."""
     names = [name for name, module in model.named_modules() if isinstance(module, (Linear, Conv2d))]
     for layer in layers:
         known = any(f".{name}".endswith(f".{layer}") for name in names)
         require(known, "lora_layers", layer, "how names of the U-Net's linear or convolution layers end")
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        init_lora_weights="gaussian",
-        target_modules=layers,
-    )
+    alpha = rank if alpha is None else alpha
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)
     model.add_adapter(config)  # type: ignore[operator]
 
 
@@ -48,12 +45,12 @@ class LoraFile:
     U-Net and, when it learns too, the text encoder."""
 
     def save(self, models: list[Any], folder: Path) -> None:
-        named = dict(zip(("unet", "text_encoder"), models, strict=False))
-        StableDiffusionLoraLoaderMixin.save_lora_weights(
-            str(folder),
-            **{f"{name}_lora_layers": adapter_weights(model) for name, model in named.items()},
-            **{f"{name}_lora_adapter_metadata": settings_of(model) for name, model in named.items()},
-        )
+        parts: dict[str, Any] = {}
+        for name, model in zip(MODELS, models, strict=False):
+            parts[f"{name}_lora_layers"] = adapter_weights(model)
+            # Without it a reader of the file takes alpha to be the rank
+            parts[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        StableDiffusionLoraLoaderMixin.save_lora_weights(str(folder), **parts)
 
     def check(self, models: list[Any], folder: Path) -> None:
         if not (folder / FILE).is_file():
@@ -69,24 +66,15 @@ class LoraFile:
     @staticmethod
     def tensors(models: list[Any]) -> dict[str, Tensor]:
         """The adapters' own tensors, no copies, by their names in the file."""
-        named = zip(("unet", "text_encoder"), models, strict=False)
-        return {
-            f"{prefix}.{name}": tensor
-            for prefix, model in named
-            for name, tensor in adapter_weights(model).items()
-        }
+        weights = zip(MODELS, map(adapter_weights, models), strict=False)
+        return {f"{prefix}.{name}": tensor for prefix, own in weights for name, tensor in own.items()}
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapted layer, under diffusers' names, which for a U-Net are peft's: diffusers' older
-    ones hold the attention's alone, and a mixture is read in part."""
+    """A and B of every adapted layer under diffusers' names. For a U-Net these are peft's: diffusers' older
+    names cover attention layers only, and of a file that mixes the two only a part is read."""
     weights = get_peft_model_state_dict(model)
     return weights if isinstance(model, ConditionalUNet) else convert_state_dict_to_diffusers(weights)
-
-
-def settings_of(model: Any) -> dict[str, Any]:
-    """The adapter's config, without which a reader of the file takes alpha to be the rank."""
-    return model.peft_config["default"].to_dict()
 
 
 class Behind:

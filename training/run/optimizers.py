@@ -78,11 +78,7 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(
-    kind: str,
-    models: Iterable[nn.Module],
-    learning_rate: float,
-    matrix_learning_rate: float,
-    **settings: Any,
+    kind: str, models: Iterable[nn.Module], learning_rate: float, matrix_learning_rate: float, **settings: Any
 ) -> torch.optim.Optimizer:
     """The optimizer of everything that learns in `models`.
 
@@ -98,16 +94,13 @@ def make_optimizer(
     for model in models:
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for name, weight in model.named_parameters():
-            if not weight.requires_grad:
-                continue
             outer = name.startswith(("conv_in.", "conv_out.")) or id(weight) in embeddings
-            (matrices if weight.ndim > 1 and not outer else others).append(weight)
+            if weight.requires_grad:
+                (matrices if weight.ndim > 1 and not outer else others).append(weight)
     if kind == "adamw":
         return torch.optim.AdamW(others + matrices, lr=learning_rate, fused=True, **settings)
-    groups: list[dict[str, Any]] = [
-        {"params": others},
-        {"params": matrices, "lr": matrix_learning_rate, "momentum": MOMENTUM},
-    ]
+    of_muon = {"params": matrices, "lr": matrix_learning_rate, "momentum": MOMENTUM}
+    groups: list[dict[str, Any]] = [{"params": others}, of_muon]
     return Muon(groups, lr=learning_rate, **settings)
 
 
@@ -121,13 +114,9 @@ def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: in
         schedule.lr_lambdas = [functools.partial(falling, rate) for rate in schedule.lr_lambdas]
 
 
-def make_adamw(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98)
-) -> torch.optim.AdamW:
+def make_adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW of everything that learns in the model; vectors (biases, scales of norms) do not decay."""
     learning = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in learning if weight.ndim > 1], "weight_decay": weight_decay},
-        {"params": [weight for weight in learning if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    matrices = {"params": [weight for weight in learning if weight.ndim > 1], "weight_decay": weight_decay}
+    vectors = {"params": [weight for weight in learning if weight.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=learning_rate, betas=(0.9, 0.98), fused=True)

@@ -3,17 +3,16 @@
 A setting that several commands have stands here once, with its help and its range, in a group; a command's
 own dataclass inherits the groups it needs and restates only the defaults that differ:
 
-    @settings
     class MySettings(RunSettings, AdamWSettings):
         train_batch_size: int = 256
-        patch_size: int = setting("Side of a patch, in pixels.", 8, AT_LEAST_1)
+        patch_size: int = setting("Side of a patch, in pixels.", 8, "at least 1")
 """
 
 import dataclasses
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, get_args, get_type_hints
@@ -36,45 +35,30 @@ class Rule(NamedTuple):
     allowed: str
 
 
-def one_of(*values: Any) -> Rule:
-    return Rule(lambda value: value in values, f"one of {', '.join(map(str, values))}")
+RULES = {  # those that many settings have, by their text
+    "at least 1": lambda value: value >= 1,
+    "0 or more": lambda value: value >= 0,
+    "above 0": lambda value: value > 0,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+}
 
 
-AT_LEAST_1 = Rule(lambda value: value >= 1, "at least 1")
-AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
-ABOVE_0 = Rule(lambda value: value > 0, "above 0")
-SHARE = Rule(lambda value: 0 <= value <= 1, "in [0, 1]")
-
-
-def setting(help: str, default: Any = dataclasses.MISSING, rule: Rule | None = None) -> Any:
-    """A field of a settings class: its --help text, its default (a list is copied), and its range.
+def setting(
+    help: str, default: Any = dataclasses.MISSING, rule: Rule | str | Sequence[Any] | None = None
+) -> Any:
+    """A field of a settings class: its --help text, its default (a list is copied), and its range: a Rule,
+    one of RULES, or the values to choose from.
 
     Without a default the setting must be given.
     """
+    if isinstance(rule, str):
+        rule = Rule(RULES[rule], rule)
+    elif rule is not None and not isinstance(rule, Rule):
+        rule = Rule(rule.__contains__, f"one of {', '.join(map(str, rule))}")
     metadata: dict[str, Any] = {"help": help, "rule": rule}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass_transform(kw_only_default=True)
-def settings(cls: type[Config]) -> type[Config]:
-    """Make `cls` a keyword-only dataclass. A field that restates an inherited one with a plain default keeps
-    its help and its range."""
-    inherited: dict[str, dataclasses.Field] = {}
-    rules: dict[str, Rule] = {}
-    for base in reversed(cls.__mro__[1:]):
-        inherited |= getattr(base, "__dataclass_fields__", {})
-        rules |= getattr(base, "rules", {})
-    for name in inspect.get_annotations(cls):
-        own = cls.__dict__.get(name, dataclasses.MISSING)
-        if not isinstance(own, dataclasses.Field):
-            own = setting(inherited[name].metadata["help"], own, rules.get(name))
-        rules[name] = own.metadata["rule"]  # kept apart: the parser hands all metadata to argparse
-        own.metadata = MappingProxyType({"help": own.metadata["help"]})
-        setattr(cls, name, own)
-    cls.rules = {name: rule for name, rule in rules.items() if rule is not None}  # type: ignore[attr-defined]
-    return dataclasses.dataclass(kw_only=True)(cls)
 
 
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -83,10 +67,28 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
+@dataclass_transform(kw_only_default=True)
 class Settings:
-    """What every settings class can do."""
+    """What every settings class can do. Its subclasses are keyword-only dataclasses; a field that restates an
+    inherited one with a plain default keeps its help and its range."""
 
     rules: ClassVar[dict[str, Rule]] = {}
+
+    def __init_subclass__(cls) -> None:
+        inherited: dict[str, dataclasses.Field] = {}
+        rules: dict[str, Rule] = {}
+        for base in reversed(cls.__mro__[1:]):
+            inherited |= getattr(base, "__dataclass_fields__", {})
+            rules |= getattr(base, "rules", {})
+        for name in inspect.get_annotations(cls):
+            own = cls.__dict__.get(name, dataclasses.MISSING)
+            if not isinstance(own, dataclasses.Field):
+                own = setting(inherited[name].metadata["help"], own, rules.get(name))
+            rules[name] = own.metadata["rule"]  # kept apart: the parser hands all metadata to argparse
+            own.metadata = MappingProxyType({"help": own.metadata["help"]})
+            setattr(cls, name, own)
+        cls.rules = {name: rule for name, rule in rules.items() if rule is not None}
+        dataclasses.dataclass(kw_only=True)(cls)
 
     def check(self) -> None:
         """Raise a ValueError that names the argument for everything that can be known before work starts:
@@ -101,127 +103,110 @@ class Settings:
 # ------------------------------------------------------------ groups
 
 
-@settings
 class CacheSettings(Settings):
     cache_dir: str = setting("Where decoded pictures and embeddings are kept, computed once.", "data/cache")
 
 
-@settings
 class DataSettings(CacheSettings):
     dataset: str = setting("Saved data set, picture folder or Hub name.", "data/emoji")
 
 
-@settings
 class SeedSettings(Settings):
     seed: int = setting("Seed of weights, batches, captions and noise.", 0)
 
 
-@settings
 class PictureSettings(DataSettings):
-    resolution: int = setting("Side of the pictures, in pixels.", 64, AT_LEAST_1)
+    resolution: int = setting("Side of the pictures, in pixels.", 64, "at least 1")
 
 
-@settings
 class ColumnSettings(Settings):
     caption_column: str | None = setting("Column of the captions; default caption or text.", None)
 
 
-@settings
 class PairSettings(PictureSettings):
     """The same pictures at two sizes."""
 
     dataset: str = "data/emoji-256"
     resolution: int = 256
     low_dataset: str = setting("Data set of the same pictures, small.", "data/emoji")
-    low_resolution: int = setting("Side of the small pictures; divides resolution.", 64, AT_LEAST_1)
+    low_resolution: int = setting("Side of the small pictures; divides resolution.", 64, "at least 1")
 
 
-@settings
 class NpmSettings(Settings):
     npm_dir: str = setting("Where training.emoji keeps its npm packages.", "data/npm")
 
 
-@settings
 class WordSettings(NpmSettings):
     wordnet_dir: str = setting("Folder of WordNet's own files.", "/usr/share/wordnet")
 
 
-@settings
 class RunSettings(CacheSettings, SeedSettings):
     """What every training run has."""
 
     output_dir: str = setting("Checkpoints, logs and the trained model go here.")
-    train_batch_size: int = setting("Pictures for each process and micro-batch.", 32, AT_LEAST_1)
-    max_train_steps: int | None = setting("Optimizer steps.", None, AT_LEAST_1)
-    learning_rate: float = setting("Peak learning rate.", 1e-3, ABOVE_0)
+    train_batch_size: int = setting("Pictures for each process and micro-batch.", 32, "at least 1")
+    max_train_steps: int | None = setting("Optimizer steps.", None, "at least 1")
+    learning_rate: float = setting("Peak learning rate.", 1e-3, "above 0")
     mixed_precision: str | None = setting(
         "no, fp16, bf16, or auto: bf16 if fast here; default accelerate's.",
         None,
-        Rule(lambda value: value in PRECISIONS, f"one of {PRECISIONS}"),
+        Rule(PRECISIONS.__contains__, f"one of {PRECISIONS}"),
     )
-    checkpointing_steps: int = setting("Save every so many steps.", 500, AT_LEAST_1)
+    checkpointing_steps: int = setting("Save every so many steps.", 500, "at least 1")
     resume_from_checkpoint: str | None = setting("'latest' or a checkpoint folder.", None)
 
 
-@settings
 class TimeSettings(Settings):
     max_train_minutes: float | None = setting("Stop after so much CPU time of the main process.", None)
 
 
-@settings
 class WarmUpSettings(Settings):
-    lr_warmup_steps: int = setting("Steps of linear warm-up.", 100, AT_LEAST_0)
+    lr_warmup_steps: int = setting("Steps of linear warm-up.", 100, "0 or more")
 
 
-@settings
 class AdamWSettings(WarmUpSettings):
-    adam_weight_decay: float = setting("AdamW's weight decay.", 0.01, AT_LEAST_0)
-    max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0, ABOVE_0)
+    adam_weight_decay: float = setting("AdamW's weight decay.", 0.01, "0 or more")
+    max_grad_norm: float = setting("Gradients are scaled down to this norm.", 1.0, "above 0")
 
 
-@settings
 class MuonSettings(WarmUpSettings):
     optimizer: str = setting(
-        "adamw, or muon: Muon for the hidden matrices, AdamW for the rest.", "muon", one_of(*OPTIMIZERS)
+        "adamw, or muon: Muon for the hidden matrices, AdamW for the rest.", "muon", OPTIMIZERS
     )
-    muon_learning_rate: float = setting("Muon's peak learning rate, where it is used.", 1e-3, ABOVE_0)
-    lr_decay_steps: int = setting("The last so many steps fall to 0 linearly.", 0, AT_LEAST_0)
+    muon_learning_rate: float = setting("Muon's peak learning rate, where it is used.", 1e-3, "above 0")
+    lr_decay_steps: int = setting("The last so many steps fall to 0 linearly.", 0, "0 or more")
 
 
-@settings
 class AverageSettings(Settings):
     ema_decay: float | None = setting(
-        "Decay of the weights' moving average once warm: 1 - (1 + step)^(-3/4) until then.", None, SHARE
+        "Decay of the weights' moving average once warm: 1 - (1 + step)^(-3/4) until then.", None, "in [0, 1]"
     )
 
 
-@settings
 class UNetSettings(Settings):
     unet: Any = setting("ConditionalUNet's config: a mapping (YAML), JSON or a JSON file.", None)
     noise_scheduler: Any = setting("DDPMScheduler's config, likewise.", None)
     compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
 
 
-@settings
 class InpaintingSettings(Settings):
     inpainting: bool = setting(
         "The U-Net sees a mask and the masked picture too; a saved one is widened.", False
     )
 
 
-@settings
 class CaptionSettings(SeedSettings):
-    canonical_caption: float = setting("How often the first of a picture's captions is used.", 0.5, SHARE)
-
-
-@settings
-class TimestepSettings(SeedSettings):
-    timestep_shift: float = setting(
-        "Above 1 draws noisier t more often, below 1 clearer ones (Esser 2024, eq. 23).", 1.0, ABOVE_0
+    canonical_caption: float = setting(
+        "How often the first of a picture's captions is used.", 0.5, "in [0, 1]"
     )
 
 
-@settings
+class TimestepSettings(SeedSettings):
+    timestep_shift: float = setting(
+        "Above 1 draws noisier t more often, below 1 clearer ones (Esser 2024, eq. 23).", 1.0, "above 0"
+    )
+
+
 class GuideSettings(DataSettings):
     """What is trained on the pictures of a pipeline, to guide it."""
 
@@ -229,8 +214,8 @@ class GuideSettings(DataSettings):
         "The pipeline whose text tower, schedule and space are taken.", "models/emoji"
     )
     splits: str = setting("Splits to train on, joined by +.", "train")
-    patch_size: int = setting("Side of the patches, in pixels.", 4, AT_LEAST_1)
-    shift: int = setting("Augmentation: shift by up to this many pixels.", 5, AT_LEAST_0)
+    patch_size: int = setting("Side of the patches, in pixels.", 4, "at least 1")
+    shift: int = setting("Augmentation: shift by up to this many pixels.", 5, "0 or more")
     noised: bool = setting("Train on the pipeline's noised pictures.", True)
 
 

@@ -9,12 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    set_seed,
-)
+from accelerate.utils import DistributedDataParallelKwargs as ParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from huggingface_hub import create_repo
 
 from training.data.pictures import StepBatchSampler, concept_weights
@@ -60,11 +56,9 @@ class Run:
 
 
 def make_accelerator(
-    output_dir: str | Path | None = None,
-    mixed_precision: str | None = None,
-    log_with: str | None = None,
+    output_dir: Path | None = None, mixed_precision: str | None = None, log_with: str | None = None,
     num_processes: int | None = None,
-) -> Accelerator:
+) -> Accelerator:  # fmt: skip
     """An Accelerator with as many processes as were asked for, on CPU through gloo.
 
     A launcher can lose processes without a word: `accelerate launch --cpu --num_processes 2` starts one,
@@ -90,12 +84,11 @@ def make_accelerator(
         cpu=(started or 1) > 1 and (device is None or device.type == "mps"),
         mixed_precision=resolve_precision(mixed_precision),
         log_with=log_with,
-        project_config=output_dir
-        and ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")),
+        project_config=output_dir and ProjectConfiguration(str(output_dir), str(output_dir / "logs")),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=[
             # gradients live in the buckets that are averaged: no second copy
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ParallelKwargs(gradient_as_bucket_view=True),
             # the others wait while the main process decodes pictures or validates
             InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
         ],
