@@ -16,17 +16,13 @@ from ..chain.equations import (
     FIXED_VARIANCES,
     LEARNED_VARIANCES,
     PREDICTION_TYPES,
-    SMALLEST_VARIANCE,
     TIMESTEP_SPACINGS,
     ReverseStep,
-    invalid,
     make_betas,
     p_mean_variance,
-    posterior_variance,
     q_sample,
     require,
     rescale_to_zero_terminal_snr,
-    reverse_variance,
     spaced_timesteps,
     velocity,
 )
@@ -72,23 +68,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None,
-        variance_type: str | None = "fixed_small",
-        clip_sample: bool = True,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-        eta: float = 1.0,
-    ) -> None:
+        num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str | None = "fixed_small", clip_sample: bool = True, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "leading", steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False, eta: float = 1.0,
+    ) -> None:  # fmt: skip
         for name, value, allowed in (
             ("beta_schedule", beta_schedule, BETA_SCHEDULES),
             ("variance_type", variance_type, (*FIXED_VARIANCES, *LEARNED_VARIANCES, None)),
@@ -119,7 +105,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.betas = betas
         self.alphas = 1.0 - betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # abar, (T,)
-        self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
         self.variance_type = variance_type
         if self.alphas_cumprod[-1] == 0 and prediction_type == "epsilon":
@@ -179,43 +164,40 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             return timestep - 1
         t = torch.as_tensor(timestep, device=self.timesteps.device)
         hits = t.reshape(-1, 1) == self.timesteps  # (B, n)
-        if not hits.any(dim=1).all():
-            raise invalid("timestep", timestep, "one that scheduler.timesteps holds")
+        require(hits.any(dim=1).all(), "timestep", timestep, "one that scheduler.timesteps holds")
         following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), -1)])
         return following[hits.int().argmax(dim=1)].reshape(t.shape)
 
-    def p_mean_variance(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> ReverseStep:
+    def p_mean_variance(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 1.0
+    ) -> ReverseStep:
         """p(x_prev | x_t) from a model's output: predict_x0, clip or threshold, posterior_mean, variance.
 
         sample (B, C, ...); model_output (B, C, ...), or (B, 2C, ...) for a learned variance, else ValueError;
         timestep () or (B,). Differentiable. On the last step, where beta~ = 0 and `step` uses no variance,
         beta~ of the step before stands in (beta~_1 of a full chain), or beta_t if there is but one step.
+        `eta` is the mean's, see `posterior_mean`.
         """
-        return self._reverse(model_output, timestep, sample, 1.0)
-
-    def _reverse(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float
-    ) -> ReverseStep:
-        config = self.config
-        self._check_shapes(model_output, sample)
-        abar_t, abar_prev = self.abar(timestep, sample), self.abar(self.previous_timestep(timestep), sample)
+        config, kind = self.config, self.config.variance_type
+        given, wanted = list(model_output.shape), list(sample.shape)
+        if kind in LEARNED_VARIANCES and sample.ndim > 1:
+            wanted[1] *= 2
+        require(given == wanted, "model_output shape", given, f"{wanted} with variance_type={kind!r}")
+        abar_t, abar_prev = (self.abar(t, sample) for t in (timestep, self.previous_timestep(timestep)))
+        last_step = None  # whose beta~ is not 0
+        if len(self.timesteps) > 1:
+            last_step = self.abar(self.timesteps[-2], abar_t), self.abar(self.timesteps[-1], abar_t)
         thresholds = config.dynamic_thresholding_ratio, config.sample_max_value
         return p_mean_variance(
-            model_output, sample, abar_t, abar_prev, config.prediction_type, config.variance_type,
-            stand_in=self._last_step(abar_t),
+            model_output, sample, abar_t, abar_prev, config.prediction_type, kind, stand_in=last_step,
             clip_range=config.clip_sample_range if config.clip_sample else None,
-            threshold=thresholds if config.thresholding else None,
-            eta=eta,
+            threshold=thresholds if config.thresholding else None, eta=eta,
         )  # fmt: skip
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """x_prev = mean + eta sigma_t z, z ~ N(0, I), and z = 0 on the last step. Ho 2020, algorithm 2.
 
         Tensors as for `p_mean_variance`, one timestep for all. With a list of generators, one per image (else
@@ -223,14 +205,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(generator, (list, tuple)):
             generator, count = list(generator), len(generator)
-            if count != len(sample):
-                raise invalid("number of generators", count, f"{len(sample)}, one per image")
+            require(count == len(sample), "number of generators", count, f"{len(sample)}, one per image")
         t: Any = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-        if not (isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)):
-            raise invalid("timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
+        known = isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)
+        require(known, "timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
         eta = self.config.eta
-        prev_sample, variance, log_variance, x0 = self._reverse(model_output, int(t), sample, eta)
+        prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, int(t), sample, eta)
         if t > 0 and eta > 0:
             # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
             # unused, so that a generator that serves several runs goes through the same states.
@@ -250,8 +231,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def abar(self, timesteps: int | Tensor, like: Tensor) -> Tensor:
         """abar at integer timesteps of any shape, 1 where t < 0; device of `like`, float32 or better."""
         t = torch.as_tensor(timesteps, device=like.device)
-        if t.is_floating_point():
-            raise invalid("timesteps", t.dtype, "integers")
+        require(not t.is_floating_point(), "timesteps", t.dtype, "integers")
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moves once
         abar = self.alphas_cumprod[t.clamp(min=0)].to(torch.promote_types(like.dtype, torch.float32))
         return torch.where(t < 0, torch.ones_like(abar), abar)
@@ -260,41 +240,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """abar of shape (B,) or (1,), once shapes are known to fit; B noises may share one picture."""
         batch = max(len(x0), len(eps))
         fits = x0.shape[1:] == eps.shape[1:] and {len(x0), len(eps)} <= {1, batch}
-        if not fits:
-            raise invalid("noise shape", tuple(eps.shape), f"that of the samples, {tuple(x0.shape)}")
+        require(fits, "noise shape", tuple(eps.shape), f"that of the samples, {tuple(x0.shape)}")
         abar = self.abar(timesteps, x0).flatten()
-        if len(abar) not in (1, batch) and batch != 1:
-            raise invalid("number of timesteps", len(abar), f"1 or {batch}")
+        require(len(abar) in (1, batch) or batch == 1, "number of timesteps", len(abar), f"1 or {batch}")
         return abar
-
-    def _check_shapes(self, model_output: Tensor, sample: Tensor) -> None:
-        kind, given, wanted = self.config.variance_type, list(model_output.shape), list(sample.shape)
-        if kind in LEARNED_VARIANCES and sample.ndim > 1:
-            wanted[1] *= 2
-        if given != wanted:
-            raise invalid("model_output shape", given, f"{wanted} with variance_type={kind!r}")
-
-    def _last_step(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """abar_t and abar_prev of the last step whose beta~ is not 0; None if the chain has one step."""
-        if len(self.timesteps) < 2:
-            return None
-        before, last = self.timesteps[-2:]
-        return self.abar(before, like), self.abar(last, like)
-
-    def _get_variance(
-        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
-    ) -> Tensor:
-        """For callers of diffusers' method of this name, in its units: sigma^2 for fixed_small, fixed_large;
-        sigma for fixed_small_log; log sigma^2 for the rest. Elsewhere use `p_mean_variance`."""
-        kind = variance_type or self.config.variance_type or "fixed_small"
-        abar_t, abar_prev = self.abar(t, self.one), self.abar(self.previous_timestep(t), self.one)
-        if kind in ("fixed_small", "fixed_small_log"):
-            variance = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
-            return variance.sqrt() if kind == "fixed_small_log" else variance
-        last = self._last_step(abar_t)
-        stand_in = 1 - abar_t if last is None else posterior_variance(*last)
-        variance, log_variance = reverse_variance(kind, abar_t, abar_prev, stand_in, predicted_variance)
-        return variance if kind == "fixed_large" else log_variance
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,6 @@
 """From words to what the U-Net is conditioned on. Training and sampling both call `encode_text`, so that the
 null prompt and every other prompt mean the same to a model when it learns and when it draws."""
 
-import contextlib
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..folders.adapters import text_lora_scaled
+from ..components.lora import lora_scaled
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +211,7 @@ def encode_for(
         if learned and getattr(inputs, name) is not None:
             converted = pipe.maybe_convert_prompt(getattr(inputs, name), tokenizer)
             inputs = inputs._replace(**{name: converted})
-    scaled = lora_scale is not None and lora_scale != 1
-    with text_lora_scaled(pipe.text_encoder, lora_scale) if scaled else contextlib.nullcontext():
+    with lora_scaled(pipe.text_encoder, lora_scale):
         return encode_prompt(
             tokenizer,
             pipe.text_encoder,
