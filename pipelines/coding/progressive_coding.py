@@ -190,15 +190,9 @@ class Receiver:
 
 
 def encode(
-    pipe: Any,
-    pictures: list[Image.Image],
-    captions: list[str],
-    kind: str = "progressive",
-    steps: int = 100,
-    end: int | None = None,
-    variance_type: str | None = None,
-    seed: int = 0,
-) -> tuple[bytes, Cost]:
+    pipe: Any, pictures: list[Image.Image], captions: list[str], kind: str = "progressive", steps: int = 100,
+    end: int | None = None, variance_type: str | None = None, seed: int = 0,
+) -> tuple[bytes, Cost]:  # fmt: skip
     """The file of these pictures, and what it costs.
 
     Args:

@@ -18,6 +18,7 @@ from ..chain.equations import (
     PREDICTION_TYPES,
     TIMESTEP_SPACINGS,
     ReverseStep,
+    invalid,
     make_betas,
     p_mean_variance,
     q_sample,
@@ -105,6 +106,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.betas = betas
         self.alphas = 1.0 - betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)  # abar, (T,)
+        self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
         self.variance_type = variance_type
         if self.alphas_cumprod[-1] == 0 and prediction_type == "epsilon":
@@ -164,7 +166,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             return timestep - 1
         t = torch.as_tensor(timestep, device=self.timesteps.device)
         hits = t.reshape(-1, 1) == self.timesteps  # (B, n)
-        require(hits.any(dim=1).all(), "timestep", timestep, "one that scheduler.timesteps holds")
+        if not hits.any(dim=1).all():
+            raise invalid("timestep", timestep, "one that scheduler.timesteps holds")
         following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), -1)])
         return following[hits.int().argmax(dim=1)].reshape(t.shape)
 
@@ -182,7 +185,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         given, wanted = list(model_output.shape), list(sample.shape)
         if kind in LEARNED_VARIANCES and sample.ndim > 1:
             wanted[1] *= 2
-        require(given == wanted, "model_output shape", given, f"{wanted} with variance_type={kind!r}")
+        if given != wanted:
+            raise invalid("model_output shape", given, f"{wanted} with variance_type={kind!r}")
         abar_t, abar_prev = (self.abar(t, sample) for t in (timestep, self.previous_timestep(timestep)))
         last_step = None  # whose beta~ is not 0
         if len(self.timesteps) > 1:
@@ -205,10 +209,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(generator, (list, tuple)):
             generator, count = list(generator), len(generator)
-            require(count == len(sample), "number of generators", count, f"{len(sample)}, one per image")
+            if count != len(sample):
+                raise invalid("number of generators", count, f"{len(sample)}, one per image")
         t: Any = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-        known = isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)
-        require(known, "timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
+        if not (isinstance(t, (int, np.integer)) and 0 <= t < len(self.alphas_cumprod)):
+            raise invalid("timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
         eta = self.config.eta
         prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, int(t), sample, eta)
@@ -231,7 +236,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def abar(self, timesteps: int | Tensor, like: Tensor) -> Tensor:
         """abar at integer timesteps of any shape, 1 where t < 0; device of `like`, float32 or better."""
         t = torch.as_tensor(timesteps, device=like.device)
-        require(not t.is_floating_point(), "timesteps", t.dtype, "integers")
+        if t.is_floating_point():
+            raise invalid("timesteps", t.dtype, "integers")
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moves once
         abar = self.alphas_cumprod[t.clamp(min=0)].to(torch.promote_types(like.dtype, torch.float32))
         return torch.where(t < 0, torch.ones_like(abar), abar)
@@ -240,9 +246,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """abar of shape (B,) or (1,), once shapes are known to fit; B noises may share one picture."""
         batch = max(len(x0), len(eps))
         fits = x0.shape[1:] == eps.shape[1:] and {len(x0), len(eps)} <= {1, batch}
-        require(fits, "noise shape", tuple(eps.shape), f"that of the samples, {tuple(x0.shape)}")
+        if not fits:
+            raise invalid("noise shape", tuple(eps.shape), f"that of the samples, {tuple(x0.shape)}")
         abar = self.abar(timesteps, x0).flatten()
-        require(len(abar) in (1, batch) or batch == 1, "number of timesteps", len(abar), f"1 or {batch}")
+        if len(abar) not in (1, batch) and batch != 1:
+            raise invalid("number of timesteps", len(abar), f"1 or {batch}")
         return abar
 
 

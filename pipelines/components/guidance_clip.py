@@ -6,6 +6,7 @@ else needs to install it.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,27 +42,23 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        library: str = "transformers",
-        architecture: dict[str, Any] | None = None,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
-    ) -> None:
+        library: str = "transformers", architecture: dict[str, Any] | None = None,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5), image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:  # fmt: skip
         super().__init__()
         architecture = dict(architecture or {})
         if library == "transformers":
             self.model = CLIPModel(CLIPConfig(**architecture))
         elif library == "open_clip":
             model = import_module("open_clip.model")
-            custom = "custom_text" in architecture
             settings = {key: value for key, value in architecture.items() if key != "custom_text"}
-            self.model = (model.CustomTextCLIP if custom else model.CLIP)(**settings)
-            text = architecture["text_cfg"]
-            tokenizers = import_module("open_clip.tokenizer")
+            cls = model.CustomTextCLIP if "custom_text" in architecture else model.CLIP
+            self.model = cls(**settings)
+            tokenizers, text = import_module("open_clip.tokenizer"), architecture["text_cfg"]
             length = {"context_length": text.get("context_length", 77)}
             name = text.get("hf_tokenizer_name")
-            self.tokenizer = (
-                tokenizers.HFTokenizer(name, **length) if name else tokenizers.SimpleTokenizer(**length)
-            )
+            tokenizer = partial(tokenizers.HFTokenizer, name) if name else tokenizers.SimpleTokenizer
+            self.tokenizer = tokenizer(**length)
         else:
             raise ValueError(f"library must be 'transformers' or 'open_clip', got {library!r}")
 
