@@ -193,7 +193,7 @@ class Transformer2DModel(nn.Module):
         return x + (h if self.linear else self.proj_out(h))
 
 
-# Builds the transformer behind a ResNet block of so many channels, with so many layers.
+# (channels, layers) -> the transformer behind a ResNet block of that width.
 MakeAttention = Callable[[int, int], Transformer2DModel]
 
 
@@ -208,7 +208,7 @@ class Level(nn.Module):
         self, inputs: list[int], width: int, depths: list[int], attention: MakeAttention | None, config: Any
     ) -> None:
         super().__init__()
-        if attention is not None:  # else the name is missing too: who weights adapters by block asks for it
+        if attention is not None:  # else no such attribute: diffusers asks for it to weight by block
             self.attentions = nn.ModuleList()
         self.resnets = nn.ModuleList()
         for channels, depth in zip(inputs, depths, strict=True):
@@ -332,7 +332,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
       out_channels * p^2 outputs, in the order of `torch.nn.functional.pixel_unshuffle`.
     - `self_conditioning` (False): the picture is joined by the previous estimate of x0, in_channels more
       channels (Chen et al. 2022, https://arxiv.org/abs/2208.04202); zeros where none is passed.
-    - `text_concat_channels` (0): so many channels Linear(pooled text), the same at every position, joined to
+    - `text_concat_channels` (0): width of Linear(pooled text), the same at every position, which is joined to
       the folded picture behind its own channels.
     - `pooled_text_time_embedding` (False): GLIDE's way in for the pooled text: MLP(t) + Linear(pooled text).
     - `pooled_text_dim` (None): width of the pooled text vector; None takes `cross_attention_dim`.

@@ -1,7 +1,7 @@
 """A CLIP for clean pictures that guides: open_clip's models or transformers' CLIPModel behind one interface.
 
-The tokenizer's files lie beside the weights. open_clip is imported only for its own models, so that nobody
-else needs to install it.
+The tokenizer's files lie beside the weights. open_clip is imported for its own models only, and need
+not be installed for others.
 """
 
 import os

@@ -56,8 +56,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             classes from another, so that it does not guide. None: no limits.
         guidance_limit: by how much, root mean square, its guidance may move the noise that is predicted for a
             picture, which is 1 itself: where sqrt(1 - abar) s grad is larger, it is scaled down. None: any.
-        ensemble: of so many networks of these sizes the logits' mean is taken: p is the geometric mean of
-            theirs, made to sum to 1. `others` holds all but the first.
+        ensemble: number of networks of these sizes whose logits are averaged: p is the geometric mean of
+            theirs, normalized to sum to 1. `others` holds all but the first.
     """
 
     @register_to_config

@@ -21,7 +21,7 @@ from .text import context_length
 def word_places(tokenizer: Any, prompt: str, word: str) -> list[int]:
     """Positions of a word's or phrase's tokens in the tokenized prompt, wherever it stands as a whole word.
 
-    Raises ValueError where the prompt has it not.
+    Raises ValueError if the prompt does not contain it.
     """
     tokens = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
     found = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
@@ -46,7 +46,7 @@ class AttentionMaps:
         prompt: what it will draw, as plain text.
         words: words or phrases of the prompt.
 
-    Raises ValueError for a word that the prompt has not, or that its context cuts off.
+    Raises ValueError for a word that the prompt does not contain, or that lies beyond the context.
     """
 
     def __init__(self, pipe: Any, prompt: str, words: list[str]) -> None:

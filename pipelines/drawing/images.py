@@ -62,7 +62,7 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 def to_pil(x: torch.Tensor) -> list[Image.Image]:
     """(B, C, H, W) in [-1, 1] -> B pictures: grey for C = 1, RGB for 3, RGBA for 4; rounded.
 
-    `to_pil(to_tensor(image))` gives back the very same pixels. Raises ValueError for another C.
+    `to_pil(to_tensor(image))` gives back the same pixels. Raises ValueError for another C.
     """
     if x.ndim != 4 or x.shape[1] not in _MODES:
         raise ValueError(f"to_pil needs (B, C, H, W) with C one of {list(_MODES)}, got {tuple(x.shape)}")

@@ -33,19 +33,19 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
             raise
 
     def load_textual_inversion(self, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', from safetensors only. ValueError for a pickle."""
+        """As diffusers', from safetensors only. Raises ValueError for a pickle."""
         kwargs = safetensors_only(pretrained_model_name_or_path, kwargs)
         super().load_textual_inversion(pretrained_model_name_or_path, *args, **kwargs)
 
     def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """NotImplementedError."""
+        """Always raises NotImplementedError."""
         raise NotImplementedError(
             "`load_ip_adapter` is not supported: IP-Adapter needs attention layers for images, which "
             "ConditionalUNet does not have. Use diffusers' StableDiffusionPipeline instead."
         )
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """As diffusers'. Of our U-Net they cannot be fused: NotImplementedError unless unet=False."""
+        """As diffusers'. Our U-Net has none to fuse: raises NotImplementedError unless unet=False."""
         if unet and not hasattr(self.unet, "fuse_qkv_projections"):
             raise NotImplementedError(
                 f"`unet` must be False: {type(self.unet).__name__} has no fused projections. "
@@ -55,7 +55,7 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
 
 
 def safetensors_only(source: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """A loader's `options` with use_safetensors=True. ValueError where they or `source` ask for a pickle.
+    """A loader's `options` with use_safetensors=True. Raises ValueError if they or `source` ask for a pickle.
 
     `source` is a file, a folder, a name on the Hub, ready tensors, or a list of these.
     """

@@ -86,7 +86,7 @@ class LoadMixin:
 
     def load_guides(self: Any, folder: str | os.PathLike) -> None:
         """Take the models that guide, `noisy_clip` and `noisy_classifier`, from the subfolders of `folder`
-        that bear these names, as components of this pipeline. Raises OSError where neither is there."""
+        of those names, as components of this pipeline. Raises OSError if neither is there."""
         parts = {name: Path(folder) / name for name in ("noisy_clip", "noisy_classifier")}
         found = {name: part for name, part in parts.items() if part.is_dir()}
         if not found:
@@ -100,7 +100,7 @@ class LoadMixin:
 
 
 def own_class(class_name: str) -> type | None:
-    """Our class for the one named `class_name`; None if there is none, or this package is not installed."""
+    """Our class for `class_name`; None if we have none, or if this package is not installed."""
     if class_name not in OWN_CLASSES:
         return None
     module, name = OWN_CLASSES[class_name]
@@ -130,7 +130,7 @@ def without_own_code(index: dict[str, Any], pipeline_class: str) -> dict[str, An
 
 
 def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """component -> (library, class) of a model index. OSError for a component that is no plain name."""
+    """component -> (library, class) of a model index. Raises OSError for a name that is no identifier."""
     entries = {}
     for name, entry in index.items():
         pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
@@ -316,7 +316,7 @@ def _single_file_hint(folder: Path) -> str:
 
 
 def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.float32) -> dict[str, Any]:
-    """Every component of `folder` that `OWN_CLASSES` covers and `given` has not, in our class.
+    """Every component of `folder` that `OWN_CLASSES` covers and that is not in `given`, in our class.
 
     `given` are from_pretrained's keywords; of them `variant` and `device_map` count here. `dtype` is one for
     all, or diffusers' dict by component, with "default".

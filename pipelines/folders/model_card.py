@@ -9,7 +9,7 @@ import torch
 
 PROMPT = "a corgi in a party hat"  # of the page's widget, unless the front matter has its own
 # What a model takes over from the card of the one it was loaded from. Results are not among them: they were
-# measured on other weights, for all that anyone knows.
+# probably measured on other weights.
 INHERITED = ("license", "license_name", "license_link", "base_model", "datasets", "language", "widget")
 
 WITH_CODE = """

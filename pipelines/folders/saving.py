@@ -87,7 +87,7 @@ class SaveMixin:
         """As diffusers', for what `save_pretrained` would write. Returns huggingface_hub's CommitInfo.
 
         All of it is one commit: an upload that breaks off leaves the repository as it was. A card that is
-        there already is kept as `save_pretrained` keeps one. Raises OSError when the Hub says no or nothing.
+        there already is kept as `save_pretrained` keeps one. Raises OSError if the Hub refuses or is silent.
         """
         with tempfile.TemporaryDirectory() as temporary:
             settings = safe_serialization, variant, max_shard_size, diffusers_format, model_card
@@ -217,7 +217,7 @@ def obstacles(pipeline: Any) -> list[str]:
 
 
 def own_keys(cls: type) -> dict[str, Any]:
-    """Config keys of our class that diffusers' has not -> their defaults, which turn the feature off."""
+    """Config keys of our class that diffusers' lacks -> their defaults, which turn the feature off."""
     theirs = inspect.signature(getattr(diffusers, DIFFUSERS_CLASSES[cls.__name__]).__init__).parameters
     ours = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     return {key: parameter.default for key, parameter in ours.items() if key not in theirs}

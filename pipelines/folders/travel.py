@@ -94,7 +94,7 @@ def imported_files(source: Path, node: ast.ImportFrom) -> list[Path]:
 
 
 def closure(source: Path) -> list[Path]:
-    """The files that a file imports, by whatever way, in the order of their imports; `source` is the last."""
+    """The files that a file imports, directly or not, in the order of their imports; `source` comes last."""
     order: list[Path] = []
     seen: set[Path] = set()
 
