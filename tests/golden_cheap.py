@@ -80,8 +80,8 @@ def run_module(name: str, *arguments: object) -> str:
 
 
 def coding_module() -> str:
-    """`pipelines.progressive_coding`, wherever it is in this checkout."""
-    (file,) = Path("pipelines").rglob("progressive_coding.py")
+    """`pipelines.progressive_coding`: the command, wherever it is in this checkout."""
+    file = min(Path("pipelines").rglob("progressive_coding.py"), key=lambda path: len(path.parts))
     return ".".join(file.with_suffix("").parts)
 
 

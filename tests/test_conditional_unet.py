@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -88,9 +89,7 @@ def inputs(config: dict[str, Any], size: tuple[int, int] = (16, 8), batch: int =
     return {
         "sample": randn(batch, config.get("in_channels", 4), *size, seed=2),
         "timestep": torch.tensor([3, 871, 40, 500, 999, 0, 77, 250])[:batch],
-        "encoder_hidden_states": randn(batch, 7, config.get("encoder_hid_dim") or 12, seed=3)
-        if isinstance(config["cross_attention_dim"], (list, tuple))
-        else randn(batch, 7, config.get("encoder_hid_dim") or config["cross_attention_dim"], seed=3),
+        "encoder_hidden_states": randn(batch, 7, max(np.atleast_1d(config["cross_attention_dim"])), seed=3),
     }
 
 
@@ -102,7 +101,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
     assert (actual - expected).abs().max().item() <= tolerance * size
 
 
-MASK = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 1, 0]])
 NESTED = {"layers_per_block": (2, 1), "transformer_layers_per_block": [[1, 2], [2]]}
 
 # name: (config, further inputs)
@@ -111,33 +109,9 @@ SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sd 2.1": (SD_2_1, {}),
     "sd 1.5 inpainting": (SD_INPAINT, {}),
     "x4 upscaler": (X4_UPSCALER, {"class_labels": torch.tensor([20, 350])}),
-    "text mask": (SMALL, {"encoder_attention_mask": MASK}),
-    "text mask of booleans": (SMALL, {"encoder_attention_mask": MASK.bool()}),
-    "first attention's mask": (
-        {**SMALL, "only_cross_attention": True, "mid_block_type": None},
-        {"attention_mask": MASK, "encoder_attention_mask": MASK.flip(0)},
-    ),
     "scale shift": ({**SMALL, "resnet_time_scale_shift": "scale_shift"}, {}),
     "class timestep": ({**SMALL, "class_embed_type": "timestep"}, {"class_labels": torch.tensor([5, 900])}),
-    "class identity": ({**SMALL, "class_embed_type": "identity"}, {"class_labels": randn(2, TIME_DIM)}),
-    "class projection": (
-        {
-            **SMALL,
-            "class_embed_type": "projection",
-            "projection_class_embeddings_input_dim": 5,
-            "act_fn": "mish",
-        },
-        {"class_labels": randn(2, 5)},
-    ),
-    "class simple projection": (
-        {**SMALL, "class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 5},
-        {"class_labels": randn(2, 5)},
-    ),
-    "class concat": (
-        {**SMALL, "num_class_embeds": 10, "class_embeddings_concat": True},
-        {"class_labels": torch.tensor([0, 9])},
-    ),
-    "text states projected": ({**SMALL, "encoder_hid_dim": 9}, {}),
+    "class table": ({**SMALL, "num_class_embeds": 10}, {"class_labels": torch.tensor([0, 9])}),
     "guidance embedding": ({**SMALL, "time_cond_proj_dim": 10}, {"timestep_cond": randn(2, 10)}),
     "two transformer layers": ({**SMALL, "transformer_layers_per_block": 2}, {}),
     "transformer layers per level": ({**SMALL, "transformer_layers_per_block": (1, 3)}, {}),
@@ -149,20 +123,11 @@ SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "text width per level": ({**SMALL, "cross_attention_dim": [12, 12]}, {}),
     "only cross attention": ({**SMALL, "only_cross_attention": True}, {}),
     "heads that do not divide": ({**SMALL, "attention_head_dim": 3}, {}),
-    "no middle": ({**SMALL, "mid_block_type": None}, {}),
     "middle without attention": ({**SMALL, "mid_block_type": "UNetMidBlock2D"}, {}),
-    "scaled middle": ({**SMALL, "mid_block_scale_factor": 1.7}, {}),
-    "large kernels": ({**SMALL, "conv_in_kernel": 5, "conv_out_kernel": 1}, {}),
-    "no downsampling padding": ({**SMALL, "downsample_padding": 0}, {}),
-    "centred input": ({**SMALL, "center_input_sample": True}, {}),
     "sines first": ({**SMALL, "flip_sin_to_cos": False, "freq_shift": 1}, {}),
     "odd time width": ({**SMALL, "block_out_channels": (15, 30), "norm_num_groups": 5}, {}),
     "time width": ({**SMALL, "time_embedding_dim": 20}, {}),
-    "time activations": (
-        {**SMALL, "time_embedding_act_fn": "gelu", "timestep_post_act": "mish", "act_fn": "relu"},
-        {},
-    ),
-    "norm": ({**SMALL, "norm_eps": 0.1, "norm_num_groups": 4, "act_fn": "swish"}, {}),
+    "norm": ({**SMALL, "norm_eps": 0.1, "norm_num_groups": 4}, {}),
     "fractional timestep": (SMALL, {"timestep": 12.625}),
     "one timestep": (SMALL, {"timestep": 44}),
     "timestep of no dimension": (SMALL, {"timestep": torch.tensor(44)}),
@@ -196,18 +161,6 @@ def test_same_output_without_any_attention() -> None:
     }
     theirs, ours = twins(**config)
     given = {**inputs(config), "encoder_hidden_states": None}
-    with torch.no_grad():
-        assert_close(ours(**given).sample, theirs(**given).sample)
-
-
-def test_same_output_with_a_controlnet() -> None:
-    theirs, ours = twins(**SMALL)
-    shapes = [(16, 16, 8), (16, 16, 8), (16, 8, 4), (32, 8, 4)]  # conv_in, layer, downsampler, layer
-    given = {
-        **inputs(SMALL),
-        "down_block_additional_residuals": tuple(randn(2, *shape, seed=i) for i, shape in enumerate(shapes)),
-        "mid_block_additional_residual": randn(2, 32, 8, 4, seed=9),
-    }
     with torch.no_grad():
         assert_close(ours(**given).sample, theirs(**given).sample)
 
@@ -268,10 +221,10 @@ def test_keys_and_defaults_are_those_of_diffusers() -> None:
     }
 
 
-FOLDERS = [SD_2_1, X4_UPSCALER, {**SMALL, "encoder_hid_dim": 9}]
+FOLDERS = [SD_2_1, X4_UPSCALER]
 
 
-@pytest.mark.parametrize("config", FOLDERS, ids=["sd 2.1", "x4 upscaler", "projected text"])
+@pytest.mark.parametrize("config", FOLDERS, ids=["sd 2.1", "x4 upscaler"])
 def test_folders_load_into_each_other(config: dict[str, Any], tmp_path: Path) -> None:
     theirs, ours = twins(**config)
     given = inputs(config)
@@ -308,14 +261,22 @@ def test_own_keys_survive_a_folder(tmp_path: Path) -> None:
 REFUSED: dict[str, list[Any]] = {
     "down_block_types": [("AttnDownBlock2D", "DownBlock2D"), ("DownBlock2D", "KDownBlock2D")],
     "up_block_types": [("UpBlock2D", "SimpleCrossAttnUpBlock2D"), ("UpBlock2D", "UpBlock2D", "UpBlock2D")],
-    "mid_block_type": ["UNetMidBlock2DSimpleCrossAttn"],
-    "act_fn": ["tanh"],
-    "time_embedding_act_fn": ["tanh"],
-    "timestep_post_act": ["tanh"],
+    "mid_block_type": ["UNetMidBlock2DSimpleCrossAttn", None],
+    "act_fn": ["tanh", "gelu"],
+    "time_embedding_act_fn": ["silu"],
+    "timestep_post_act": ["silu"],
     "resnet_time_scale_shift": ["ada_group", "spatial"],
-    "class_embed_type": ["label"],
+    "class_embed_type": ["label", "identity", "projection", "simple_projection"],
     "addition_embed_type": ["text_time", "text", "text_image", "image", "image_hint"],
-    "encoder_hid_dim_type": ["text_image_proj", "image_proj", "ip_image_proj"],
+    "encoder_hid_dim": [8],
+    "encoder_hid_dim_type": ["text_proj", "text_image_proj", "image_proj", "ip_image_proj"],
+    "center_input_sample": [True],
+    "downsample_padding": [0],
+    "mid_block_scale_factor": [1.7],
+    "conv_in_kernel": [5],
+    "conv_out_kernel": [1],
+    "class_embeddings_concat": [True],
+    "projection_class_embeddings_input_dim": [5],
     "num_attention_heads": [8, (2, 4)],
     "dual_cross_attention": [True],
     "resnet_skip_time_act": [True],
@@ -338,9 +299,8 @@ REFUSED: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key in REFUSED for value in REFUSED[key]])
 def test_refuses_by_name(key: str, value: Any) -> None:
-    given = {"encoder_hid_dim": 8} if key == "encoder_hid_dim_type" else {}
     with pytest.raises(ValueError) as refusal:
-        ConditionalUNet(**{**SMALL, **given, key: value})
+        ConditionalUNet(**{**SMALL, key: value})
     message = str(refusal.value)
     named = (
         [repr(kind) for kind in value if kind not in ("UpBlock2D", "DownBlock2D")]
@@ -354,9 +314,6 @@ def test_refuses_by_name(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "culprit"),
     [
-        ({"class_embed_type": "projection"}, "projection_class_embeddings_input_dim=None"),
-        ({"class_embed_type": "simple_projection"}, "projection_class_embeddings_input_dim=None"),
-        ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim=None"),
         (NESTED, r"reverse_transformer_layers_per_block=\[2\]"),
         ({"transformer_layers_per_block": [[1, 1], 1]}, r"transformer_layers_per_block=\[1, 1\]"),
     ],
@@ -372,7 +329,6 @@ def test_refuses_what_lacks_its_partner(config: dict[str, Any], culprit: str) ->
         ({}, {"encoder_hidden_states": None}, "encoder_hidden_states"),
         ({}, {"timestep_cond": torch.ones(2, 4)}, "time_cond_proj_dim"),
         ({}, {"cross_attention_kwargs": {"gligen": {}}}, "gligen"),
-        ({}, {"mid_block_additional_residual": torch.ones(2, 32, 8, 4)}, "down_block_additional_residuals"),
         ({"num_class_embeds": 4}, {}, "class_labels"),
         ({"pooled_text_time_embedding": True}, {}, "'pooled_text'.*pooled_text_time_embedding"),
         ({"text_concat_channels": 2}, {"added_cond_kwargs": {}}, "'pooled_text'.*text_concat_channels"),
@@ -496,17 +452,16 @@ def test_self_conditioning(p: int) -> None:
             assert_close(ours(**given, added_cond_kwargs=added).sample, expected)
 
 
-# ---- attention, masks, batches
+# ---- attention, batches
 
 
 @pytest.mark.parametrize("upcast", [False, True])
 def test_attention_by_hand(upcast: bool) -> None:
-    """softmax(q k^T / sqrt(d) + bias) v, head by head, in float64. With `upcast`, a bfloat16 module may round
+    """softmax(q k^T / sqrt(d)) v, head by head, in float64. With `upcast`, a bfloat16 module may round
     its projections and its result, nothing in between."""
     torch.manual_seed(0)
     attention = Attention(12, 10, heads=3, dim_head=4, upcast=upcast)
     x, context = 4 * randn(2, 5, 12), 4 * randn(2, 7, 10, seed=1)
-    bias = torch.where(MASK.bool(), 0.0, -10000.0)[:, None, None, :]
     if upcast:
         attention, x, context = attention.bfloat16(), x.bfloat16(), context.bfloat16()
     with torch.no_grad():
@@ -518,22 +473,10 @@ def test_attention_by_hand(upcast: bool) -> None:
         for h in range(3):
             own = slice(4 * h, 4 * h + 4)
             scores = q[..., own] @ k[..., own].transpose(1, 2) / math.sqrt(4)
-            weights = (scores.masked_fill(~MASK.bool()[:, None, :], -math.inf)).softmax(-1)
-            heads.append(weights @ v[..., own])
+            heads.append(scores.softmax(-1) @ v[..., own])
         expected = attention.to_out(torch.cat(heads, dim=-1).to(x.dtype))
-        actual = attention(x, context, bias.to(x.dtype))
+        actual = attention(x, context)
     assert_close(actual.float(), expected.float(), 1e-6)
-
-
-def test_masked_tokens_are_not_seen() -> None:
-    model = twins(**SMALL)[1]
-    given = inputs(SMALL)
-    other = {**given, "encoder_hidden_states": given["encoder_hidden_states"].clone()}
-    other["encoder_hidden_states"][MASK == 0] = randn(int((MASK == 0).sum()), 12, seed=11)
-    with torch.no_grad():
-        masked, unmasked = (model(**g, encoder_attention_mask=MASK).sample for g in (given, other))
-        assert torch.equal(masked, unmasked)
-        assert (model(**given).sample - model(**other).sample).abs().max() > 1e-3 * masked.abs().max()
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:
@@ -599,7 +542,6 @@ def compiled_agrees(backend: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     given = {
         **inputs(SMALL),
-        "encoder_attention_mask": MASK,
         "added_cond_kwargs": {"pooled_text": randn(2, 12), "x0_self": randn(2, 4, 16, 8)},
         "cross_attention_kwargs": {"scale": 1.0},
     }

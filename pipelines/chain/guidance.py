@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from .equations import PREDICTION_TYPES, SMALLEST_ABAR, require
 
 # ---- classifier-free guidance
 
@@ -149,10 +149,10 @@ def shift_prediction(prediction: Tensor, gradient: Tensor, abar_t: float, predic
     Unlike `shift_mean` it holds for deterministic schedulers; the two agree in the limit of many steps.
     Raises ValueError for another prediction type.
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
+    known = prediction_type in PREDICTION_TYPES
+    require(known, "prediction_type", prediction_type, f"one of {PREDICTION_TYPES}")
     noise = (1 - abar_t) ** 0.5
-    root = max(abar_t, 2.0**-48) ** 0.5  # as predict_x0 has it at zero terminal SNR
+    root = max(abar_t, SMALLEST_ABAR) ** 0.5  # as predict_x0 has it at zero terminal SNR
     factor = {"epsilon": -noise, "sample": noise**2 / root, "v_prediction": -noise / root}[prediction_type]
     return prediction + factor * gradient
 

@@ -25,7 +25,7 @@ PICTURES_FOR_END = 8  # of an archive, that settle where its chain ends
 
 @dataclass
 class Cost:
-    """Where the bits of a file go; `kl` is what they should sum up to."""
+    """Where the bits of a file go; `kl` is what they should add up to."""
 
     kl: float = 0.0  # all terms of the bound, of all pictures, bits
     last: float = 0.0  # of these, L_0: p(x0 | x_t) at the last step

@@ -20,7 +20,7 @@ Array = np.ndarray
 LEVELS = 256
 REACH = 8.0  # deviations from p's mean that a number is coded within; the rest escapes
 REACH_OF_Q = 5.0  # q is cut off there: its tails hold 6e-7
-ESCAPE_BITS = 22  # of a number that p reaches not
+ESCAPE_BITS = 22  # of a number beyond the reach of p
 
 CANDIDATES = 2**16 - 1
 STARTS = np.arange(CANDIDATES) * 40503 % (CANDIDATES + 1)  # in the noise; successive ones are far apart

@@ -120,7 +120,7 @@ def vlb_terms(
 ) -> VLBTerms:
     """All terms of the bound, a draw of noise for each, as Improved DDPM reports it (Nichol 2021, section 3).
 
-    Unbiased, one draw or many; the expectation is over noise. In float64, but for the model.
+    Unbiased, one draw or many; the expectation is over noise. In float64, except for the model.
 
     Args:
         model: (x_t, t) -> output, as `scheduler.p_mean_variance` takes it. x_t has the dtype of x0, rounded

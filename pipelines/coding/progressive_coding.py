@@ -4,7 +4,7 @@ Sender and receiver have the same model, and p(x_T), p(x_{t-1} | x_t), p(x0 | x_
     - progressive: x_T, ..., x_1 by relative entropy coding, then x0. As it arrives, every x_t tells a better
       guess of the picture, so that a prefix of the file decodes to a coarser one (`--prefix`).
     - lossless: bits back; x_t are rounded to a grid and cost nothing but the bound. For many pictures in one
-      file, since the first needs bits to draw its x_t from, which nobody gets back (Kingma 2019, Bit-Swap).
+      file: the bits that the first draws its x_t from are never recovered (Kingma 2019, Bit-Swap).
 
 The KL terms that a file should cost are those of `likelihood`, summed along the very x_t that were sent.
 
@@ -80,7 +80,7 @@ def blocks_of(seed: int, step: int, size: int, count: int) -> list[tuple[np.ndar
 
 @dataclass
 class Sender:
-    """Algorithm 3 for the picture x0; `chunks` are its file, but for the header."""
+    """Algorithm 3 for the picture x0; `chunks` are its file without the header."""
 
     chain: DDPMScheduler
     x0: Tensor
@@ -190,15 +190,9 @@ class Receiver:
 
 
 def encode(
-    pipe: Any,
-    pictures: list[Image.Image],
-    captions: list[str],
-    kind: str = "progressive",
-    steps: int = 100,
-    end: int | None = None,
-    variance_type: str | None = None,
-    seed: int = 0,
-) -> tuple[bytes, Cost]:
+    pipe: Any, pictures: list[Image.Image], captions: list[str], kind: str = "progressive", steps: int = 100,
+    end: int | None = None, variance_type: str | None = None, seed: int = 0,
+) -> tuple[bytes, Cost]:  # fmt: skip
     """The file of these pictures, and what it costs.
 
     Args:
@@ -209,7 +203,7 @@ def encode(
         seed: of the randomness that both sides share.
 
     Raises:
-        ValueError: one that names the argument that cannot be.
+        ValueError: names the argument that is out of range.
     """
     require(kind in KINDS, "kind", kind, f"one of {KINDS}")
     fits = len(pictures) == 1 or (kind == "lossless" and pictures)

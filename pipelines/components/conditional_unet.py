@@ -13,9 +13,9 @@ channels, H x W the picture as the network sees it (after `patch_size` folding),
 tokens, D text width, E the width of the time embedding. `config` is always the model's own config.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,76 +23,33 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from diffusers.utils import scale_lora_layers
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
+from .lora import lora_scaled
 
 # What is implemented of the keys that choose among things; anything else is refused (see `check_config`).
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "act_fn": tuple(ACTIVATIONS),
-    "time_embedding_act_fn": (None, *ACTIVATIONS),
-    "timestep_post_act": (None, *ACTIVATIONS),
     "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
-    "addition_embed_type": (None,),  # SDXL's "text_time" needs a second text encoder
-    "encoder_hid_dim_type": (None, "text_proj"),
-    "num_attention_heads": (None,),  # attention_head_dim counts the heads
-    "dual_cross_attention": (False,),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "time_embedding_type": ("positional",),
-    "attention_type": ("default",),
+    "class_embed_type": (None, "timestep"),
     "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
 }
-
-
-class Timesteps(nn.Module):
-    """Sinusoidal features of a scalar (Vaswani et al. 2017, section 3.5).
-
-    With w_k = 10000^(-k / (dim/2 - freq_shift)), k = 0 .. dim/2 - 1: [sin(t w_k), cos(t w_k)], cosines first
-    when `flip_sin_to_cos`; an odd `dim` ends in one zero. t: (B,) int or float -> (B, dim) float32.
-    """
-
-    def __init__(self, dim: int, config: Any) -> None:
-        super().__init__()
-        self.dim, self.cosines_first, self.freq_shift = dim, config.flip_sin_to_cos, config.freq_shift
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = self.dim // 2
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
-        angle = t[:, None].float() * torch.exp(exponent / (half - self.freq_shift))  # (B, dim/2)
-        waves = [angle.cos(), angle.sin()] if self.cosines_first else [angle.sin(), angle.cos()]
-        return F.pad(torch.cat(waves, dim=-1), (0, self.dim % 2))  # (B, dim)
-
-
-class TimestepEmbedding(nn.Module):
-    """Two-layer perceptron, (B, in_dim) -> (B, E). A `condition` (B, cond_dim) is projected and added to the
-    input: the guidance scale of distilled models (Meng et al. 2023, https://arxiv.org/abs/2210.03142)."""
-
-    def __init__(
-        self, in_dim: int, dim: int, act: str, post_act: str | None = None, cond_dim: int | None = None
-    ) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.cond_proj = None if cond_dim is None else nn.Linear(cond_dim, in_dim, bias=False)
-        self.act = ACTIVATIONS[act]()
-        self.linear_2 = nn.Linear(dim, dim)
-        self.post_act = nn.Identity() if post_act is None else ACTIVATIONS[post_act]()
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        if condition is not None:
-            if self.cond_proj is None:
-                raise ValueError("timestep_cond was given, but the config has time_cond_proj_dim=None")
-            x = x + self.cond_proj(condition)
-        return self.post_act(self.linear_2(self.act(self.linear_1(x))))
+# Keys of diffusers' that no Stable Diffusion up to 2.1 and no model of ours sets: only the default is taken.
+# attention_head_dim counts the heads, not num_attention_heads.
+ONLY_DEFAULT = (
+    "center_input_sample downsample_padding mid_block_scale_factor act_fn encoder_hid_dim "
+    "encoder_hid_dim_type num_attention_heads dual_cross_attention addition_embed_type "
+    "resnet_skip_time_act resnet_out_scale_factor time_embedding_type time_embedding_act_fn "
+    "timestep_post_act conv_in_kernel conv_out_kernel attention_type "
+    "projection_class_embeddings_input_dim class_embeddings_concat cross_attention_norm"
+).split()
 
 
 def time_embed_dim(config: Any) -> int:
@@ -104,48 +61,45 @@ class ResnetBlock2D(nn.Module):
     """Twice GroupNorm, activation, 3x3 convolution, with the time embedding in between; plus the input.
 
     With h the first half's output and e = Linear(act(emb)): `resnet_time_scale_shift` "default" goes on with
-    norm(h + e), "scale_shift" (adaptive GroupNorm) with norm(h) * (1 + e_scale) + e_shift. The sum is divided
-    by `divisor`. x: (B, in_channels, H, W), emb: (B, E) -> (B, out_channels, H, W).
+    norm(h + e), "scale_shift" (adaptive GroupNorm) with norm(h) * (1 + e_scale) + e_shift.
+    x: (B, in_channels, H, W), emb: (B, E) -> (B, out_channels, H, W).
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: Any) -> None:
         super().__init__()
         groups, eps = config.norm_num_groups, config.norm_eps
-        emb_dim = time_embed_dim(config) * (2 if config.class_embeddings_concat else 1)
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
-        self.divisor = 1.0
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if self.scale_shift else out_channels)
+        self.time_emb_proj = nn.Linear(
+            time_embed_dim(config), 2 * out_channels if self.scale_shift else out_channels
+        )
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nonlinearity = ACTIVATIONS[config.act_fn]()
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(self.nonlinearity(self.norm1(x)))
-        e = self.time_emb_proj(self.nonlinearity(emb))[:, :, None, None]  # (B, C or 2C, 1, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        e = self.time_emb_proj(F.silu(emb))[:, :, None, None]  # (B, C or 2C, 1, 1)
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)  # 2 x (B, C, 1, 1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + e)
-        h = self.conv2(self.dropout(self.nonlinearity(h)))
-        out = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-        return out if self.divisor == 1 else out / self.divisor
+        h = self.conv2(self.dropout(F.silu(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Downsample2D(nn.Module):
-    """3x3 convolution of stride 2. `padding` 0 pads the right and bottom edges only."""
+    """3x3 convolution of stride 2, (B, C, H, W) -> (B, C, H/2, W/2), odd sides rounded up."""
 
-    def __init__(self, channels: int, padding: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+        return self.conv(x)
 
 
 class Upsample2D(nn.Module):
@@ -161,10 +115,10 @@ class Upsample2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, softmax(q k^T / sqrt(d) + bias) v, d = `dim_head` (Vaswani et al. 2017, eq. 1).
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v, d = `dim_head` (Vaswani et al. 2017, eq. 1).
 
-    x: (B, N, dim); `context`: (B, M, context_dim), None for self-attention; `bias` broadcasts to
-    (B, heads, N, M). Returns (B, N, dim). `upcast` computes in float32 whatever the weights are.
+    x: (B, N, dim); `context`: (B, M, context_dim), None for self-attention. Returns (B, N, dim). `upcast`
+    computes in float32 whatever the weights are.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int, upcast: bool) -> None:
@@ -175,39 +129,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim))  # a sequence for the name, to_out.0
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         # (B, N or M, heads * d) -> (B, heads, N or M, d)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         if self.upcast:
             q, k, v = q.float(), k.float(), v.float()
-            bias = None if bias is None else bias.float()
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, N, d)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
         return self.to_out(out.transpose(1, 2).flatten(2).to(x.dtype))  # (B, N, dim)
-
-
-class GEGLU(nn.Module):
-    """a * gelu(b) with [a, b] = Linear(x) (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)  # 2 x (B, N, inner)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """GEGLU to four times the width and back, (B, N, dim) -> (B, N, dim)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -226,9 +156,9 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor | None, self_bias: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), text if self.only_cross else None, self_bias)
-        x = x + self.attn2(self.norm2(x), text, text_bias)
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x), text if self.only_cross else None)
+        x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
 
@@ -251,27 +181,26 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if self.linear else nn.Conv2d(inner, channels, 1)
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor | None, self_bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
         h = self.norm(x)
         h = h if self.linear else self.proj_in(h)
         h = h.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C)
         h = self.proj_in(h) if self.linear else h
         for block in self.transformer_blocks:
-            h = block(h, text, text_bias, self_bias)
+            h = block(h, text)
         h = self.proj_out(h) if self.linear else h
         h = h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + (h if self.linear else self.proj_out(h))
 
 
-# Builds the transformer behind a ResNet block of so many channels, with so many layers.
+# (channels, layers) -> the transformer behind a ResNet block of that width.
 MakeAttention = Callable[[int, int], Transformer2DModel]
 
 
 class Level(nn.Module):
     """What all levels share: ResNet blocks from each of the `inputs` channels to `width` channels and, where
     the level attends, behind each a transformer of the given depth. With gradient checkpointing, each is run
-    again in the backward pass instead of keeping its activations. `text` is always (text states, bias on
-    them, bias on the positions)."""
+    again in the backward pass instead of keeping its activations."""
 
     _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin
 
@@ -279,7 +208,7 @@ class Level(nn.Module):
         self, inputs: list[int], width: int, depths: list[int], attention: MakeAttention | None, config: Any
     ) -> None:
         super().__init__()
-        if attention is not None:  # else the name is missing too: who weights adapters by block asks for it
+        if attention is not None:  # else no such attribute: diffusers asks for it to weight by block
             self.attentions = nn.ModuleList()
         self.resnets = nn.ModuleList()
         for channels, depth in zip(inputs, depths, strict=True):
@@ -294,23 +223,23 @@ class Level(nn.Module):
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
 
-    def layer(self, i: int, x: Tensor, emb: Tensor, *text: Tensor | None) -> Tensor:
+    def layer(self, i: int, x: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
         x = self.run(self.resnets[i], x, emb)
-        return self.run(self.attentions[i], x, *text) if self.has_cross_attention else x
+        return self.run(self.attentions[i], x, text) if self.has_cross_attention else x
 
 
 class DownBlock2D(Level):
     """A level on the way down. Returns its output and the skip connections: each layer's output, and the
-    downsampled one where there is a downsampler (`padding` not None). `level`: the arguments of `Level`."""
+    downsampled one where `downsample`. `level`: the arguments of `Level`."""
 
-    def __init__(self, *level: Any, padding: int | None) -> None:
+    def __init__(self, *level: Any, downsample: bool) -> None:
         super().__init__(*level)
-        self.downsamplers = nn.ModuleList([] if padding is None else [Downsample2D(self.width, padding)])
+        self.downsamplers = nn.ModuleList([Downsample2D(self.width)] if downsample else [])
 
-    def forward(self, x: Tensor, emb: Tensor, *text: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, emb, *text)
+            x = self.layer(i, x, emb, text)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -325,11 +254,9 @@ class UNetMidBlock2D(Level):
         super().__init__([width], width, [depth], attention, config)
         if attention is not None:
             self.resnets.append(ResnetBlock2D(width, width, config))
-        for resnet in self.resnets:
-            resnet.divisor = config.mid_block_scale_factor
 
-    def forward(self, x: Tensor, emb: Tensor, *text: Tensor | None) -> Tensor:
-        x = self.layer(0, x, emb, *text)
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
+        x = self.layer(0, x, emb, text)
         return self.run(self.resnets[1], x, emb) if self.has_cross_attention else x
 
 
@@ -344,13 +271,13 @@ class UpBlock2D(Level):
         super().__init__(*level)
         self.upsamplers = nn.ModuleList([Upsample2D(self.width)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, *text: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, text: Tensor | None) -> Tensor:
         for i in range(len(self.resnets)):
             skip = skips.pop()
             if self.s1 is not None:
                 x, skip = apply_freeu(self.index, x, skip, s1=self.s1, s2=self.s2, b1=self.b1, b2=self.b2)
             x = torch.cat([x, skip], dim=1)  # (B, state + skip, H, W)
-            x = self.layer(i, x, emb, *text)  # (B, C, H, W)
+            x = self.layer(i, x, emb, text)  # (B, C, H, W)
         for upsampler in self.upsamplers:
             x = upsampler(x, skips[-1].shape[-2:])
         return x
@@ -358,19 +285,15 @@ class UpBlock2D(Level):
 
 def check_config(config: Any) -> None:
     """Raise a ValueError that names the key, the value and what is allowed, for anything not implemented."""
-    for key, allowed in ALLOWED.items():
+    defaults = inspect.signature(ConditionalUNet.__init__).parameters
+    for key, allowed in (ALLOWED | {key: (defaults[key].default,) for key in ONLY_DEFAULT}).items():
         for value in config[key] if key.endswith("block_types") else [config[key]]:
             if value not in allowed:
                 choice = ", ".join(map(repr, allowed))
                 raise ValueError(f"{key}={value!r} is not implemented; allowed: {choice}")
-    needed = ["norm_num_groups", "patch_size"]
-    if config.encoder_hid_dim_type is not None:
-        needed.append("encoder_hid_dim")
-    if "projection" in (config.class_embed_type or ""):
-        needed.append("projection_class_embeddings_input_dim")
-    for key in needed:
+    for key in ("norm_num_groups", "patch_size"):
         if config[key] is None or config[key] < 1:
-            raise ValueError(f"{key}={config[key]!r} is not implemented; with this config allowed: 1 or more")
+            raise ValueError(f"{key}={config[key]!r} is not implemented; allowed: 1 or more")
 
 
 def spread(value: Any, count: int, key: str) -> list[Any]:
@@ -381,34 +304,11 @@ def spread(value: Any, count: int, key: str) -> list[Any]:
     return values
 
 
-def mask_to_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(B, M), 1 keep and 0 ignore -> (B, 1, 1, M), 0 and -10000: finite, so keeping nothing gives no NaN."""
-    return None if mask is None else ((1 - mask.to(dtype)) * -10000.0)[:, None, None, :]
-
-
 def required(added_cond: dict[str, Tensor], name: str, key: str) -> Tensor:
     """added_cond[name], or a ValueError that names it and the config key that asks for it."""
     if added_cond.get(name) is None:
         raise ValueError(f"added_cond_kwargs must hold {name!r}: the config has {key}")
     return added_cond[name]
-
-
-@contextmanager
-def lora_scaled(model: nn.Module, cross_attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Inside the block, LoRA layers are multiplied by cross_attention_kwargs["scale"], which may be 0."""
-    options = dict(cross_attention_kwargs or {})
-    scale = options.pop("scale", 1.0)
-    if options:
-        raise ValueError(f"cross_attention_kwargs={options!r} is not implemented; allowed: 'scale'")
-    layers: list[Any] = [] if scale == 1 else [m for m in model.modules() if hasattr(m, "scaling")]
-    before = [dict(layer.scaling) for layer in layers]
-    if scale != 1:
-        scale_lora_layers(model, scale)
-    try:
-        yield
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)
 
 
 class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -422,9 +322,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
     - `layers_per_block`, `only_cross_attention`, `cross_attention_dim`, `transformer_layers_per_block`: one
       value, or one per level. In the last, a level's value may be a list with one number per layer; the up
       levels then need theirs in `reverse_transformer_layers_per_block`, in their own order.
-    - `class_embed_type`: None (with `num_class_embeds`, a table: the x4 upscaler's noise level), "timestep",
-      "identity", "projection", "simple_projection".
-    - `encoder_hid_dim`: width of the text states, when a Linear has to bring them to `cross_attention_dim`.
+    - `class_embed_type`: None or "timestep"; `num_class_embeds` without it: a table (the x4
+      upscaler's noise level).
 
     Keys of our own, all off by default:
 
@@ -433,7 +332,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
       out_channels * p^2 outputs, in the order of `torch.nn.functional.pixel_unshuffle`.
     - `self_conditioning` (False): the picture is joined by the previous estimate of x0, in_channels more
       channels (Chen et al. 2022, https://arxiv.org/abs/2208.04202); zeros where none is passed.
-    - `text_concat_channels` (0): so many channels Linear(pooled text), the same at every position, joined to
+    - `text_concat_channels` (0): width of Linear(pooled text), the same at every position, which is joined to
       the folded picture behind its own channels.
     - `pooled_text_time_embedding` (False): GLIDE's way in for the pooled text: MLP(t) + Linear(pooled text).
     - `pooled_text_dim` (None): width of the pooled text vector; None takes `cross_attention_dim`.
@@ -479,8 +378,6 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pooled_text_time_embedding: bool = False, pooled_text_dim: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if encoder_hid_dim is not None:
-            self.register_to_config(encoder_hid_dim_type=encoder_hid_dim_type or "text_proj")
         config: Any = self.config
         check_config(config)
         levels = len(down_block_types)
@@ -498,26 +395,15 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # 1. The way in, and everything that is added to the time embedding
         self.patch_size = patch_size
         joined = in_channels * patch_size**2 * (2 if self_conditioning else 1) + text_concat_channels
-        self.conv_in = nn.Conv2d(joined, channels[0], conv_in_kernel, padding=(conv_in_kernel - 1) // 2)
+        self.conv_in = nn.Conv2d(joined, channels[0], 3, padding=1)
         time_dim = time_embed_dim(config)
-        self.time_proj = Timesteps(channels[0], config)
-        self.time_embedding = TimestepEmbedding(
-            channels[0], time_dim, act_fn, timestep_post_act, time_cond_proj_dim
-        )
-        self.encoder_hid_proj = None if encoder_hid_dim is None else nn.Linear(encoder_hid_dim, text_dims[0])
+        self.time_proj = Timesteps(channels[0], flip_sin_to_cos, freq_shift)
+        self.time_embedding = TimestepEmbedding(channels[0], time_dim, cond_proj_dim=time_cond_proj_dim)
         self.class_embedding: nn.Module | None = None
-        projected_dim = projection_class_embeddings_input_dim or 0
         if class_embed_type == "timestep":
-            self.class_embedding = TimestepEmbedding(channels[0], time_dim, act_fn)
-        elif class_embed_type == "identity":
-            self.class_embedding = nn.Identity()
-        elif class_embed_type == "projection":
-            self.class_embedding = TimestepEmbedding(projected_dim, time_dim, "silu")
-        elif class_embed_type == "simple_projection":
-            self.class_embedding = nn.Linear(projected_dim, time_dim)
+            self.class_embedding = TimestepEmbedding(channels[0], time_dim)
         elif num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds, time_dim)
-        self.time_embed_act = ACTIVATIONS[time_embedding_act_fn]() if time_embedding_act_fn else nn.Identity()
 
         # 2. The levels
         def transformer(level: int, only_cross: bool) -> MakeAttention:
@@ -530,13 +416,11 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             attention = transformer(i, only_cross[i]) if kind == "CrossAttnDownBlock2D" else None
             inputs = [channels[max(i - 1, 0)]] + [own] * (n - 1)
             deep = spread(depths[i], n, "transformer_layers_per_block")
-            padding = downsample_padding if i < levels - 1 else None
-            self.down_blocks.append(DownBlock2D(inputs, own, deep, attention, config, padding=padding))
+            level = inputs, own, deep, attention, config
+            self.down_blocks.append(DownBlock2D(*level, downsample=i < levels - 1))
 
-        self.mid_block: UNetMidBlock2D | None = None
-        if mid_block_type is not None:
-            attention = transformer(-1, False) if mid_block_type == "UNetMidBlock2DCrossAttn" else None
-            self.mid_block = UNetMidBlock2D(channels[-1], deep[0], attention, config)
+        attention = transformer(-1, False) if mid_block_type == "UNetMidBlock2DCrossAttn" else None
+        self.mid_block = UNetMidBlock2D(channels[-1], deep[0], attention, config)
 
         for kind, up_depth, i in zip(up_kinds, up_depths, reversed(range(levels)), strict=True):
             own, n = channels[i], layers[i]
@@ -548,20 +432,12 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         # 3. The way out, and the two ways in of the pooled text
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
-        self.conv_act = ACTIVATIONS[act_fn]()
-        self.conv_out = nn.Conv2d(
-            channels[0], out_channels * patch_size**2, conv_out_kernel, padding=(conv_out_kernel - 1) // 2
-        )
+        self.conv_out = nn.Conv2d(channels[0], out_channels * patch_size**2, 3, padding=1)
         pooled_dim = pooled_text_dim or text_dims[0]
         self.pooled_text_time_proj = nn.Linear(pooled_dim, time_dim) if pooled_text_time_embedding else None
         self.pooled_text_concat_proj = None
         if text_concat_channels:
             self.pooled_text_concat_proj = nn.Linear(pooled_dim, text_concat_channels)
-
-    def set_default_attn_processor(self, *_: Any) -> None:
-        """Does nothing: there are no processors to replace, and no matrix is held that slicing would cut."""
-
-    set_attention_slice = set_default_attn_processor
 
     def enable_freeu(self, s1: float | None, s2: float | None, b1: float | None, b2: float | None) -> None:
         """FreeU (Si et al. 2023, https://arxiv.org/abs/2309.11497): at the first up level half of the state's
@@ -585,7 +461,9 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep_cond: Tensor | None, added_cond: dict[str, Tensor],
     ) -> Tensor:  # fmt: skip
         """The vector every ResNet block sees: MLP(sinusoid(t)), plus what the config asks for of pooled text
-        and class. Returns (B, E), or (B, 2E) with `class_embeddings_concat`."""
+        and class. Returns (B, E)."""
+        if timestep_cond is not None and self.config.time_cond_proj_dim is None:
+            raise ValueError("timestep_cond was given, but the config has time_cond_proj_dim=None")
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
         emb = self.time_embedding(self.time_proj(t).to(sample.dtype), timestep_cond)  # (B, E)
         if self.pooled_text_time_proj is not None:
@@ -596,15 +474,12 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 raise ValueError("class_labels must be given: the config has a class embedding")
             if self.config.class_embed_type == "timestep":
                 class_labels = self.time_proj(class_labels).to(sample.dtype)
-            class_emb = self.class_embedding(class_labels).to(sample.dtype)  # (B, E)
-            emb = torch.cat([emb, class_emb], 1) if self.config.class_embeddings_concat else emb + class_emb
-        return self.time_embed_act(emb)
+            emb = emb + self.class_embedding(class_labels).to(sample.dtype)
+        return emb
 
     def join_input(self, sample: Tensor, added_cond: dict[str, Tensor]) -> Tensor:
         """The picture, joined by the last x0 estimate, folded into patches, joined by the pooled text, as far
         as the config asks for it. (B, in_channels, height, width) -> (B, inputs of conv_in, H, W)."""
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1
         if self.config.self_conditioning:
             x0 = added_cond.get("x0_self")
             x0 = torch.zeros_like(sample) if x0 is None else x0
@@ -623,11 +498,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None,
         class_labels: Tensor | None = None, timestep_cond: Tensor | None = None,
-        attention_mask: Tensor | None = None, cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        down_block_additional_residuals: Sequence[Tensor] | None = None,
-        mid_block_additional_residual: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None, return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None, return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:  # fmt: skip
         """Predict from x_t. Returns `.sample`, (B, out_channels, height, width), or a tuple of it.
 
@@ -636,52 +508,41 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 need not divide by the downsampling of the levels.
             timestep: 0 .. T-1, int or float, one for all or (B,).
             encoder_hidden_states: text states, (B, L, D); None only for a network without attention.
-            class_labels: (B,) for a table or "timestep", (B, E) for "identity", (B, width) for a projection.
+            class_labels: (B,), rows of the table or, with "timestep", numbers like t.
             timestep_cond: (B, time_cond_proj_dim), the embedded guidance scale of distilled models.
-            attention_mask: (B, M), 1 keep and 0 ignore, on the keys of each block's first attention.
             cross_attention_kwargs: {"scale": s}, the strength of the loaded LoRA adapters.
             added_cond_kwargs: "pooled_text" (B, pooled_text_dim); "x0_self" like sample.
-            down_block_additional_residuals, mid_block_additional_residual: what a ControlNet adds to the skip
-                connections and to the middle; both or neither.
-            encoder_attention_mask: (B, L), 1 keep and 0 ignore, on the text tokens.
 
         Raises ValueError when an input that the config asks for is missing, one is given that it has no use
         for, or the sample does not divide by `patch_size`.
         """
-        if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
-            raise ValueError("down_block_additional_residuals and mid_block_additional_residual go together")
         if encoder_hidden_states is None and any(isinstance(module, Attention) for module in self.modules()):
             raise ValueError("encoder_hidden_states must be given: the network has cross-attention")
         added_cond = added_cond_kwargs or {}
-        with lora_scaled(self, cross_attention_kwargs):
+        options = dict(cross_attention_kwargs or {})
+        scale = options.pop("scale", 1.0)
+        if options:
+            raise ValueError(f"cross_attention_kwargs={options!r} is not implemented; allowed: 'scale'")
+        with lora_scaled(self, scale) if scale != 1 else nullcontext():
             # 1. Noise level and text
             emb = self.embed_time(sample, timestep, class_labels, timestep_cond, added_cond)  # (B, E)
-            if encoder_hidden_states is not None and self.encoder_hid_proj is not None:
-                encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)  # (B, L, D)
-            text_bias = mask_to_bias(encoder_attention_mask, sample.dtype)
-            text = (encoder_hidden_states, text_bias, mask_to_bias(attention_mask, sample.dtype))
 
             # 2. Down
             x = self.conv_in(self.join_input(sample, added_cond))  # (B, C, H, W)
             skips = [x]
             for block in self.down_blocks:
-                x, outputs = block(x, emb, *text)
+                x, outputs = block(x, emb, encoder_hidden_states)
                 skips += outputs
-            if down_block_additional_residuals is not None:
-                skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
 
             # 3. Middle
-            if self.mid_block is not None:
-                x = self.mid_block(x, emb, *text)
-            if mid_block_additional_residual is not None:
-                x = x + mid_block_additional_residual
+            x = self.mid_block(x, emb, encoder_hidden_states)
 
             # 4. Up
             for block in self.up_blocks:
-                x = block(x, skips, emb, *text)
+                x = block(x, skips, emb, encoder_hidden_states)
 
             # 5. Out
-            x = self.conv_out(self.conv_act(self.conv_norm_out(x)))  # (B, out_channels * p^2, H, W)
+            x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out_channels * p^2, H, W)
             if self.patch_size > 1:
                 x = F.pixel_shuffle(x, self.patch_size)  # (B, out_channels, height, width)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)

@@ -16,17 +16,14 @@ from ..chain.equations import (
     FIXED_VARIANCES,
     LEARNED_VARIANCES,
     PREDICTION_TYPES,
-    SMALLEST_VARIANCE,
     TIMESTEP_SPACINGS,
     ReverseStep,
     invalid,
     make_betas,
     p_mean_variance,
-    posterior_variance,
     q_sample,
     require,
     rescale_to_zero_terminal_snr,
-    reverse_variance,
     spaced_timesteps,
     velocity,
 )
@@ -72,23 +69,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None,
-        variance_type: str | None = "fixed_small",
-        clip_sample: bool = True,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-        eta: float = 1.0,
-    ) -> None:
+        num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str | None = "fixed_small", clip_sample: bool = True, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "leading", steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False, eta: float = 1.0,
+    ) -> None:  # fmt: skip
         for name, value, allowed in (
             ("beta_schedule", beta_schedule, BETA_SCHEDULES),
             ("variance_type", variance_type, (*FIXED_VARIANCES, *LEARNED_VARIANCES, None)),
@@ -184,38 +171,37 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), -1)])
         return following[hits.int().argmax(dim=1)].reshape(t.shape)
 
-    def p_mean_variance(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> ReverseStep:
+    def p_mean_variance(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 1.0
+    ) -> ReverseStep:
         """p(x_prev | x_t) from a model's output: predict_x0, clip or threshold, posterior_mean, variance.
 
         sample (B, C, ...); model_output (B, C, ...), or (B, 2C, ...) for a learned variance, else ValueError;
         timestep () or (B,). Differentiable. On the last step, where beta~ = 0 and `step` uses no variance,
         beta~ of the step before stands in (beta~_1 of a full chain), or beta_t if there is but one step.
+        `eta` is the mean's, see `posterior_mean`.
         """
-        return self._reverse(model_output, timestep, sample, 1.0)
-
-    def _reverse(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float
-    ) -> ReverseStep:
-        config = self.config
-        self._check_shapes(model_output, sample)
-        abar_t, abar_prev = self.abar(timestep, sample), self.abar(self.previous_timestep(timestep), sample)
+        config, kind = self.config, self.config.variance_type
+        given, wanted = list(model_output.shape), list(sample.shape)
+        if kind in LEARNED_VARIANCES and sample.ndim > 1:
+            wanted[1] *= 2
+        if given != wanted:
+            raise invalid("model_output shape", given, f"{wanted} with variance_type={kind!r}")
+        abar_t, abar_prev = (self.abar(t, sample) for t in (timestep, self.previous_timestep(timestep)))
+        last_step = None  # whose beta~ is not 0
+        if len(self.timesteps) > 1:
+            last_step = self.abar(self.timesteps[-2], abar_t), self.abar(self.timesteps[-1], abar_t)
         thresholds = config.dynamic_thresholding_ratio, config.sample_max_value
         return p_mean_variance(
-            model_output, sample, abar_t, abar_prev, config.prediction_type, config.variance_type,
-            stand_in=self._last_step(abar_t),
+            model_output, sample, abar_t, abar_prev, config.prediction_type, kind, stand_in=last_step,
             clip_range=config.clip_sample_range if config.clip_sample else None,
-            threshold=thresholds if config.thresholding else None,
-            eta=eta,
+            threshold=thresholds if config.thresholding else None, eta=eta,
         )  # fmt: skip
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """x_prev = mean + eta sigma_t z, z ~ N(0, I), and z = 0 on the last step. Ho 2020, algorithm 2.
 
         Tensors as for `p_mean_variance`, one timestep for all. With a list of generators, one per image (else
@@ -230,7 +216,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             raise invalid("timestep", t, f"one integer in 0 .. {len(self.alphas_cumprod) - 1}")
 
         eta = self.config.eta
-        prev_sample, variance, log_variance, x0 = self._reverse(model_output, int(t), sample, eta)
+        prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, int(t), sample, eta)
         if t > 0 and eta > 0:
             # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
             # unused, so that a generator that serves several runs goes through the same states.
@@ -266,35 +252,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if len(abar) not in (1, batch) and batch != 1:
             raise invalid("number of timesteps", len(abar), f"1 or {batch}")
         return abar
-
-    def _check_shapes(self, model_output: Tensor, sample: Tensor) -> None:
-        kind, given, wanted = self.config.variance_type, list(model_output.shape), list(sample.shape)
-        if kind in LEARNED_VARIANCES and sample.ndim > 1:
-            wanted[1] *= 2
-        if given != wanted:
-            raise invalid("model_output shape", given, f"{wanted} with variance_type={kind!r}")
-
-    def _last_step(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """abar_t and abar_prev of the last step whose beta~ is not 0; None if the chain has one step."""
-        if len(self.timesteps) < 2:
-            return None
-        before, last = self.timesteps[-2:]
-        return self.abar(before, like), self.abar(last, like)
-
-    def _get_variance(
-        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
-    ) -> Tensor:
-        """For callers of diffusers' method of this name, in its units: sigma^2 for fixed_small, fixed_large;
-        sigma for fixed_small_log; log sigma^2 for the rest. Elsewhere use `p_mean_variance`."""
-        kind = variance_type or self.config.variance_type or "fixed_small"
-        abar_t, abar_prev = self.abar(t, self.one), self.abar(self.previous_timestep(t), self.one)
-        if kind in ("fixed_small", "fixed_small_log"):
-            variance = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
-            return variance.sqrt() if kind == "fixed_small_log" else variance
-        last = self._last_step(abar_t)
-        stand_in = 1 - abar_t if last is None else posterior_variance(*last)
-        variance, log_variance = reverse_variance(kind, abar_t, abar_prev, stand_in, predicted_variance)
-        return variance if kind == "fixed_large" else log_variance
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:

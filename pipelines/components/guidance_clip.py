@@ -1,11 +1,12 @@
 """A CLIP for clean pictures that guides: open_clip's models or transformers' CLIPModel behind one interface.
 
-The tokenizer's files lie beside the weights. open_clip is imported only for its own models, so that nobody
-else needs to install it.
+The tokenizer's files lie beside the weights. open_clip is imported for its own models only, and need
+not be installed for others.
 """
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,27 +42,23 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        library: str = "transformers",
-        architecture: dict[str, Any] | None = None,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
-    ) -> None:
+        library: str = "transformers", architecture: dict[str, Any] | None = None,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5), image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:  # fmt: skip
         super().__init__()
         architecture = dict(architecture or {})
         if library == "transformers":
             self.model = CLIPModel(CLIPConfig(**architecture))
         elif library == "open_clip":
             model = import_module("open_clip.model")
-            custom = "custom_text" in architecture
             settings = {key: value for key, value in architecture.items() if key != "custom_text"}
-            self.model = (model.CustomTextCLIP if custom else model.CLIP)(**settings)
-            text = architecture["text_cfg"]
-            tokenizers = import_module("open_clip.tokenizer")
+            cls = model.CustomTextCLIP if "custom_text" in architecture else model.CLIP
+            self.model = cls(**settings)
+            tokenizers, text = import_module("open_clip.tokenizer"), architecture["text_cfg"]
             length = {"context_length": text.get("context_length", 77)}
             name = text.get("hf_tokenizer_name")
-            self.tokenizer = (
-                tokenizers.HFTokenizer(name, **length) if name else tokenizers.SimpleTokenizer(**length)
-            )
+            tokenizer = partial(tokenizers.HFTokenizer, name) if name else tokenizers.SimpleTokenizer
+            self.tokenizer = tokenizer(**length)
         else:
             raise ValueError(f"library must be 'transformers' or 'open_clip', got {library!r}")
 
@@ -93,38 +90,27 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(
-        cls,
-        model: Any,
-        tokenizer: Any = None,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        config: dict[str, Any] | None = None,
-    ) -> "GuidanceCLIP":
+        cls, model: Any, tokenizer: Any = None, image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None, config: dict[str, Any] | None = None,
+    ) -> "GuidanceCLIP":  # fmt: skip
         """Around a CLIPModel and its tokenizer, or an open_clip model and its config; on the same weights."""
         ready = isinstance(model, CLIPModel)
         own = getattr(getattr(model, "visual", None), "preprocess_cfg", None) or {}
         architecture = model.config.to_dict() if ready else dict(config or {})
         for key in ("_name_or_path", "transformers_version"):  # of this machine
             architecture.pop(key, None)
+        mean = tuple(image_mean or own.get("mean", (0.5, 0.5, 0.5)))
+        std = tuple(image_std or own.get("std", (0.5, 0.5, 0.5)))
         with torch.device("meta"):  # replaced at once
-            made = cls(
-                "transformers" if ready else "open_clip",
-                architecture,
-                tuple(image_mean or own.get("mean", (0.5, 0.5, 0.5))),
-                tuple(image_std or own.get("std", (0.5, 0.5, 0.5))),
-            )
+            made = cls("transformers" if ready else "open_clip", architecture, mean, std)
         made.model = model.eval()
         made.tokenizer = made.tokenizer if tokenizer is None else tokenizer
         return made.eval()
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
-    ) -> None:
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, variant: str | None = None,
+        max_shard_size: int | str = "10GB", **kwargs: Any,
+    ) -> None:  # fmt: skip
         """As diffusers', and the tokenizer's files beside the weights."""
         options = {"safe_serialization": safe_serialization, "variant": variant}
         super().save_pretrained(str(save_directory), max_shard_size=max_shard_size, **options, **kwargs)
@@ -132,9 +118,7 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
             self.tokenizer.save_pretrained(str(save_directory))
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any
-    ) -> "GuidanceCLIP":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "GuidanceCLIP":
         """As diffusers', of a folder."""
         made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if made.config.library == "transformers":

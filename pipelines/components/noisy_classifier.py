@@ -56,25 +56,18 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             classes from another, so that it does not guide. None: no limits.
         guidance_limit: by how much, root mean square, its guidance may move the noise that is predicted for a
             picture, which is 1 itself: where sqrt(1 - abar) s grad is larger, it is scaled down. None: any.
-        ensemble: of so many networks of these sizes the logits' mean is taken: p is the geometric mean of
-            theirs, made to sum to 1. `others` holds all but the first.
+        ensemble: number of networks of these sizes whose logits are averaged: p is the geometric mean of
+            theirs, normalized to sum to 1. `others` holds all but the first.
     """
 
     @register_to_config
     def __init__(
         self,
-        labels: Sequence[str] = ("0", "1"),
-        sample_size: int = 64,
-        in_channels: int = 3,
-        patch_size: int = 4,
-        block_out_channels: Sequence[int] = (48, 80, 96),
-        norm_num_groups: int = 8,
-        heads: int = 4,
-        label_sets: Sequence[int] | None = None,
-        timestep_limits: Sequence[int] | None = None,
-        guidance_limit: float | None = None,
-        ensemble: int = 1,
-    ) -> None:
+        labels: Sequence[str] = ("0", "1"), sample_size: int = 64, in_channels: int = 3, patch_size: int = 4,
+        block_out_channels: Sequence[int] = (48, 80, 96), norm_num_groups: int = 8, heads: int = 4,
+        label_sets: Sequence[int] | None = None, timestep_limits: Sequence[int] | None = None,
+        guidance_limit: float | None = None, ensemble: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         if ensemble < 1:
             raise ValueError(f"ensemble must be at least 1, got {ensemble}")
@@ -97,25 +90,13 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         self.query = nn.Parameter(torch.randn(1, 1, last) * last**-0.5)
         self.pool = nn.MultiheadAttention(last, heads, batch_first=True)
         self.head = nn.Linear(last, len(labels))
-        self.others = nn.ModuleList(
-            NoisyClassifier(
-                labels=labels,
-                sample_size=sample_size,
-                in_channels=in_channels,
-                patch_size=patch_size,
-                block_out_channels=block_out_channels,
-                norm_num_groups=norm_num_groups,
-                heads=heads,
-            )
-            for _ in range(ensemble - 1)
-        )
+        sizes = labels, sample_size, in_channels, patch_size, block_out_channels, norm_num_groups, heads
+        self.others = nn.ModuleList(NoisyClassifier(*sizes) for _ in range(ensemble - 1))
 
     def own_logits(self, sample: Tensor, t: Tensor) -> Tensor:
         """Of this network alone, none of `others`: x_t, t (B,) -> (B, classes) float32."""
         patch = self.config.patch_size
-        waves = get_timestep_embedding(
-            t, self.time[0].in_features, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
+        waves = get_timestep_embedding(t, self.time[0].in_features, True, downscale_freq_shift=0)
         emb = self.time(waves.to(self.dtype))  # (B, E)
         h = self.conv_in(F.pixel_unshuffle(sample.to(self.dtype), patch))  # (B, C, H, W)
         for block in self.blocks:

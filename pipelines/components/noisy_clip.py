@@ -7,6 +7,7 @@ patch_size)^2 patches, W the width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,31 +33,21 @@ class NoisyCLIP(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 64,
-        in_channels: int = 3,
-        patch_size: int = 8,
-        width: int = 160,
-        layers: int = 6,
-        heads: int = 5,
-        projection_dim: int = 256,
-    ) -> None:
+        sample_size: int = 64, in_channels: int = 3, patch_size: int = 8, width: int = 160, layers: int = 6,
+        heads: int = 5, projection_dim: int = 256,
+    ) -> None:  # fmt: skip
         super().__init__()
-        for name, value, divisor in (
-            ("sample_size", sample_size, patch_size),
-            ("width", width, heads),
-            ("width", width, 2),
-        ):
+        rules = ("sample_size", sample_size, patch_size), ("width", width, heads), ("width", width, 2)
+        for name, value, divisor in rules:
             if value % divisor:
                 raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
         self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.randn((sample_size // patch_size) ** 2, width) * width**-0.5)
         self.time = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        block = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(
-            block, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
-        )
+        options: Any = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, **options)
+        norm = nn.LayerNorm(width)
+        self.blocks = nn.TransformerEncoder(block, layers, norm, enable_nested_tensor=False)
         self.projection = nn.Linear(width, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's, a logarithm
         for layer in self.blocks.layers:  # torch's stack starts with all blocks alike
@@ -75,11 +66,9 @@ class NoisyCLIP(ModelMixin, ConfigMixin):
         Raises ValueError for x_t of another shape.
         """
         config = self.config
-        expected = (config.in_channels, config.sample_size, config.sample_size)
-        if tuple(sample.shape[1:]) != expected:
-            raise ValueError(
-                f"sample must be (B, {', '.join(map(str, expected))}), got {tuple(sample.shape)}"
-            )
+        channels, side = config.in_channels, config.sample_size
+        if sample.shape[1:] != (channels, side, side):
+            raise ValueError(f"sample must be (B, {channels}, {side}, {side}), got {tuple(sample.shape)}")
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))  # (B,)
         waves = get_timestep_embedding(t, config.width, flip_sin_to_cos=True, downscale_freq_shift=0)
         h = self.patches(sample.to(self.dtype)).flatten(2).transpose(1, 2)  # (B, N, W)

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2210.04885).
 """
 
 import re
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .text import context_length
+
 
 def word_places(tokenizer: Any, prompt: str, word: str) -> list[int]:
     """Positions of a word's or phrase's tokens in the tokenized prompt, wherever it stands as a whole word.
 
-    Raises ValueError where the prompt has it not.
+    Raises ValueError if the prompt does not contain it.
     """
     tokens = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
     found = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-    places = [
-        i
-        for i, (left, right) in enumerate(tokens.offset_mapping)
-        if any(left < end and right > start for start, end in found)
-    ]
+    places = []
+    for i, (left, right) in enumerate(tokens.offset_mapping):
+        if any(left < end and right > start for start, end in found):
+            places.append(i)
     if not places or not word.strip():
         raise ValueError(f"words must be words of the prompt {prompt!r}, got {word!r}")
     return places
@@ -46,19 +46,18 @@ class AttentionMaps:
         prompt: what it will draw, as plain text.
         words: words or phrases of the prompt.
 
-    Raises ValueError for a word that the prompt has not, or that its context cuts off.
+    Raises ValueError for a word that the prompt does not contain, or that lies beyond the context.
     """
 
     def __init__(self, pipe: Any, prompt: str, words: list[str]) -> None:
         if getattr(pipe, "tokenizer", None) is None:
             raise ValueError(f"`pipe` must read text, and this {type(pipe).__name__} has no tokenizer")
         self.places = {word: word_places(pipe.tokenizer, prompt, word) for word in words}
-        context = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
+        context = context_length(pipe.tokenizer, pipe.text_encoder)
         for word, places in self.places.items():
             if places[-1] > context - 2:
-                raise ValueError(
-                    f"words must be within the {context} tokens that the model reads, got {word!r}"
-                )
+                rule = f"within the {context} tokens that the model reads"
+                raise ValueError(f"words must be {rule}, got {word!r}")
         self.steps: list[Tensor] = []  # of each step, (pictures, words, H, W)
         self._layers: list[Tensor] = []  # of the step that runs, (rows, words, N) each
         layers = [module for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
@@ -68,9 +67,8 @@ class AttentionMaps:
         text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]  # ours, diffusers'
         with torch.no_grad():
             q, k = layer.to_q(args[0]).float(), layer.to_k(text).float()
-            q, k = (
-                t.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for t in (q, k)
-            )  # (B, heads, N or L, d)
+            # (B, heads, N or L, d)
+            q, k = (t.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for t in (q, k))
             shares = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # (B, N, L)
             words = [shares[:, :, places].sum(-1) for places in self.places.values()]
             self._layers.append(torch.stack(words, dim=1))  # (B, words, N)
@@ -98,9 +96,7 @@ class AttentionMaps:
     def __enter__(self) -> "AttentionMaps":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -62,7 +62,7 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 def to_pil(x: torch.Tensor) -> list[Image.Image]:
     """(B, C, H, W) in [-1, 1] -> B pictures: grey for C = 1, RGB for 3, RGBA for 4; rounded.
 
-    `to_pil(to_tensor(image))` gives back the very same pixels. Raises ValueError for another C.
+    `to_pil(to_tensor(image))` gives back the same pixels. Raises ValueError for another C.
     """
     if x.ndim != 4 or x.shape[1] not in _MODES:
         raise ValueError(f"to_pil needs (B, C, H, W) with C one of {list(_MODES)}, got {tuple(x.shape)}")
@@ -109,12 +109,9 @@ def read_masks(
 
 
 def _read(
-    images: Any,
-    size: tuple[int, int] | None,
-    name: str,
-    convert: Callable[[Image.Image], Image.Image],
+    images: Any, size: tuple[int, int] | None, name: str, convert: Callable[[Image.Image], Image.Image],
     resample: Image.Resampling = Image.Resampling.LANCZOS,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """(B, C, H, W) float32 in [0, 1]; `convert` makes PIL pictures RGB or grey."""
     stacked = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     parts = list(images) if stacked or isinstance(images, (list, tuple)) else [images]
@@ -214,12 +211,9 @@ def decode_latents(
 
 
 def image_grid(
-    images: list[Image.Image],
-    columns: int | None = None,
-    gap: int = 2,
-    background: str = "white",
+    images: list[Image.Image], columns: int | None = None, gap: int = 2, background: str = "white",
     labels: list[str] | None = None,
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """A sheet of pictures, row by row, all in cells of the largest one's size, `gap` pixels apart.
 
     `columns` defaults to the most square sheet. `labels`, one for each picture, are written under it and cut

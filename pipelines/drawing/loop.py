@@ -176,7 +176,8 @@ def takes_variance(scheduler: Any) -> bool:
     """
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     knows = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    return learned and knows and hasattr(scheduler, "_get_variance")
+    ancestral = hasattr(scheduler, "p_mean_variance") or hasattr(scheduler, "_get_variance")
+    return learned and knows and ancestral
 
 
 def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 Box = tuple[int, int, int, int]
-FORGETFUL = ("DDPMScheduler", "DDIMScheduler")  # a step of theirs depends on x_t and t alone
+FORGETFUL = ("DDPMScheduler", "DDIMScheduler")  # their steps depend on x_t and t alone
 
 
 # ---- one region of a larger picture ----
@@ -82,7 +82,7 @@ def _resize_one_side(image: Image.Image, width: int, height: int, by_width: bool
 
 
 def extend_canvas(image: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
-    """A picture with so many more pixels on each side, which repeat its outermost ones."""
+    """A picture with that many pixels added on each side, repeating its outermost ones."""
     pixels = np.asarray(image)
     borders = [(top, bottom), (left, right), (0, 0)]
     return Image.fromarray(np.pad(pixels, borders[: pixels.ndim], mode="edge"))
@@ -116,8 +116,8 @@ def _starts(length: int, known_start: int, known_end: int, side: int, overlap: i
 def repaint_order(steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
     """The steps 0 (noisiest) .. steps - 1 in the order that RePaint takes them (Lugmayr et al. 2022, 4.2).
 
-    After every `jump_length` of them, but for the first of the chain, it goes so many back, to denoise these
-    `jump_n_sample` times in all. Where the order does not ascend, noise is added again, see `renoise`.
+    After every `jump_length` steps, except at the start of the chain, it goes that many back, so that each is
+    taken `jump_n_sample` times in all. Where the order does not ascend, noise is added again, see `renoise`.
     """
     order: list[int] = []
     for step in range(steps):

@@ -1,15 +1,14 @@
 """From words to what the U-Net is conditioned on. Training and sampling both call `encode_text`, so that the
 null prompt and every other prompt mean the same to a model when it learns and when it draws."""
 
-import contextlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from ..folders.adapters import text_lora_scaled
+from ..components.lora import lora_scaled
 from .request import TextInputs
 
 logger = logging.getLogger(__name__)
@@ -25,14 +24,10 @@ def context_length(tokenizer: Any, text_encoder: Any) -> int:
 
 
 def encode_text(
-    tokenizer: Any,
-    text_encoder: Any,
-    prompts: list[str],
-    clip_skip: int | None = None,
-    max_length: int | None = None,
-    device: torch.device | str | None = None,
+    tokenizer: Any, text_encoder: Any, prompts: list[str], clip_skip: int | None = None,
+    max_length: int | None = None, device: torch.device | str | None = None,
     hidden: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Prompts -> (states (B, L, D), pooled (B, P), mask (B, L)) of a transformers CLIP text tower.
 
     states: the tower's last states after its final layer norm, all padded to L = `max_length` or the context.
@@ -58,10 +53,10 @@ def encode_text(
     tokens = tokenizer(prompts, **options)
     mask = tokens.attention_mask.to(device).bool()  # (B, L)
 
-    tower_mask = mask.long() if getattr(text_encoder.config, "use_attention_mask", False) else None
+    masks = getattr(text_encoder.config, "use_attention_mask", False)
+    tower_mask = mask.long() if masks else None
     if hidden is not None:
-        tower_mask = (mask if tower_mask is not None else torch.ones_like(mask)) & ~hidden.to(device)
-        tower_mask = tower_mask.long()
+        tower_mask = ((mask if masks else torch.ones_like(mask)) & ~hidden.to(device)).long()
     output = text_encoder(
         tokens.input_ids.to(device), attention_mask=tower_mask, output_hidden_states=bool(clip_skip)
     )
@@ -95,13 +90,9 @@ def split_weights(prompt: str) -> tuple[str, list[tuple[int, int, float]]]:
 
 
 def encode_weighted_text(
-    tokenizer: Any,
-    text_encoder: Any,
-    prompts: list[str],
-    clip_skip: int | None = None,
-    max_length: int | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    tokenizer: Any, text_encoder: Any, prompts: list[str], clip_skip: int | None = None,
+    max_length: int | None = None, device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`encode_text` of prompts with weights in them, "a (red:1.3) heart": (states (B, L, D), pooled (B, P)).
 
     z + sum_i (w_i - 1) (z - z_i), z_i the prompt whose phrase i no token sees: w = 1 is the plain prompt, 0
@@ -136,7 +127,7 @@ def plain_texts(prompt: str | list[str] | None) -> list[str]:
 
 
 class TextEmbeddings(NamedTuple):
-    """What `encode_prompt` makes of them, a row for each picture; the negatives are None without guidance."""
+    """What `encode_for` makes of them, a row for each picture; the negatives are None without guidance."""
 
     prompt: torch.Tensor  # (pictures, L, D)
     negative: torch.Tensor | None
@@ -144,76 +135,47 @@ class TextEmbeddings(NamedTuple):
     negative_pooled: torch.Tensor | None
 
 
-def encode_prompt(
-    tokenizer: Any,
-    text_encoder: Any,
-    inputs: TextInputs,
-    num_images_per_prompt: int = 1,
-    do_classifier_free_guidance: bool = True,
-    clip_skip: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> TextEmbeddings:
-    """Prompts or ready embeddings that passed `check_prompt` -> a row for each picture.
+def encode_for(
+    pipe: Any, inputs: TextInputs, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True,
+    clip_skip: int | None = None, device: torch.device | str | None = None, lora_scale: float | None = None,
+) -> TextEmbeddings:  # fmt: skip
+    """Prompts or ready embeddings that passed `check_prompt` -> a row for each picture, with a pipeline's
+    tower, textual inversions, adapters and precision.
 
     What is given ready is used as it is. Prompts and negatives may hold weights, "a (red:1.3) heart"; see
     `encode_weighted_text`. A missing negative is the null prompt. `clip_skip` holds for both
     sides (diffusers' Stable Diffusion skips layers of the prompt only, and so subtracts unlike states).
     """
-    states, pooled = inputs.prompt_embeds, inputs.pooled_prompt_embeds
-    if states is None:
-        prompts = [inputs.prompt] if isinstance(inputs.prompt, str) else inputs.prompt
-        assert prompts is not None, "check_prompt asks for a prompt or its embeddings"
-        states, encoded = encode_weighted_text(tokenizer, text_encoder, prompts, clip_skip, device=device)
-        pooled = encoded if pooled is None else pooled
-
-    negative, negative_pooled = inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds
-    if not do_classifier_free_guidance:
-        negative = negative_pooled = None
-    elif negative is None:
-        words = NULL_PROMPT if inputs.negative_prompt is None else inputs.negative_prompt
-        words = [words] * len(states) if isinstance(words, str) else words
-        length = states.shape[1]  # two sides of one batch
-        negative, encoded = encode_weighted_text(tokenizer, text_encoder, words, clip_skip, length, device)
-        negative_pooled = encoded if negative_pooled is None else negative_pooled
-
-    def for_each_picture(x: torch.Tensor) -> torch.Tensor:
-        return x.to(device=device, dtype=dtype).repeat_interleave(num_images_per_prompt, dim=0)
-
-    return TextEmbeddings(
-        for_each_picture(states),
-        *(x if x is None else for_each_picture(x) for x in (negative, pooled, negative_pooled)),
-    )
-
-
-def encode_for(
-    pipe: Any,
-    inputs: TextInputs,
-    num_images_per_prompt: int = 1,
-    do_classifier_free_guidance: bool = True,
-    clip_skip: int | None = None,
-    device: torch.device | str | None = None,
-    lora_scale: float | None = None,
-) -> TextEmbeddings:
-    """`encode_prompt` with a pipeline's tower, textual inversions, adapters and precision."""
-    tokenizer = pipe.tokenizer  # with tokens of textual inversion, maybe
+    tokenizer, tower = pipe.tokenizer, pipe.text_encoder
+    device = pipe._execution_device if device is None else device
     learned = tokenizer and set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
     for name in ("prompt", "negative_prompt"):
-        if learned and getattr(inputs, name) is not None:
+        if learned and getattr(inputs, name) is not None:  # tokens of textual inversion
             converted = pipe.maybe_convert_prompt(getattr(inputs, name), tokenizer)
             inputs = inputs._replace(**{name: converted})
-    scaled = lora_scale is not None and lora_scale != 1
-    with text_lora_scaled(pipe.text_encoder, lora_scale) if scaled else contextlib.nullcontext():
-        return encode_prompt(
-            tokenizer,
-            pipe.text_encoder,
-            inputs,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            clip_skip,
-            device=pipe._execution_device if device is None else device,
-            dtype=(pipe.text_encoder if pipe.unet is None else pipe.unet).dtype,
-        )
+    prompt, words, states, negative, pooled, negative_pooled = inputs
+    with lora_scaled(tower, lora_scale):
+        if states is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            assert prompts is not None, "check_prompt asks for a prompt or its embeddings"
+            states, encoded = encode_weighted_text(tokenizer, tower, prompts, clip_skip, device=device)
+            pooled = encoded if pooled is None else pooled
+        if not do_classifier_free_guidance:
+            negative = negative_pooled = None
+        elif negative is None:
+            words = NULL_PROMPT if words is None else words
+            words = [words] * len(states) if isinstance(words, str) else words
+            length = states.shape[1]  # two sides of one batch
+            negative, encoded = encode_weighted_text(tokenizer, tower, words, clip_skip, length, device)
+            negative_pooled = encoded if negative_pooled is None else negative_pooled
+    dtype = (tower if pipe.unet is None else pipe.unet).dtype
+
+    def for_each_picture(x: Any) -> Any:
+        if x is None:
+            return None
+        return x.to(device=device, dtype=dtype).repeat_interleave(num_images_per_prompt, dim=0)
+
+    return TextEmbeddings(*map(for_each_picture, (states, negative, pooled, negative_pooled)))
 
 
 class Conditioning(NamedTuple):
@@ -227,45 +189,28 @@ class Conditioning(NamedTuple):
 
 
 def encode_all(
-    pipe: Any,
-    inputs: TextInputs,
-    further: Iterable[str],
-    num_images_per_prompt: int,
-    do_classifier_free_guidance: bool,
-    clip_skip: int | None = None,
-    device: torch.device | str | None = None,
-    lora_scale: float | None = None,
-) -> Conditioning:
-    """`encode_for` of a call's prompts and of `further` ones, which are combined with each of them."""
+    pipe: Any, inputs: TextInputs, further: Iterable[str], num_images_per_prompt: int,
+    do_classifier_free_guidance: bool, clip_skip: int | None = None,
+    device: torch.device | str | None = None, lora_scale: float | None = None,
+) -> Conditioning:  # fmt: skip
+    """What one guided U-Net pass reads: `encode_for` of a call's prompts and of `further` ones, which are
+    combined with each of them. The last rows are the prompts' own, and without guidance all."""
     options: Any = (clip_skip, device, lora_scale)
     text = encode_for(pipe, inputs, num_images_per_prompt, do_classifier_free_guidance, *options)
     others = [encode_for(pipe, TextInputs(one), 1, False, *options) for one in further]
-    states, pooled = join_text(text, others)
+    states, pooled = text.prompt, text.pooled
+    if text.negative is not None:
+        states = torch.cat([text.negative, *(one.prompt.expand_as(states) for one in others), states])
+    if text.negative_pooled is not None and pooled is not None:
+        rows = [one.pooled.expand_as(pooled) for one in others if one.pooled is not None]
+        pooled = torch.cat([text.negative_pooled, *rows, pooled])
     return Conditioning(states, pooled, text.negative, text.pooled, plain_texts(inputs.prompt))
-
-
-def join_text(
-    text: TextEmbeddings, further: Sequence[TextEmbeddings] = ()
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What one guided U-Net pass reads: [negative, further prompts, prompt] states in one tensor (copies *
-    pictures, L, D), and pooled text likewise. The last rows are the prompts' own, and without guidance all.
-
-    further: prompts to combine with each of them, a row for all pictures or one for each.
-    """
-    if text.negative is None:
-        return text.prompt, text.pooled
-    states = [one.prompt.expand_as(text.prompt) for one in further]
-    prompt_embeds = torch.cat([text.negative, *states, text.prompt])
-    if text.pooled is None or text.negative_pooled is None:
-        return prompt_embeds, text.pooled
-    rows = [one.pooled.expand_as(text.pooled) for one in further if one.pooled is not None]
-    return prompt_embeds, torch.cat([text.negative_pooled, *rows, text.pooled])
 
 
 def check_prompt(
     inputs: TextInputs, guided: bool, requires_pooled_text: bool, tokenizer: Any, text_encoder: Any
 ) -> int:
-    """The number of prompts, after raising ValueError for anything `encode_prompt` cannot serve; a pipeline
+    """The number of prompts, after raising ValueError for anything `encode_for` cannot serve; a pipeline
     without a text tower has None there."""
     context = None if text_encoder is None else context_length(tokenizer, text_encoder)
     prompt, negative_prompt, embeds, negative_embeds, pooled, negative_pooled = inputs

@@ -5,22 +5,13 @@ lacks raise an error that names them.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.utils import scale_lora_layers
 
 from .files import PICKLES
-
-NO_IP_ADAPTER = (
-    "is not supported: IP-Adapter needs attention layers for images, which ConditionalUNet has not. Use "
-    "diffusers' StableDiffusionPipeline with its UNet2DConditionModel."
-)
 
 
 class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
@@ -41,26 +32,20 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
                 raise OSError(f"{where}: {error}") from error
             raise
 
-    def load_textual_inversion(
-        self,
-        pretrained_model_name_or_path: Any,
-        token: str | list[str] | None = None,
-        tokenizer: Any = None,
-        text_encoder: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """As diffusers', from safetensors only. ValueError for a pickle."""
+    def load_textual_inversion(self, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', from safetensors only. Raises ValueError for a pickle."""
         kwargs = safetensors_only(pretrained_model_name_or_path, kwargs)
-        super().load_textual_inversion(
-            pretrained_model_name_or_path, token, tokenizer, text_encoder, **kwargs
-        )
+        super().load_textual_inversion(pretrained_model_name_or_path, *args, **kwargs)
 
     def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """NotImplementedError."""
-        raise NotImplementedError(f"`load_ip_adapter` {NO_IP_ADAPTER}")
+        """Always raises NotImplementedError."""
+        raise NotImplementedError(
+            "`load_ip_adapter` is not supported: IP-Adapter needs attention layers for images, which "
+            "ConditionalUNet does not have. Use diffusers' StableDiffusionPipeline instead."
+        )
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """As diffusers'. Of our U-Net they cannot be fused: NotImplementedError unless unet=False."""
+        """As diffusers'. Our U-Net has none to fuse: raises NotImplementedError unless unet=False."""
         if unet and not hasattr(self.unet, "fuse_qkv_projections"):
             raise NotImplementedError(
                 f"`unet` must be False: {type(self.unet).__name__} has no fused projections. "
@@ -69,15 +54,8 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
         super().fuse_qkv_projections(unet, vae)
 
 
-def refuse_ip_adapter(**arguments: Any) -> None:
-    """ValueError for the first of `arguments` that is given."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"`{name}` {NO_IP_ADAPTER}")
-
-
 def safetensors_only(source: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """A loader's `options` with use_safetensors=True. ValueError where they or `source` ask for a pickle.
+    """A loader's `options` with use_safetensors=True. Raises ValueError if they or `source` ask for a pickle.
 
     `source` is a file, a folder, a name on the Hub, ready tensors, or a list of these.
     """
@@ -96,19 +74,3 @@ def safetensors_only(source: Any, options: dict[str, Any]) -> dict[str, Any]:
                     "weights_only=True), 'converted.safetensors')`."
                 )
     return options | {"use_safetensors": True}
-
-
-@contextmanager
-def text_lora_scaled(text_encoder: torch.nn.Module | None, scale: float | None) -> Iterator[None]:
-    """Inside the block the text encoder's LoRA layers are multiplied by `scale`, which may be 0."""
-    if text_encoder is None or scale is None or scale == 1:
-        yield
-        return
-    layers: list[Any] = [m for m in text_encoder.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    before = [dict(layer.scaling) for layer in layers]
-    scale_lora_layers(text_encoder, scale)
-    try:
-        yield
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)

@@ -49,7 +49,7 @@ class ConversionMixin:
         for name in parameters.keys() & pipeline.components.keys():
             component = kwargs.get(name, pipeline.components[name])
             own = own_class(type(component).__name__)
-            # passed by name, for else diffusers leaves out what is not exactly of an annotated class
+            # passed by name: diffusers otherwise leaves out components that are not of the annotated class
             kwargs[name] = component if own is None else rebuild(component, own)
         with without_false_alarms():
             return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
@@ -58,7 +58,7 @@ class ConversionMixin:
     def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Reads a Stable Diffusion 1.x or 2.x .safetensors file in its original layout; diffusers' arguments.
 
-        `config`, a model folder or its name on the Hub, has what the file has not: widths, tokenizer and
+        `config`, a model folder or its name on the Hub, has what the file lacks: widths, tokenizer and
         scheduler; without it diffusers guesses a name and downloads it. The weights become float32 unless
         `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError if the
         file or its configs cannot be found.
@@ -76,7 +76,7 @@ class ConversionMixin:
 def rebuild(component: Any, cls: Any) -> Any:
     """`component` as an instance of `cls`, which reads its config and the names of its weights.
 
-    The weights stay the very same ones in memory, on any device; a scheduler is made anew from its config.
+    The weights are shared in memory, on any device; a scheduler is rebuilt from its config.
     Raises ValueError for a model that carries LoRA adapters, whose layers `cls` would not know.
     """
     if type(component) is cls:

@@ -24,60 +24,71 @@ def download(name: str, given: dict[str, Any], choose: Choose) -> tuple[Path, li
 
     keys = ("token", "cache_dir", "local_files_only", "force_download")
     options = {key: given[key] for key in keys if given.get(key) is not None}
-    place = {"cache_dir": given.get("cache_dir")}
-    try:
-        asked = {key: value for key, value in options.items() if key != "force_download"}
-        revision = resolve_revision(name, revision=given.get("revision"), **asked)
-        options["revision"] = revision
+    asked = {key: value for key, value in options.items() if key != "force_download"}
+    revision = given.get("revision")
+    with hub_errors(explain, name, revision):
+        options["revision"] = resolve_revision(name, revision=revision, **asked)
         folder = Path(snapshot_download(name, allow_patterns=[INDEX, CARD], **options))
-        names = [file.path for file in get_cached_repo_tree(name, revision=revision, **place)]
-    except Exception as error:
-        raise OSError(explain(error, name, given.get("revision"))) from error
+        tree = get_cached_repo_tree(name, revision=options["revision"], cache_dir=given.get("cache_dir"))
+        names = [file.path for file in tree]
     if INDEX not in names:
         raise OSError(f"{name} on the Hub is no model of diffusers' kind: it has no {INDEX}")
     files = choose(folder, names)
+    with hub_errors(explain, name, revision):
+        patterns = [glob.escape(file) for file in files]
+        return Path(snapshot_download(name, allow_patterns=patterns, **options)), files
+
+
+@contextmanager
+def hub_errors(explained: Callable[..., str], *about: Any) -> Iterator[None]:
+    """Turn what the Hub or the network answers into an OSError that says what to do."""
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=[glob.escape(file) for file in files], **options)
-        )
+        yield
     except Exception as error:
-        raise OSError(explain(error, name, given.get("revision"))) from error
-    return folder, files
+        raise OSError(explained(error, *about)) from error
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that the Hub answered with."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def explain(error: Exception, name: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.HFValidationError):
-        return f"{name!r} is neither a folder nor a name that the Hub could have"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{name} on the Hub has no revision {revision!r}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{name} on the Hub is gated: ask for access on its page, then `hf auth login` or pass `token`"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{name} is neither a folder here nor a model that the Hub shows you. If it is private, "
-            "`hf auth login` or pass a `token` that may read it"
-        )
-    if status in (401, 403):
-        return (
-            f"The Hub refused the token for {name} ({status}): `hf auth login` again or pass another `token`"
-        )
-    unreachable = (
-        errors.LocalEntryNotFoundError,
-        errors.CachedRepoTreeNotFoundError,
-        errors.RevisionResolutionError,
-    )
-    if isinstance(error, unreachable):
-        return (
-            f"{name} is no folder here; as a name on the Hub it is not, or not wholly, in the cache, and the "
-            f"Hub is out of reach: {error}"
-        )
+    answers: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
+        (errors.HFValidationError, "{name!r} is neither a folder nor a name that the Hub could have"),
+        (errors.RevisionNotFoundError, "{name} on the Hub has no revision {revision!r}"),
+        (errors.GatedRepoError, "{name} on the Hub is gated: ask for access on its page, then `hf auth "
+         "login` or pass `token`"),
+        (errors.RepositoryNotFoundError, "{name} is neither a folder here nor a model that the Hub shows "
+         "you. If it is private, `hf auth login` or pass a `token` that may read it"),
+        ((errors.LocalEntryNotFoundError, errors.CachedRepoTreeNotFoundError, errors.RevisionResolutionError),
+         "{name} is no folder here; as a name on the Hub it is not, or not wholly, in the cache, and the Hub "
+         "is out of reach: {error}"),
+    ]  # fmt: skip
+    for kind, answer in answers:
+        if isinstance(error, kind):
+            return answer.format(name=name, revision=revision, error=error)
+    if (status := status_of(error)) in (401, 403):
+        again = "`hf auth login` again or pass another `token`"
+        return f"The Hub refused the token for {name} ({status}): {again}"
     return (
         f"The download of {name} broke off ({type(error).__name__}: {error}). What has arrived is kept: the "
         "same call goes on from there"
     )
+
+
+def explain_push(error: Exception, repo_id: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+
+    if isinstance(error, HFValidationError):  # a ValueError that says what a name may be
+        raise error
+    reason = f"{type(error).__name__}: {error}"
+    if (status := status_of(error)) in (401, 403):
+        reason = f"it asks for a token that may write there ({status}): `hf auth login`, or pass `token`"
+    why = "A push is one commit: all of it is there, or nothing"
+    return f"Could not push to {repo_id} on the Hub: {reason}. {why}"
 
 
 def create_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
@@ -88,7 +99,7 @@ def create_repository(repo_id: str, private: bool | None, token: str | bool | No
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with hub_errors(repo_id):
+    with hub_errors(explain_push, repo_id):
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         public = private and not api.repo_info(name).private
     if public:
@@ -104,7 +115,7 @@ def fetch_card(repo_id: str, token: str | bool | None) -> str | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    with hub_errors(repo_id), tempfile.TemporaryDirectory() as temporary:
+    with hub_errors(explain_push, repo_id), tempfile.TemporaryDirectory() as temporary:
         try:
             return read_text(Path(hf_hub_download(repo_id, CARD, token=token, local_dir=temporary)))
         except EntryNotFoundError as error:
@@ -114,14 +125,9 @@ def fetch_card(repo_id: str, token: str | bool | None) -> str | None:
 
 
 def upload(
-    folder: Path,
-    repo_id: str,
-    token: str | bool | None,
-    commit_message: str,
-    stale: list[str],
-    create_pr: bool = False,
-    subfolder: str | None = None,
-) -> Any:
+    folder: Path, repo_id: str, token: str | bool | None, commit_message: str, stale: list[str],
+    create_pr: bool = False, subfolder: str | None = None,
+) -> Any:  # fmt: skip
     """One commit of the folder. It deletes the files that match the `stale` patterns and are not in it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -129,33 +135,8 @@ def upload(
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     added = {start + place: path for place, path in sorted(files.items()) if "/." not in "/" + place}
     api = HfApi(token=token)
-    with hub_errors(repo_id):
+    with hub_errors(explain_push, repo_id):
         there = set(api.list_repo_files(repo_id)) - set(added)
         old = [file for file in there if any(fnmatch(file, start + pattern) for pattern in stale)]
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(*file) for file in added.items()]
-            + [CommitOperationDelete(file) for file in old],
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
-
-
-@contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub or the network answers into an OSError that says what to do."""
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        yield
-    except HFValidationError:  # a ValueError that says what a name may be
-        raise
-    except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"{type(error).__name__}: {error}"
-        if status in (401, 403):
-            reason = f"it asks for a token that may write there ({status}): `hf auth login`, or pass `token`"
-        raise OSError(
-            f"Could not push to {repo_id} on the Hub: {reason}. A push is one commit: all of it is there, or "
-            "nothing"
-        ) from error
+        changes = [CommitOperationAdd(*file) for file in added.items()] + [*map(CommitOperationDelete, old)]
+        return api.create_commit(repo_id, changes, commit_message=commit_message, create_pr=create_pr)

@@ -86,7 +86,7 @@ class LoadMixin:
 
     def load_guides(self: Any, folder: str | os.PathLike) -> None:
         """Take the models that guide, `noisy_clip` and `noisy_classifier`, from the subfolders of `folder`
-        that bear these names, as components of this pipeline. Raises OSError where neither is there."""
+        of those names, as components of this pipeline. Raises OSError if neither is there."""
         parts = {name: Path(folder) / name for name in ("noisy_clip", "noisy_classifier")}
         found = {name: part for name, part in parts.items() if part.is_dir()}
         if not found:
@@ -100,7 +100,7 @@ class LoadMixin:
 
 
 def own_class(class_name: str) -> type | None:
-    """Our class for the one named `class_name`; None if there is none, or this package is not installed."""
+    """Our class for `class_name`; None if we have none, or if this package is not installed."""
     if class_name not in OWN_CLASSES:
         return None
     module, name = OWN_CLASSES[class_name]
@@ -124,15 +124,13 @@ def without_own_code(index: dict[str, Any], pipeline_class: str) -> dict[str, An
         index["_class_name"] = pipeline_class
     for name, (_, class_name) in component_entries(index).items():
         if (cls := own_class(class_name)) is not None:
-            index[name] = [
-                "diffusers",
-                "ModelMixin" if issubclass(cls, torch.nn.Module) else "SchedulerMixin",
-            ]
+            base = "ModelMixin" if issubclass(cls, torch.nn.Module) else "SchedulerMixin"
+            index[name] = ["diffusers", base]
     return index
 
 
 def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """component -> (library, class) of a model index. OSError for a component that is no plain name."""
+    """component -> (library, class) of a model index. Raises OSError for a name that is no identifier."""
     entries = {}
     for name, entry in index.items():
         pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
@@ -157,10 +155,8 @@ def model_folder(name: str, given: dict[str, Any], pipeline_class: type) -> Path
         if not (folder / INDEX).is_file():
             raise OSError(f"{name} is no model folder: it has no {INDEX}.{_single_file_hint(folder)}")
         index = read_index(folder, pipeline_class, name)
-        inside = [
-            folder / INDEX,
-            *(file for part in component_entries(index) for file in folder.glob(f"{part}/*")),
-        ]
+        parts = [file for part in component_entries(index) for file in folder.glob(f"{part}/*")]
+        inside = [folder / INDEX, *parts]
         files = choose_files([file.relative_to(folder).as_posix() for file in inside], index, given, name)
         check_links(folder, inside)
     else:
@@ -212,16 +208,14 @@ def choose_files(
     for component in component_entries(index):
         if component in given:
             continue
-        files = [
-            name.split("/")[1] for name in names if name.startswith(component + "/") and name.count("/") == 1
-        ]
+        inside = [name.split("/") for name in names if name.startswith(f"{component}/")]
+        files = [path[1] for path in inside if len(path) == 2]
         if not files:  # the libraries would look for it beside the folder's index
             raise OSError(f"{source} has no folder {component}, which its {INDEX} names")
         variants: dict[str | None, list[str]] = {}
         for file in files:
             if match := WEIGHTS.fullmatch(file):
-                kind = match["a"] or match["b"] or match["c"] or match["d"]
-                variants.setdefault(kind, []).append(file)
+                variants.setdefault(next(filter(None, match.group(*"abcd")), None), []).append(file)
         with_variant |= variant in variants
         weights = variants.get(variant) or variants.get(None)
         pickles = [file for file in files if file.endswith(PICKLES)]
@@ -238,9 +232,8 @@ def choose_files(
         rest = [file for file in files if file.endswith(wanted) and not WEIGHTS.fullmatch(file)]
         chosen += [f"{component}/{file}" for file in (weights or []) + rest]
     if variant is not None and not with_variant:
-        raise ValueError(
-            f"You are trying to load the model files of the `variant={variant}`, but {source} has none."
-        )
+        asked = f"the model files of the `variant={variant}`"
+        raise ValueError(f"You are trying to load {asked}, but {source} has none.")
     return chosen
 
 
@@ -261,32 +254,30 @@ def check_contents(folder: Path, files: list[str], entries: dict[str, tuple[str,
     folder's shards, or a config another model or code: transformers' loaders would follow them."""
     for file in files:
         component, _, base = file.partition("/")
+        place, kind = folder / file, entries[component][1] if component in entries else ""
         if base.endswith(".safetensors"):
-            check_whole(folder / file)
+            check_whole(place)
         elif base == "adapter_config.json":
             raise OSError(
-                f"{folder / file} says to load adapters, and {component} from where it names: take it "
-                "away, and load the adapters with load_lora_weights"
+                f"{place} says to load adapters, and {component} from where it names: take it away, and load "
+                "the adapters with load_lora_weights"
             )
         elif ".safetensors" in base:
-            places = read_config(folder / file).get("weight_map")
-            if not isinstance(places, dict):
-                raise OSError(f"{folder / file} must map names to shards in `weight_map`, got {places!r:.50}")
-            for shard in sorted(set(map(str, places.values()))):
+            shards = read_config(place).get("weight_map")
+            if not isinstance(shards, dict):
+                raise OSError(f"{place} must map names to shards in `weight_map`, got {shards!r:.50}")
+            for shard in sorted(set(map(str, shards.values()))):
                 if f"{component}/{shard}" not in files:
-                    raise OSError(
-                        f"{folder / file} names the shard {shard!r}, which is not one of that folder's"
-                    )
-        elif base.endswith(".json") and entries[component][1].startswith("Auto"):
-            if "auto_map" in read_config(folder / file):
-                raise OSError(
-                    f"{folder / file} asks for code through {entries[component][1]}, which is not run: load "
-                    f"{component} yourself and pass it to from_pretrained"
-                )
-        if base == "config.json" and (kernels := kernels_of(read_config(folder / file))):
+                    raise OSError(f"{place} names the shard {shard!r}, which is not one of that folder's")
+        elif base.endswith(".json") and kind.startswith("Auto") and "auto_map" in read_config(place):
             raise OSError(
-                f"{folder / file} asks for attention code, {' and '.join(kernels)}, which is not fetched: "
-                "take `attn_implementation` out of it"
+                f"{place} asks for code through {kind}, which is not run: load {component} yourself and pass "
+                "it to from_pretrained"
+            )
+        if base == "config.json" and (kernels := " and ".join(kernels_of(read_config(place)))):
+            raise OSError(
+                f"{place} asks for attention code, {kernels}, which is not fetched: take "
+                "`attn_implementation` out of it"
             )
 
 
@@ -325,7 +316,7 @@ def _single_file_hint(folder: Path) -> str:
 
 
 def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.float32) -> dict[str, Any]:
-    """Every component of `folder` that `OWN_CLASSES` covers and `given` has not, in our class.
+    """Every component of `folder` that `OWN_CLASSES` covers and that is not in `given`, in our class.
 
     `given` are from_pretrained's keywords; of them `variant` and `device_map` count here. `dtype` is one for
     all, or diffusers' dict by component, with "default".

@@ -9,7 +9,7 @@ import torch
 
 PROMPT = "a corgi in a party hat"  # of the page's widget, unless the front matter has its own
 # What a model takes over from the card of the one it was loaded from. Results are not among them: they were
-# measured on other weights, for all that anyone knows.
+# probably measured on other weights.
 INHERITED = ("license", "license_name", "license_link", "base_model", "datasets", "language", "widget")
 
 WITH_CODE = """
@@ -27,12 +27,9 @@ class ModelCardMixin:
     _loaded_name: str | None = None  # its name on the Hub, None for a local folder
 
     def make_card(
-        self,
-        name: str,
-        has_code: bool,
-        card: str | None = None,
+        self, name: str, has_code: bool, card: str | None = None,
         given: dict[str, Any] | str | os.PathLike | None = None,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """The text of README.md.
 
         Args:
@@ -51,9 +48,8 @@ class ModelCardMixin:
             try:
                 return Path(given).read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"`model_card` must be a file in UTF-8, and {given} is none: {error}"
-                ) from error
+                why = f"`model_card` must be a file in UTF-8, and {given} is none: {error}"
+                raise ValueError(why) from error
         fields = dict(given or {})
         if fields.get("eval_results"):
             fields.setdefault("model_name", name)
@@ -98,13 +94,9 @@ class ModelCardMixin:
         modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
         parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
         lines = [
-            f"# {name.split('/')[-1]}",
-            "",
-            f"Draws pictures from prompts; {parameters / 1e6:.1f} million parameters in all.",
-            "",
-            "```python",
-            "from diffusers import DiffusionPipeline",
-            "",
+            f"# {name.split('/')[-1]}\n",
+            f"Draws pictures from prompts; {parameters / 1e6:.1f} million parameters in all.\n",
+            "```python\nfrom diffusers import DiffusionPipeline\n",
             f'pipe = DiffusionPipeline.from_pretrained("{name}"{trust})',
             f"pipe({json.dumps(prompt, ensure_ascii=False)}, guidance_scale={scale}, "
             f"num_inference_steps={steps}).images[0]",
@@ -112,11 +104,8 @@ class ModelCardMixin:
         ]
         if has_code:
             lines += WITH_CODE.format(name=name, cls=type(self).__name__).splitlines()
-        for title, value in {
-            "Base model": data.base_model,
-            "Data": data.datasets,
-            "Licence": data.license,
-        }.items():
+        sections = {"Base model": data.base_model, "Data": data.datasets, "Licence": data.license}
+        for title, value in sections.items():
             if value:
                 listed = value if isinstance(value, list) else [value]
                 lines += ["", f"## {title}", "", ", ".join(map(str, listed))]

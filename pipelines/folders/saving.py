@@ -41,6 +41,9 @@ OLDER_PREFIX = {
 }
 
 
+Card = dict[str, Any] | str | os.PathLike | None  # front matter, or the file of a whole card
+
+
 class SaveMixin:
     """`save_pretrained`, `save_config` and `push_to_hub` of a pipeline."""
 
@@ -48,20 +51,12 @@ class SaveMixin:
     make_card: Callable[..., str]  # of `ModelCardMixin`
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        diffusers_format: bool | None = None,
-        model_card: dict[str, Any] | str | os.PathLike | None = None,
-        repo_id: str | None = None,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, variant: str | None = None,
+        max_shard_size: int | str | None = None, push_to_hub: bool = False,
+        diffusers_format: bool | None = None, model_card: Card = None, repo_id: str | None = None,
+        commit_message: str | None = None, private: bool | None = None, token: str | bool | None = None,
         create_pr: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """As diffusers', always in safetensors, with everything that the folder needs to load elsewhere.
 
         Args:
@@ -76,74 +71,49 @@ class SaveMixin:
             push_to_hub: upload the folder too, to `repo_id` or else the folder's name; see `push_to_hub`.
         """
         folder = Path(save_directory)
-        in_diffusers_format = check_saving(
-            self, folder, safe_serialization, variant, diffusers_format, model_card
-        )
         name = folder.resolve().name.removesuffix(".partial")  # which recipes drop when all is written
-        card = read_text(folder / CARD)
-        if push_to_hub:
-            name = create_repository(repo_id or name, private, token)
-            card = fetch_card(name, token) if card is None else card
-        self._write(folder, in_diffusers_format, variant, max_shard_size, name, card, model_card)
-        if push_to_hub:
-            self._upload(folder, name, variant, token, commit_message, create_pr)
+        settings = safe_serialization, variant, max_shard_size, diffusers_format, model_card
+        self._save(
+            folder, name, repo_id or name if push_to_hub else None, None, *settings,
+            commit_message, private, token, create_pr,
+        )  # fmt: skip
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-        max_shard_size: int | str | None = None,
-        diffusers_format: bool | None = None,
-        model_card: dict[str, Any] | str | os.PathLike | None = None,
-    ) -> Any:
+        self, repo_id: str, commit_message: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, create_pr: bool = False, safe_serialization: bool = True,
+        variant: str | None = None, subfolder: str | None = None, max_shard_size: int | str | None = None,
+        diffusers_format: bool | None = None, model_card: Card = None,
+    ) -> Any:  # fmt: skip
         """As diffusers', for what `save_pretrained` would write. Returns huggingface_hub's CommitInfo.
 
         All of it is one commit: an upload that breaks off leaves the repository as it was. A card that is
-        there already is kept as `save_pretrained` keeps one. Raises OSError when the Hub says no or nothing.
+        there already is kept as `save_pretrained` keeps one. Raises OSError if the Hub refuses or is silent.
         """
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            plain = check_saving(self, folder, safe_serialization, variant, diffusers_format, model_card)
-            repo_id = create_repository(repo_id, private, token)
-            card = None if subfolder else fetch_card(repo_id, token)
-            self._write(folder, plain, variant, max_shard_size, repo_id, card, model_card)
-            return self._upload(folder, repo_id, variant, token, commit_message, create_pr, subfolder)
+            settings = safe_serialization, variant, max_shard_size, diffusers_format, model_card
+            hub = commit_message, private, token, create_pr
+            return self._save(Path(temporary), repo_id, repo_id, subfolder, *settings, *hub)
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
         """Writes model_index.json and the code of the classes that it names; `push_to_hub` uploads."""
         super().save_config(str(save_directory))  # type: ignore[misc]
         write_code(self, Path(save_directory))
 
-    def _upload(
-        self,
-        folder: Path,
-        name: str,
-        variant: str | None,
-        token: str | bool | None,
-        commit_message: str | None,
+    def _save(
+        self, folder: Path, name: str, repo_id: str | None, subfolder: str | None, safe_serialization: bool,
+        variant: str | None, max_shard_size: int | str | None, diffusers_format: bool | None,
+        model_card: Card, commit_message: str | None, private: bool | None, token: str | bool | None,
         create_pr: bool,
-        subfolder: str | None = None,
-    ) -> Any:
-        message = commit_message or f"Upload {type(self).__name__}"
-        stale = [pattern for part in self.components for pattern in weight_patterns(part, variant)]
-        return upload(folder, name, token, message, stale, create_pr, subfolder)
-
-    def _write(
-        self,
-        folder: Path,
-        in_diffusers_format: bool,
-        variant: str | None,
-        max_shard_size: int | str | None,
-        name: str,
-        card: str | None,
-        model_card: dict[str, Any] | str | os.PathLike | None,
-    ) -> None:
+    ) -> Any:  # fmt: skip
+        """Writes the folder and, unless `repo_id` is None, uploads it; the card calls the model `name`."""
+        in_diffusers_format = check_saving(
+            self, folder, safe_serialization, variant, diffusers_format, model_card
+        )
+        card = read_text(folder / CARD)
+        if repo_id is not None:
+            name = create_repository(repo_id, private, token)
+            if card is None and not subfolder:
+                card = fetch_card(name, token)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             staging = Path(temporary)
@@ -158,19 +128,20 @@ class SaveMixin:
             if text != read_text(folder / CARD):  # else not a byte of it changes
                 (staging / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
             move_into(staging, folder, variant)
+        if repo_id is None:
+            return None
+        message = commit_message or f"Upload {type(self).__name__}"
+        stale = [pattern for part in self.components for pattern in weight_patterns(part, variant)]
+        return upload(folder, name, token, message, stale, create_pr, subfolder)
 
 
 # ---- what is checked before any work ----
 
 
 def check_saving(
-    pipeline: Any,
-    folder: Path,
-    safe_serialization: bool,
-    variant: str | None,
-    diffusers_format: bool | None,
-    card: Any,
-) -> bool:
+    pipeline: Any, folder: Path, safe_serialization: bool, variant: str | None,
+    diffusers_format: bool | None, card: Card,
+) -> bool:  # fmt: skip
     """Whether the folder gets diffusers' class names. Raises ValueError for what cannot be saved."""
     if not safe_serialization:
         logger.warning("safe_serialization=False is ignored: weights are saved as safetensors only.")
@@ -217,19 +188,16 @@ def obstacles(pipeline: Any) -> list[str]:
         if ours.__name__ not in DIFFUSERS_CLASSES:
             found.append(f"{name} of class {ours.__name__}, which diffusers has not")
             continue
-        features = own_keys(ours)
-        found += [
-            f"{name}.{key}={part.config[key]!r}" for key in features if part.config[key] != features[key]
-        ]
+        given = {key: part.config[key] for key, off in own_keys(ours).items() if part.config[key] != off}
+        found += [f"{name}.{key}={value!r}" for key, value in given.items()]
     vae, unet, scheduler = pipeline.vae, pipeline.unet.config, pipeline.scheduler.config
     if vae is None:
         found.append("vae=None (it draws pixels)")
     elif type(vae).__name__ not in ("AutoencoderKL", "AutoencoderTiny") or vae.config.get("shift_factor"):
         found.append(f"a vae of class {type(vae).__name__}, shift_factor={vae.config.get('shift_factor')}")
     if unet.out_channels != unet.in_channels:
-        found.append(
-            f"unet.out_channels={unet.out_channels} for {unet.in_channels} channels (a learned variance)"
-        )
+        channels = f"unet.out_channels={unet.out_channels} for {unet.in_channels} channels"
+        found.append(f"{channels} (a learned variance)")
     tokenizer, tower = pipeline.tokenizer, pipeline.text_encoder
     if None not in (tokenizer, tower) and tokenizer.model_max_length > tower.config.max_position_embeddings:
         found.append(f"tokenizer.model_max_length={tokenizer.model_max_length}, more than the tower takes")
@@ -249,7 +217,7 @@ def obstacles(pipeline: Any) -> list[str]:
 
 
 def own_keys(cls: type) -> dict[str, Any]:
-    """Config keys of our class that diffusers' has not -> their defaults, which turn the feature off."""
+    """Config keys of our class that diffusers' lacks -> their defaults, which turn the feature off."""
     theirs = inspect.signature(getattr(diffusers, DIFFUSERS_CLASSES[cls.__name__]).__init__).parameters
     ours = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     return {key: parameter.default for key, parameter in ours.items() if key not in theirs}
@@ -320,9 +288,8 @@ def finish_component(folder: Path) -> None:
             save_file(renamed, path, metadata={"format": "pt"})
         for path in folder.glob("*.safetensors.index*.json"):
             index = read_json(path)
-            index["weight_map"] = {
-                re.sub(place, prefix, key): file for key, file in index["weight_map"].items()
-            }
+            places = index["weight_map"].items()
+            index["weight_map"] = {re.sub(place, prefix, key): file for key, file in places}
             write_json(path, index, sort_keys=True)
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json(folder / "tokenizer.json")
@@ -364,10 +331,6 @@ def move_into(staging: Path, folder: Path, variant: str | None) -> None:
 def weight_patterns(component: str, variant: str | None) -> list[str]:
     """Glob patterns of all files that weights of a component may be in."""
     kind = "" if variant is None else f".{variant}"
-    names = (
-        "{stem}{kind}.safetensors",
-        "{stem}{kind}-?????-of-?????.safetensors",
-        "{stem}.safetensors.index{kind}.json",
-    )
+    ends = f"{kind}.safetensors", f"{kind}-?????-of-?????.safetensors", f".safetensors.index{kind}.json"
     stems = ("model", "diffusion_pytorch_model")
-    return [f"{component}/{name.format(stem=stem, kind=kind)}" for stem in stems for name in names]
+    return [f"{component}/{stem}{end}" for stem in stems for end in ends]

@@ -94,7 +94,7 @@ def imported_files(source: Path, node: ast.ImportFrom) -> list[Path]:
 
 
 def closure(source: Path) -> list[Path]:
-    """The files that a file imports, by whatever way, in the order of their imports; `source` is the last."""
+    """The files that a file imports, directly or not, in the order of their imports; `source` comes last."""
     order: list[Path] = []
     seen: set[Path] = set()
 
@@ -182,29 +182,26 @@ def component_code(source: Path) -> str:
     check_names(modules, places)
     plain: set[str] = set()
     imported: dict[str, set[str]] = {}
-    parts = []
+    head, parts = "", []
     for file in modules:
         text = file.read_text(encoding="utf-8")
         tree, edits = ast.parse(text), []
         for node in ast.walk(tree):
-            top = isinstance(node, (ast.Import, ast.ImportFrom)) and node in tree.body
+            top = node in tree.body
             if isinstance(node, ast.ImportFrom) and node.level:
                 renamed = [f"{a.asname} = {a.name}" for a in node.names if a.asname not in (None, a.name)]
                 edits.append((*span(text, node), "; ".join(renamed) or ("" if top else "pass")))
-            elif isinstance(node, ast.ImportFrom) and top:
-                imported.setdefault(node.module or "", set()).update(map(ast.unparse, node.names))
+            elif isinstance(node, (ast.Import, ast.ImportFrom)) and top:
+                module = node.module or "" if isinstance(node, ast.ImportFrom) else None
+                names = plain if module is None else imported.setdefault(module, set())
+                names.update(map(ast.unparse, node.names))
                 edits.append((*span(text, node), ""))
-            elif isinstance(node, ast.Import) and top:
-                plain.update(map(ast.unparse, node.names))
-                edits.append((*span(text, node), ""))
-        docstring = tree.body[0] if ast.get_docstring(tree, clean=False) is not None else None
-        if docstring is not None and file == source:
-            start, end = span(text, docstring)
+        if file == source and ast.get_docstring(tree, clean=False) is not None:
+            start, end = span(text, tree.body[0])
             head = text[start:end] + "\n\n"
             edits.append((start, end, ""))
         body = re.sub(r"\n{4,}", "\n\n\n", edited(text, edits)).strip("\n")
         parts.append(f"# ---- {places[file]}\n\n\n{body}\n")
-    head = head if ast.get_docstring(parse(source), clean=False) is not None else ""
     head += MERGED.format(files=" and ".join(reversed(places.values())))
     return "\n\n".join([f"{head}\n{import_lines(plain, imported)}", *parts])
 
