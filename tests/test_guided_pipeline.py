@@ -619,6 +619,13 @@ def test_open_clip_models_guide_as_open_clip_computes(tmp_path):
         assert one.image_size == 16 and float(one.scale.detach()) == pytest.approx(1 / 0.07, rel=1e-4)
 
 
+@pytest.mark.parametrize("learned, scale", [(20.0, 20.0), (500.0, 100.0)])
+def test_a_learned_logit_scale_is_at_most_clips_100(learned, scale):
+    tower = NoisyCLIP(sample_size=8, patch_size=4, width=8, layers=1, heads=2, projection_dim=4)
+    tower.logit_scale.data.fill_(math.log(learned))
+    assert float(tower.scale.detach()) == pytest.approx(scale, rel=1e-5)
+
+
 @torch.no_grad()
 def test_noisy_towers_tell_noise_levels_apart_and_rows_do_not_mix(guides):
     x = torch.randn(3, 3, 16, 16)
