@@ -14,6 +14,7 @@ from pipelines import DDPMScheduler
 from pipelines.chain.equations import predict_x0
 from pipelines.chain.guidance import (
     classifier_free_guidance,
+    classifier_guidance,
     guidance_scale_embedding,
     guide,
     in_guidance_interval,
@@ -139,3 +140,32 @@ def test_scale_embedding_matches_diffusers(dim):
     for scale in (1.0, 1.5, 8.0):
         theirs = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([scale - 1]), dim)
         torch.testing.assert_close(guidance_scale_embedding(scale, dim), theirs)
+
+
+def test_combined_prompts_are_rescaled_to_the_spread_of_the_first_one_alone():
+    torch.manual_seed(0)
+    uncond, other, cond = (scale * torch.randn(2, 3, 5, 5) for scale in (1.0, 9.0, 2.0))
+    guided = guide(torch.cat([uncond, other, cond]), 3, 4.0, 0.7, [0.5])
+    plain = uncond + 4 * ((cond - uncond) + 0.5 * (other - uncond))
+    torch.testing.assert_close(guided, rescale_noise_cfg(plain, cond, 0.7))
+
+
+def test_a_small_phi_is_not_rounded_away():
+    torch.manual_seed(0)
+    uncond, cond = torch.randn(2, 3, 5, 5), 3 * torch.randn(2, 3, 5, 5)
+    plain = uncond + 4 * (cond - uncond)
+    guided = guide(torch.cat([uncond, cond]), 3, 4.0, 0.01)
+    torch.testing.assert_close(guided, rescale_noise_cfg(plain, cond, 0.01))
+    assert not torch.equal(guided, plain)
+
+
+def test_each_pictures_gradient_has_a_limit_of_its_own():
+    """A linear classifier, whose gradient is known: s (w_y - sum_k p_k w_k)."""
+    torch.manual_seed(0)
+    weights, x, labels = torch.randn(4, 12), torch.randn(3, 3, 2, 2), torch.tensor([1, 3, 0])
+    p = (x.flatten(1) @ weights.T).softmax(1)
+    exact = 2.0 * (weights[labels] - p @ weights)
+    size = exact.square().mean(1, keepdim=True).sqrt()
+    limit = float(size.sort(0).values[1])  # the median: one picture is above it, one below
+    gradient = classifier_guidance(lambda x: x.flatten(1) @ weights.T, x, labels, 2.0, limit)
+    torch.testing.assert_close(gradient.flatten(1), exact * (limit / size).clamp(max=1))

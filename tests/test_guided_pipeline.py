@@ -311,6 +311,19 @@ def test_a_guided_picture_depends_on_its_own_seed_alone(guided):
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("form", [NOISED, CLEAN, CLASS], ids=["noised", "clean", "class"])
+def test_all_pictures_of_a_prompt_are_guided_by_its_own_words_and_class(guided, form):
+    labels = ["food", "flags"] if form == CLASS else [None, None]
+    call = form | {"num_images_per_prompt": 2, "num_inference_steps": 2}
+    generators, prompts = [seeded(i) for i in range(4)], [PROMPT, "a cat"]
+    given = {"class_labels": labels} if form == CLASS else {}
+    together = draw(guided, prompt=prompts, generator=generators, **(call | given))
+    for i, prompt in enumerate(prompts):
+        pair = [seeded(2 * i), seeded(2 * i + 1)]
+        alone = draw(guided, prompt=prompt, generator=pair, **(call | {"class_labels": labels[i]}))
+        torch.testing.assert_close(together[2 * i : 2 * i + 2], alone, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("form", [NOISED, CLEAN | {"clip_guidance_through_unet": True}, CLASS], ids=str)
 def test_autocast_draws_about_the_same(guided, form):
     exact, plain = draw(guided, **form), draw(guided)
@@ -604,6 +617,13 @@ def test_open_clip_models_guide_as_open_clip_computes(tmp_path):
             torch.testing.assert_close(one.embed_images(images), expected)
             torch.testing.assert_close(one.embed_texts(["a dog"]), text)
         assert one.image_size == 16 and float(one.scale.detach()) == pytest.approx(1 / 0.07, rel=1e-4)
+
+
+@pytest.mark.parametrize("learned, scale", [(20.0, 20.0), (500.0, 100.0)])
+def test_a_learned_logit_scale_is_at_most_clips_100(learned, scale):
+    tower = NoisyCLIP(sample_size=8, patch_size=4, width=8, layers=1, heads=2, projection_dim=4)
+    tower.logit_scale.data.fill_(math.log(learned))
+    assert float(tower.scale.detach()) == pytest.approx(scale, rel=1e-5)
 
 
 @torch.no_grad()

@@ -1,12 +1,24 @@
 """Pictures to tensors and back, without a lost or shifted level."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from pipelines.drawing.images import decode_latents, image_grid, to_numpy, to_pil, to_tensor, to_unit
+from pipelines.drawing.images import (
+    decode_latents,
+    encode_pictures,
+    image_grid,
+    read_masks,
+    to_numpy,
+    to_pil,
+    to_rgb,
+    to_tensor,
+    to_unit,
+)
 
 
 @pytest.fixture
@@ -110,3 +122,54 @@ def test_grid_labels_stay_under_their_picture():
 def test_impossible_grids_are_refused(arguments):
     with pytest.raises(ValueError, match="image_grid"):
         image_grid(**({"images": [Image.new("RGB", (2, 2))]} | arguments))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_encoding_draws_the_posterior_and_then_shifts_and_scales(listed):
+    """(mean + std z - shift) scale, z from one generator, or a row of it from each picture's own."""
+    torch.manual_seed(0)
+    settings = {"norm_num_groups": 1, "block_out_channels": (4,), "scaling_factor": 0.25, "shift_factor": 0.5}
+    vae, pictures = AutoencoderKL(**settings).eval(), torch.rand(2, 3, 8, 8) * 2 - 1
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    with torch.no_grad():
+        latents = encode_pictures(vae, pictures, seeds if listed else seeds[0])
+        posterior = vae.encode(pictures).latent_dist
+    shape = posterior.mean.shape
+    rows = [torch.randn((1, *shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+    z = torch.cat(rows) if listed else torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    expected = (posterior.mean + posterior.std * z - 0.5) * 0.25
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+    assert encode_pictures(None, pictures) is pictures
+
+
+def test_a_decoder_that_draws_noise_draws_it_from_the_calls_generator():
+    class Noisy:
+        config = SimpleNamespace(scaling_factor=2.0)
+
+        def decode(self, z, return_dict=True, generator=None):
+            return (z + torch.randn(z.shape, generator=generator),)
+
+    z = torch.ones(1, 3, 4, 4)
+    drawn = decode_latents(Noisy(), z, torch.Generator().manual_seed(7))
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(drawn, z / 2 + noise)
+
+
+def test_grey_of_16_bits_is_rounded_to_the_nearest_of_256_levels():
+    levels = np.array([[0, 128, 129, 257 * 100 + 128, 257 * 100 + 129, 65535]], dtype=np.uint16)
+    picture = to_rgb(Image.fromarray(levels))
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 1, 100, 101, 255]
+
+
+def test_a_picture_that_lies_is_set_upright():
+    """EXIF's orientation 6 says: turn by 90 degrees, clockwise."""
+    stored = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    stored.getexif()[0x0112] = 6
+    upright = np.rot90(np.arange(18, dtype=np.uint8).reshape(2, 3, 3), -1)
+    assert np.array_equal(np.asarray(to_rgb(stored)), upright)
+
+
+def test_what_is_transparent_in_a_mask_is_kept_though_it_is_white():
+    mask = Image.new("RGBA", (2, 1), (255, 255, 255, 0))
+    mask.putpixel((1, 0), (255, 255, 255, 255))
+    assert read_masks(mask)[0, 0, 0].tolist() == [0, 1]

@@ -19,13 +19,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers import DDPMScheduler as TheirDDPM
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPTextModel
 
 from pipelines import ConditionalUNet, DDPMScheduler
 from pipelines.chain.back_projection import back_project, enlarge, shrink
 from pipelines.components.noisy_clip import NoisyCLIP
-from pipelines.super_resolution import SuperResolutionPipeline
+from pipelines.drawing.request import Request
+from pipelines.super_resolution import SuperResolution, SuperResolutionPipeline
 
 PROMPT = "a corgi in a party hat"
 
@@ -209,6 +210,33 @@ def test_pictures_stay_with_their_prompts(both: Any):
         assert np.abs(alone - together[2 * i : 2 * i + 2]).max() < 1e-4
 
 
+def test_pictures_for_people_bear_the_watermark(make_upsampler: Any):
+    """Of "pil" alone, as in diffusers: numbers are as they were drawn."""
+
+    class Watermarker:
+        def apply_watermark(self, images: list[Image.Image]) -> list[Image.Image]:
+            return [ImageOps.invert(image) for image in images]
+
+    pipe, arguments = make_upsampler(), {"image": small(), "num_inference_steps": 1}
+    plain = [pipe(**arguments, generator=seeded(), output_type=kind).images[0] for kind in ("pil", "np")]
+    pipe.watermarker = Watermarker()  # no component with weights
+    marked = [pipe(**arguments, generator=seeded(), output_type=kind).images[0] for kind in ("pil", "np")]
+    assert np.array_equal(np.asarray(marked[0]), 255 - np.asarray(plain[0]))
+    assert np.array_equal(marked[1], plain[1])
+
+
+def test_a_decoder_that_overflows_in_half_precision_runs_in_single_and_is_put_back(both: Any):
+    ours, z = both[1], torch.randn(1, 4, 4, 4, generator=seeded())
+    ours.vae.to(torch.float16).register_to_config(force_upcast=True)
+    task = SuperResolution(ours, Request())
+    with torch.no_grad():
+        decoded = task.decode(z.half())
+        precision = ours.vae.dtype
+        exact = ours.vae.float().decode(z.half().float() / 0.08333).sample
+    assert precision == torch.float16 and decoded.dtype == torch.float32
+    torch.testing.assert_close(decoded, exact, atol=1e-5, rtol=1e-5)
+
+
 # ---- in pixels ----
 
 
@@ -304,7 +332,7 @@ def test_parts_that_do_not_fit_are_refused(make_upsampler: Any, both: Any):
 ELSEWHERE = """
 import sys, numpy as np, torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 assert not any("main" in name.split(".")[0] for name in sys.modules if name.startswith("pipelines"))
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)

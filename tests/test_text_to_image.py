@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPImageProcessor
 
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines.chain.guidance import guide
 from pipelines.drawing.text import encode_text
 
 PROMPT = "a corgi in a party hat"
@@ -509,6 +510,40 @@ def test_callback_may_switch_guidance_off_midway(pipeline, make_unet):
         PROMPT, guidance_interval=(lo, float("inf")), generator=seeded(), output_type="latent"
     ).images
     assert torch.equal(drawn, same)
+
+
+def test_a_callbacks_text_is_read_from_the_next_step_on(pipeline, make_unet):
+    pipeline.unet, read = make_unet(), []
+    hook = lambda module, args, kwargs: read.append(kwargs["encoder_hidden_states"].clone())  # noqa: E731
+    pipeline.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    own, other = (torch.cat(pipeline.encode_prompt(prompt)[::-1]) for prompt in (PROMPT, "a cat"))
+
+    def replace(pipe, i, t, tensors):
+        return {"prompt_embeds": other} if i == 2 else {}
+
+    pipeline(PROMPT, callback_on_step_end=replace, output_type="latent")
+    expected = [own, own, own, other, other]
+    for step, (rows, wanted) in enumerate(zip(read, expected, strict=True)):
+        torch.testing.assert_close(rows, wanted, msg=f"step {step}")
+
+
+def test_a_callback_may_rescale_the_steps_that_follow(make_pipeline):
+    pipe, kept = make_pipeline(scheduler=diffusers.DDIMScheduler(clip_sample=False)), {}
+
+    def change(pipe, i, t, tensors):
+        kept[i] = t, tensors["latents"]
+        pipe._guidance_rescale = 0.7
+        return {}
+
+    call = {"num_inference_steps": 2, "guidance_scale": 300.0, "generator": seeded(), "output_type": "latent"}
+    drawn = pipe(PROMPT, callback_on_step_end=change, **call).images
+    states, negative = pipe.encode_prompt(PROMPT)
+    (_, x), (t, _) = kept[0], kept[1]
+    with torch.no_grad():
+        output = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([negative, states])).sample
+    plain, rescaled = (guide(output, 3, 300.0, phi) for phi in (0.0, 0.7))
+    torch.testing.assert_close(drawn, pipe.scheduler.step(rescaled, t, x).prev_sample, atol=1e-4, rtol=1e-4)
+    assert (plain - rescaled).abs().max() > 0.01  # or this shows nothing
 
 
 def test_interrupt_stops_the_loop(pipeline, make_unet):
