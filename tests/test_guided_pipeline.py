@@ -702,7 +702,8 @@ def test_the_command_line_guides_and_keeps_the_best(guided, tmp_path, capsys):
         image = Image.open(tmp_path / f"a-cat_seed{seed}.png")
         expected = guided(generator=seeded(seed), **call).images
         assert (to_tensor(image) / 2 + 0.5 - expected).abs().max() < 1 / 255
-        assert {"clip_guidance_scale": "40.0", "class_labels": "food", "num_candidates": "3"}.items() <= image.text.items()
+        said = {"clip_guidance_scale": "40.0", "class_labels": "food", "num_candidates": "3"}
+        assert said.items() <= image.text.items()
     for wrong, named in (
         (["--class-labels", "food"], "go together"),
         (["--num-candidates", "0"], "--num-candidates must be a whole number above 0"),

@@ -120,7 +120,7 @@ def test_imports_run_down() -> None:
     assert not wrong, "\n".join(sorted(shown))
 
 
-# what the command line reads before torch; what they import late is below them, and no file below imports them
+# what the command line reads before torch; what they import late lies below them and imports neither
 LATE = ("pipelines/__main__.py", "pipelines/family.py")
 
 

@@ -4,6 +4,7 @@ null prompt and every other prompt mean the same to a model when it learns and w
 import logging
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,7 @@ def encode_for(
             converted = pipe.maybe_convert_prompt(getattr(inputs, name), tokenizer)
             inputs = inputs._replace(**{name: converted})
     prompt, words, states, negative, pooled, negative_pooled = inputs
-    with lora_scaled(tower, lora_scale):
+    with nullcontext() if lora_scale is None else lora_scaled(tower, lora_scale):
         if states is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
             assert prompts is not None, "check_prompt asks for a prompt or its embeddings"
