@@ -27,11 +27,7 @@ from pipelines.coding.progressive_coding import decode, encode, to_picture
 from pipelines.drawing.images import image_grid
 from pipelines.drawing.text import NULL_PROMPT
 from pipelines.folders.files import save_png, write_file
-from training.evaluation.bits_per_dim import (
-    BitsPerDimConfig,
-    held_out_pictures,
-    load_pixel_pipeline,
-)
+from training.evaluation.bits_per_dim import BitsPerDimConfig, held_out_pictures, load_pixel_pipeline
 from training.evaluation.figures import new_figure, save_figure
 
 LOSSLESS: dict[str, dict[str, Any]] = {

@@ -114,11 +114,7 @@ def draw_swiss_roll(settings: argparse.Namespace, path: Path) -> None:
     posterior = posterior_chain(roll, forward[-1], beta, T, generator)
     backward = backward_chain(roll, forward_chain(roll, beta, T, generator)[-1], beta, T, generator)
     shown = list(range(0, T + 1, 2))
-    rows = {
-        "forward": forward[shown],
-        "posterior": posterior[shown],
-        "backward": backward[shown],
-    }
+    rows = {"forward": forward[shown], "posterior": posterior[shown], "backward": backward[shown]}
     up, down = [f"x_{t}" for t in shown], [f"x_{T - t}" for t in shown]
     draw_points(rows, dict(zip(rows, (up, down, down), strict=True)), path)
 
