@@ -23,13 +23,7 @@ from pipelines.drawing.text import NULL_PROMPT, encode_text
 from training.data.pictures import PictureCache, load_pictures, seed_for
 from training.evaluation.figures import new_figure, save_figure
 from training.evaluation.samples import load_pipeline, random_rows, read_pictures
-from training.evaluation.settings import (
-    BatchSettings,
-    CountSettings,
-    ModelSettings,
-    SplitSettings,
-    StepsSettings,
-)
+from training.evaluation.settings import BatchSettings, CountSettings, ModelSettings, StepsSettings
 from training.run.settings import AT_LEAST_1, Rule, one_of, require, setting, settings
 
 VARIANCES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
@@ -38,7 +32,7 @@ FOR_AN_ERROR = Rule(lambda count: count >= 2, "at least 2, for a standard error"
 
 
 @settings
-class BitsPerDimConfig(ModelSettings, StepsSettings, CountSettings, BatchSettings, SplitSettings):
+class BitsPerDimConfig(ModelSettings, StepsSettings, CountSettings, BatchSettings):
     """Settings of `training.evaluate bits-per-dim` and `text-information`."""
 
     variance_type: str | None = setting(

@@ -24,10 +24,8 @@ from training.evaluation.metrics import clip_score, frechet_distance
 from training.evaluation.samples import pipeline_key, read_pictures, two_halves, with_guides
 from training.evaluation.settings import (
     BatchSettings,
-    JudgeSettings,
-    ModelSettings,
-    NoisyClassifierSettings,
-    NoisyClipSettings,
+    GuidesSettings,
+    JudgedSettings,
     SplitSettings,
     StepsSettings,
     at_least,
@@ -48,15 +46,7 @@ SCALES = Rule(lambda scales: all(scale >= 0 for scale in scales), "scales of 0 o
 
 
 @settings
-class FrontierConfig(
-    ModelSettings,
-    NoisyClipSettings,
-    NoisyClassifierSettings,
-    JudgeSettings,
-    StepsSettings,
-    BatchSettings,
-    SplitSettings,
-):
+class FrontierConfig(JudgedSettings, GuidesSettings, StepsSettings, BatchSettings, SplitSettings):
     """Settings of `training.evaluate frontier`."""
 
     clip_guidance_model: str = setting(

@@ -14,30 +14,14 @@ from pipelines.drawing.images import decode_latents
 from training.evaluation.figures import new_figure, save_figure
 from training.evaluation.judge import Judge, embed_concepts, recall
 from training.evaluation.samples import with_guides
-from training.evaluation.settings import (
-    BatchSettings,
-    CountSettings,
-    JudgeSettings,
-    ModelSettings,
-    NoisyClassifierSettings,
-    NoisyClipSettings,
-    SplitSettings,
-)
+from training.evaluation.settings import BatchSettings, CountSettings, GuidesSettings, JudgedSettings
 from training.objectives.denoising import BUCKETS
 from training.objectives.noised import NoisedPictures, embed_prompts
 from training.run.settings import require, setting, settings
 
 
 @settings
-class NoisedAccuracyConfig(
-    ModelSettings,
-    JudgeSettings,
-    NoisyClipSettings,
-    NoisyClassifierSettings,
-    CountSettings,
-    BatchSettings,
-    SplitSettings,
-):
+class NoisedAccuracyConfig(JudgedSettings, GuidesSettings, CountSettings, BatchSettings):
     """Settings of `training.evaluate noised-accuracy`."""
 
     label_column: str = setting("Column of the classifier's classes, of one set.", "group")

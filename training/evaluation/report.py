@@ -49,13 +49,7 @@ from training.evaluation.samples import (
     two_halves,
     with_guides,
 )
-from training.evaluation.settings import (
-    GuidanceSettings,
-    JudgeSettings,
-    ModelSettings,
-    SeededSettings,
-    at_least,
-)
+from training.evaluation.settings import GuidanceSettings, JudgedSettings, SeededSettings, at_least
 from training.objectives.denoising import BUCKETS, DenoisingLoss, DenoisingSettings, validation_loss
 from training.run.settings import require, setting, settings
 
@@ -64,7 +58,7 @@ NOISE_DRAWS = 4  # of the validation loss, for its standard error
 
 
 @settings
-class ReportConfig(ModelSettings, JudgeSettings, GuidanceSettings, SeededSettings):
+class ReportConfig(JudgedSettings, GuidanceSettings, SeededSettings):
     """Settings of `training.evaluate report`."""
 
     output: str = setting("Folder of the report and its pictures.", "report")

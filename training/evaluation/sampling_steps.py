@@ -30,12 +30,12 @@ from training.evaluation.figures import new_figure, save_figure
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
 from training.evaluation.samples import draw, read_pictures, two_halves
-from training.evaluation.settings import BatchSettings, CountSettings, JudgeSettings, SplitSettings, at_least
+from training.evaluation.settings import BatchSettings, CountSettings, JudgeSettings, at_least
 from training.run.settings import AT_LEAST_0, require, setting, settings
 
 
 @settings
-class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings, SplitSettings):
+class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings):
     """Settings of `training.evaluate sampling-steps`."""
 
     models: list[str] = setting(

@@ -35,6 +35,11 @@ class JudgeSettings(Settings):
 
 
 @settings
+class JudgedSettings(ModelSettings, JudgeSettings):
+    """A pipeline, and the judge of what it draws."""
+
+
+@settings
 class SeededSettings(DataSettings):
     """The data set, and the seed of all that is random."""
 
@@ -60,7 +65,7 @@ class BatchSettings(Settings):
 
 
 @settings
-class CountSettings(Settings):
+class CountSettings(SplitSettings):
     num_pictures: int = setting("Pictures drawn at random.", 200, AT_LEAST_1)
 
 
@@ -89,19 +94,17 @@ class GuidanceSettings(StepsSettings, BatchSettings):
 
 
 @settings
-class NoisyClipSettings(Settings):
-    noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "", TRAINED)
-
-
-@settings
 class NoisyClassifierSettings(Settings):
     noisy_classifier: str = setting("Folder of a NoisyClassifier; " + OWN, "", TRAINED)
 
 
 @settings
-class EvaluationConfig(
-    ModelSettings, JudgeSettings, GuidanceSettings, CountSettings, WordSettings, SplitSettings
-):
+class GuidesSettings(NoisyClassifierSettings):
+    noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "", TRAINED)
+
+
+@settings
+class EvaluationConfig(JudgedSettings, GuidanceSettings, CountSettings, WordSettings):
     """Settings of `training.evaluate` zero-shot, retrieval, sheet and words."""
 
     clip: str = setting(

@@ -26,8 +26,7 @@ from training.evaluation.samples import draw, random_rows, read_pictures, with_g
 from training.evaluation.settings import (
     FigureSettings,
     GuidanceSettings,
-    JudgeSettings,
-    ModelSettings,
+    JudgedSettings,
     NoisyClassifierSettings,
 )
 from training.run.settings import AT_LEAST_0, AT_LEAST_1, Rule, require, setting, settings
@@ -36,7 +35,7 @@ DRAWN = ["3d", "flat", "noto", "twemoji"]
 
 
 @settings
-class StylesConfig(ModelSettings, NoisyClassifierSettings, JudgeSettings, GuidanceSettings, FigureSettings):
+class StylesConfig(JudgedSettings, NoisyClassifierSettings, GuidanceSettings, FigureSettings):
     """Settings of `training.evaluate styles`."""
 
     classifier: str = setting(

@@ -25,14 +25,7 @@ from training.data.pairs import load_pairs
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
 from training.evaluation.samples import load_pipeline_as, own_steps, random_rows
-from training.evaluation.settings import (
-    CountSettings,
-    JudgeSettings,
-    ModelSettings,
-    SplitSettings,
-    StepsSettings,
-    at_least,
-)
+from training.evaluation.settings import CountSettings, JudgedSettings, StepsSettings, at_least
 from training.run.settings import PairSettings, require, setting, settings
 
 FILTERS = {
@@ -43,9 +36,7 @@ EDGE = 0.05  # standard deviation, in a square of a picture in [-1, 1], that is 
 
 
 @settings
-class UpscalingConfig(
-    ModelSettings, JudgeSettings, StepsSettings, CountSettings, PairSettings, SplitSettings
-):
+class UpscalingConfig(JudgedSettings, StepsSettings, PairSettings, CountSettings):
     """Settings of `training.evaluate upscaling`."""
 
     model: str = "models/emoji-upsampler"
