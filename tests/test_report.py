@@ -290,8 +290,6 @@ def test_the_page_needs_no_other_file(folder, figures):
     for value in ("R@5", "Frechet distance", "coverage", "not measured: ", "Held-out concepts"):
         assert value in text
     assert shown(figures["against captions"]["seen captions"]["generated"]["CLIP score"]) in text
-    overview = np.asarray(Image.open(folder / "overview.png").convert("L"))
-    assert overview.shape[1] > 1000 and (overview < 200).mean() > 0.03
 
 
 def test_captions_are_text_and_not_tags():

@@ -30,6 +30,11 @@ def read_pictures(
     return cache_pictures(data, side, config.cache_dir, "image", caption_column)
 
 
+def first_captions(pictures: PictureCache, rows: list[int]) -> list[str]:
+    """The canonical caption of each of these pictures."""
+    return [pictures.captions[pictures.choices[row][0]] for row in rows]
+
+
 def random_rows(total: int, count: int, seed: int) -> list[int]:
     """`count` different numbers of 0 .. total - 1 at random; all, if there are fewer."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
