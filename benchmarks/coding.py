@@ -28,7 +28,7 @@ from pipelines.drawing.images import image_grid
 from pipelines.drawing.text import NULL_PROMPT
 from pipelines.folders.files import save_png, write_file
 from training.evaluation.bits_per_dim import BitsPerDimConfig, held_out_pictures, load_pixel_pipeline
-from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.figures import chart, finish
 
 LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},
@@ -135,17 +135,15 @@ def draw_curves(
     curves: dict[str, dict[str, list[float]]], lossless: dict[str, float], dims: int, path: Path
 ) -> None:
     """Peak signal-to-noise ratio against bits per dimension; what is lossless stands as a line."""
-    figure, ax = new_figure(7, 4.2)
-    for name, curve in curves.items():
-        rate = [8 * size / dims for size in curve["bytes"]]
-        psnr = [10 * np.log10(255**2 / error) if error else np.nan for error in curve["squared error"]]
-        ax.plot(rate, psnr, marker=".", lw=2 if name == "ours" else 1, label=name)
-    for i, (name, size) in enumerate(lossless.items()):
-        ax.axvline(8 * size / dims, ls="--", lw=0.8, color=f"C{i + len(curves)}", label=f"{name}, exact")
-    ax.set(xlabel="bits/dim", ylabel="PSNR, dB", xscale="log")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(fontsize=8)
-    save_figure(figure, path)
+    with chart(path, 7, 4.2) as ax:
+        for name, curve in curves.items():
+            rate = [8 * size / dims for size in curve["bytes"]]
+            psnr = [10 * np.log10(255**2 / error) if error else np.nan for error in curve["squared error"]]
+            ax.plot(rate, psnr, marker=".", lw=2 if name == "ours" else 1, label=name)
+        for i, (name, size) in enumerate(lossless.items(), start=len(curves)):
+            ax.axvline(8 * size / dims, ls="--", lw=0.8, color=f"C{i}", label=f"{name}, exact")
+        finish(ax, 8, xlabel="bits/dim", ylabel="PSNR, dB", xscale="log")
+        ax.grid(which="minor", alpha=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -96,9 +96,8 @@ def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
         figures[name] = {"drawn": len(halves.captions), "floor of the Frechet distance": halves.floor}
         for steps in config.steps:
             chain = likelihood.evaluation_chain(pipe, variance, steps)
-            terms = likelihood.measure(
-                counted, pipe, chain, held_out, held_out.captions, f"{name}, {steps} steps"
-            )
+            title = f"{name}, {steps} steps"
+            terms = likelihood.measure(counted, pipe, chain, held_out, held_out.captions, title)
             drawn = draw(pipe, halves.captions, config.seed, steps, config.guidance_scale, config.batch_size)
             figures[name][f"{steps} steps"] = {
                 "bits/dim": likelihood.mean_and_error(terms.bits.sum(1)),
