@@ -93,7 +93,7 @@ def draw_corgi(coat: str, thing: str, lying: bool, faces_right: bool) -> Image.I
 def write_pictures(folder: Path) -> list[str]:
     """Every other one of the 60 combinations, as a folder that training.text_to_image reads; the captions."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, str]] = []
     poses = itertools.product(enumerate(COATS), enumerate(THINGS), (False, True), (False, True))
     for (i, coat), (j, thing), lying, faces_right in poses:
         if (i + j + lying + faces_right) % 2 == 0:

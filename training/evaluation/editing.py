@@ -54,13 +54,12 @@ class EditingConfig(JudgeSettings, StepsSettings, SplitSettings):
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
         super().check()
-        require(len(self.models) > 0, "models", self.models, "at least one")
-        require(len(self.changes) > 0, "changes", self.changes, "at least one")
+        for name in ("models", "changes"):
+            require(len(getattr(self, name)) > 0, name, getattr(self, name), "at least one")
         for change in self.changes:
             parse_change(change)
         for model in self.models:
-            _, samples = split_model(model)
-            require(samples >= 1, "models", model, "FOLDER or FOLDER:N, N at least 1")
+            require(split_model(model)[1] >= 1, "models", model, "FOLDER or FOLDER:N, N at least 1")
 
 
 def parse_change(change: str) -> tuple[str, str, str]:
@@ -86,19 +85,12 @@ def region_mask(region: str, side: int) -> Image.Image:
     return mask
 
 
-def to_hole(mask: Image.Image) -> Tensor:
-    """(H, W) bool, where the mask is not black."""
-    return torch.from_numpy(np.array(mask)) > 0
-
-
 def border_energy(pictures: Tensor, mask: Tensor) -> Tensor:
     """Mean squared difference of neighbours on the two sides of the mask's border: (B,) of pictures
     (B, C, H, W) in [-1, 1] and a mask (H, W) in {0, 1}. A seam makes it larger than real pictures have it."""
     energies, counts = torch.zeros(len(pictures)), 0
     for axis in (0, 1):
-        inside = mask.bool()
-        length = inside.shape[axis] - 1
-        crosses = inside.narrow(axis, 0, length) != inside.narrow(axis, 1, length)
+        crosses = mask.int().diff(dim=axis) != 0
         step = pictures.diff(dim=axis - 2).square().mean(1)  # (B, H, W) less one in that axis
         energies += step[:, crosses].sum(1)
         counts += int(crosses.sum())
@@ -114,6 +106,11 @@ class Case:
     mask: Image.Image
     before: list[str]
     after: list[str]
+
+    @property
+    def hole(self) -> Tensor:
+        """(H, W) bool, where the mask is not black."""
+        return torch.from_numpy(np.array(self.mask)) > 0
 
 
 def find_cases(config: EditingConfig, side: int) -> list[Case]:
@@ -159,7 +156,7 @@ def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
     left, top, right, bottom = crop_region(case.mask, 1, 1, pad=side // 16)
     embeds = judge.embed_images(edited[..., top:bottom, left:right])
     scores = [(embeds * judge.embed_texts(words)).sum(1) for words in (case.after, case.before)]
-    return torch.stack([*scores, border_energy(edited, to_hole(case.mask))], dim=1)
+    return torch.stack([*scores, border_energy(edited, case.hole)], dim=1)
 
 
 def editing(config: EditingConfig) -> dict[str, Any]:
@@ -167,17 +164,15 @@ def editing(config: EditingConfig) -> dict[str, Any]:
     often the new ones win, and the seam: the mean energy along the borders, as a multiple of the real
     pictures' (of all together: where a border runs through one flat colour there is none to divide by)."""
     judge = Judge(config.judge)
-    pipes = {
-        model: load_pipeline_as(InpaintPipeline, split_model(model)[0], "models") for model in config.models
-    }
+    folders = {model: split_model(model)[0] for model in config.models}
+    pipes = {model: load_pipeline_as(InpaintPipeline, folders[model], "models") for model in folders}
     sides = {pipe.sample_size for pipe in pipes.values()}
     require(len(sides) == 1, "models", config.models, "of one size")
     cases = find_cases(config, sides.pop()[0])
     results: dict[str, list[Tensor]] = {way: [] for way in ("as it was", "cut and pasted", *pipes)}
     for case in cases:
-        hole = to_hole(case.mask)
         results["as it was"].append(case.pictures)
-        results["cut and pasted"].append(torch.where(hole, case.others, case.pictures))
+        results["cut and pasted"].append(torch.where(case.hole, case.others, case.pictures))
     with tqdm(total=len(pipes) * len(cases), unit="change") as bar:
         for model, pipe in pipes.items():
             for case in cases:
@@ -186,7 +181,7 @@ def editing(config: EditingConfig) -> dict[str, Any]:
     if config.output:
         draw_sheet(cases, results, config.output)
     figures: dict[str, Any] = {"pictures": sum(len(case.after) for case in cases)}
-    real = torch.cat([border_energy(case.pictures, to_hole(case.mask)) for case in cases]).mean()
+    real = torch.cat([border_energy(case.pictures, case.hole) for case in cases]).mean()
     for way, edited in results.items():
         rows = torch.cat([measure(judge, case, part) for case, part in zip(cases, edited, strict=True)])
         figures[way] = {

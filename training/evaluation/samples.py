@@ -22,12 +22,9 @@ from training.run.settings import DataSettings
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def read_pictures(
-    config: DataSettings, split: str, side: int, caption_column: str = "caption"
-) -> PictureCache:
-    """A split of the data set, decoded once, (3, side, side) each."""
-    data = load_pictures(config.dataset, split)
-    return cache_pictures(data, side, config.cache_dir, "image", caption_column)
+def read_pictures(config: DataSettings, split: str, side: int, column: str = "caption") -> PictureCache:
+    """A split of the data set, decoded once, (3, side, side) each; its captions are in `column`."""
+    return cache_pictures(load_pictures(config.dataset, split), side, config.cache_dir, "image", column)
 
 
 def first_captions(pictures: PictureCache, rows: list[int]) -> list[str]:
@@ -134,10 +131,9 @@ def draw(
         if classifier_guidance_scale > 0 and class_labels is not None:
             classifier = f" {classifier_guidance_scale} {model_key(pipe.noisy_classifier)}"
             settings = [f"{own}{classifier} {one}" for own, one in zip(settings, class_labels, strict=True)]
-        if num_candidates > 1:
-            settings = [f"{own} best of {num_candidates}" for own in settings]
-        names = [content_key(key, f"{ids[i]} {seed + i} {settings[i]}") for i in range(len(captions))]
-        paths = [Path(folder) / f"{name}.png" for name in names]
+        best = f" best of {num_candidates}" if num_candidates > 1 else ""
+        for i, (tokens, own) in enumerate(zip(ids, settings, strict=True), start=seed):
+            paths.append(Path(folder, content_key(key, f"{tokens} {i} {own}{best}") + ".png"))
     missing = [i for i in range(len(captions)) if not paths or not paths[i].is_file()]
     parts = []
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc=label, unit="picture") as bar:
@@ -145,23 +141,21 @@ def draw(
         for start in range(0, len(missing), at_once):
             batch = missing[start : start + at_once]
             seeds = [seed + i + j * 2**24 for i in batch for j in range(num_candidates)]
-            classes = None if class_labels is None else [class_labels[i] for i in batch]
             drawn: Any = pipe(
                 [captions[i] for i in batch],
                 num_inference_steps=steps,
                 guidance_scale=scale,
                 clip_guidance_scale=clip_guidance_scale,
-                class_labels=classes,
+                class_labels=None if class_labels is None else [class_labels[i] for i in batch],
                 classifier_guidance_scale=classifier_guidance_scale,
                 num_candidates=num_candidates,
                 generator=[torch.Generator().manual_seed(own) for own in seeds],
                 output_type="pt",
             )
-            images = drawn.images * 2 - 1
-            for i, image in zip(batch, to_pil(images), strict=True):
+            parts.append(drawn.images * 2 - 1)
+            for i, image in zip(batch, to_pil(parts[-1]), strict=True):
                 if paths:
                     save_png(image, paths[i])
-            parts.append(images)
             bar.update(len(batch))
     return torch.cat([to_tensor(Image.open(path)) for path in paths] if paths else parts)
 

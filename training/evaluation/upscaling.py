@@ -64,19 +64,18 @@ def psnr(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def layers_of(judge: Judge, squares: Tensor) -> list[Tensor]:
     """The judge's token states after the patches and after each layer, (N, tokens, D) each, l2-normalised."""
-    states: list[list[Tensor]] = []
-    for part in squares.split(128):
-        output = judge.model.vision_model(pixel_values=part, output_hidden_states=True)
-        states.append([F.normalize(layer, dim=-1) for layer in output.hidden_states])
-    return [torch.cat(layer) for layer in zip(*states, strict=True)]
+    tower = judge.model.vision_model
+    states = [
+        tower(pixel_values=part, output_hidden_states=True).hidden_states for part in squares.split(128)
+    ]
+    return [F.normalize(torch.cat(layer), dim=-1) for layer in zip(*states, strict=True)]
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> float:
     """LPIPS (Zhang 2018, eq. 1) in these layers, all weights 1: mean over pictures, layers and positions of
     |a - b|^2, (N, tokens, D) each, of unit vectors: 0 .. 4."""
-    return float(
-        torch.stack([(x - y).square().sum(-1).double().mean() for x, y in zip(a, b, strict=True)]).mean()
-    )
+    layers = [(x - y).square().sum(-1).double().mean() for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(layers).mean())
 
 
 def enlarge_with(pipe: SuperResolutionPipeline, config: UpscalingConfig, small: Tensor) -> Tensor:
@@ -116,12 +115,8 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
     squares = cut_squares(real, judge.image_size)
     edges = squares.flatten(1).std(1) > EDGE
     real_layers, real_embeds = layers_of(judge, squares[edges]), judge.embed_images(squares[edges])
-    figures: dict[str, Any] = {
-        "split": config.split,
-        "pictures": len(chosen),
-        "squares": int(edges.sum()),
-        "steps": own_steps(pipe, config.num_inference_steps),
-    }
+    figures: dict[str, Any] = {"split": config.split, "pictures": len(chosen), "squares": int(edges.sum())}
+    figures["steps"] = own_steps(pipe, config.num_inference_steps)
     enlarged: dict[str, Tensor] = {}
     for name, way in ways.items():
         start = time.perf_counter()
@@ -147,10 +142,8 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
 def draw_sheet(columns: list[Tensor], best: str, path: str) -> None:
     """Six pictures, a row each: small, by the best filter, by the model, real."""
     side = columns[-1].shape[-1]
-    cells = [
-        to_pil(column[i : i + 1])[0].resize((side, side), Image.Resampling.NEAREST)
-        for i in range(min(6, len(columns[0])))
-        for column in columns
-    ]
-    labels = ["small", best, "enlarged", "real"] * (len(cells) // len(columns))
+    rows = min(6, len(columns[0]))
+    whole = zip(*(to_pil(column[:rows]) for column in columns), strict=True)
+    cells = [cell.resize((side, side), Image.Resampling.NEAREST) for row in whole for cell in row]
+    labels = ["small", best, "enlarged", "real"] * rows
     save_png(image_grid(cells, columns=len(columns), labels=labels), path)
