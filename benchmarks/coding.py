@@ -179,10 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     saved = 8 * (unknown["KL sum, bytes"] - figures["archive"]["KL sum, bytes"]) / len(pictures)
     figures["the captions save, bits a picture"] = saved
     for name, images in (("as one sheet, bytes", [sheet_of(pictures)]), ("as single files, bytes", pictures)):
-        figures[name] = {
-            codec: sum(compress(image, options)[0] for image in images)
-            for codec, options in available(LOSSLESS).items()
-        }
+        for codec, options in available(LOSSLESS).items():
+            figures.setdefault(name, {})[codec] = sum(compress(image, options)[0] for image in images)
     figures["progressive"], curve = progressive(pipe, pictures[:few], captions[:few], settings.steps)
     curves = {"ours": curve} | others(pictures)
     exact = {name: size / len(pictures) for name, size in figures["as one sheet, bytes"].items()}

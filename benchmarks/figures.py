@@ -14,7 +14,7 @@ The first three need nothing; the others a model without a VAE, and the last two
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from pipelines.drawing.images import to_tensor, to_unit
 from pipelines.drawing.text import NULL_PROMPT, encode_text
 from training.evaluation import bits_per_dim as likelihood
 from training.evaluation.figures import chart, finish
+from training.evaluation.samples import call
 
 PICTURES = Path(__file__).parent.parent / "tests" / "data" / "emoji64"
 PROMPTS = ["dog face, noto style", "red heart, 3d style", "pizza, flat style", "house, twemoji style"]
@@ -165,27 +166,19 @@ def timesteps_from(t: int, steps: int) -> list[int]:
 
 
 def draw_from(
-    pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, generators: list[torch.Generator], **call: Any
+    pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, seeds: Iterable[int], **arguments: Any
 ) -> Tensor:
-    """What the model's DDPM chain makes of x_t from timestep t on, (B, 3, H, W) in [-1, 1]; pipe(**call)."""
+    """What the model's DDPM chain makes of x_t from timestep t on, (B, 3, H, W) in [-1, 1]."""
     pipe.scheduler = chain_of(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    timesteps = timesteps_from(t, steps)
-    drawn: Any = pipe(**call, timesteps=timesteps, latents=x_t, generator=generators, output_type="pt")
-    return drawn.images * 2 - 1
+    return call(pipe, seeds, timesteps=timesteps_from(t, steps), latents=x_t, **arguments)
 
 
 @torch.no_grad()
 def interpolate(
-    pipe: TextToImagePipeline,
-    pictures: Tensor,
-    captions: list[str],
-    t: int,
-    shares: Tensor,
-    steps: int,
-    seed: int,
+    pipe: TextToImagePipeline, x0: Tensor, captions: list[str], t: int, shares: Tensor, steps: int, seed: int
 ) -> Tensor:
-    """The mixes of two pictures (2, 3, H, W) at timestep t, drawn anew from there: (n, 3, H, W) in [-1, 1].
+    """The mixes of two pictures x0 (2, 3, H, W) at timestep t, drawn on from there: (n, 3, H, W) in [-1, 1].
 
     The captions' states are mixed by the same shares, and every mix is denoised with the same noise.
     """
@@ -194,8 +187,8 @@ def interpolate(
     mixed: dict[str, Any] = {"prompt_embeds": torch.lerp(states[:1], states[1:], shares.reshape(-1, 1, 1))}
     if pipe.requires_pooled_text:
         mixed["pooled_prompt_embeds"] = torch.lerp(pooled[:1], pooled[1:], shares.reshape(-1, 1))
-    generators = [seeded(seed + 1) for _ in shares]
-    return draw_from(pipe, mixed_noise(pictures, shares, abar, seed), t, steps, generators, **mixed)
+    x_t = mixed_noise(x0, shares, abar, seed)
+    return draw_from(pipe, x_t, t, steps, [seed + 1] * len(shares), **mixed)
 
 
 def draw_interpolation(settings: argparse.Namespace, path: Path) -> None:
@@ -225,8 +218,8 @@ def noise_to_level(scheduler: DDPMScheduler, pictures: Tensor, sigma: float, see
 @torch.no_grad()
 def sample_posterior(pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, seed: int) -> Tensor:
     """x0 ~ p(x0 | x_t) as the model has it without a prompt: its chain from t on. (B, C, H, W) in [-1, 1]."""
-    generators = [seeded(seed + i) for i in range(len(x_t))]
-    return draw_from(pipe, x_t, t, steps, generators, prompt=[NULL_PROMPT] * len(x_t), guidance_scale=1.0)
+    seeds = range(seed, seed + len(x_t))
+    return draw_from(pipe, x_t, t, steps, seeds, prompt=[NULL_PROMPT] * len(x_t), guidance_scale=1.0)
 
 
 def counted(settings: argparse.Namespace, num_pictures: int) -> likelihood.BitsPerDimConfig:
@@ -268,14 +261,12 @@ def draw_rate_distortion(settings: argparse.Namespace, path: Path) -> None:
 
 
 FIGURES: dict[str, Callable[[argparse.Namespace, Path], None]] = {
-    "forward": draw_forward,
-    "digit": draw_digit,
-    "swiss-roll": draw_swiss_roll,
-    "progressive": draw_progressive,
-    "interpolation": draw_interpolation,
-    "denoise": draw_denoise,
-    "rate-distortion": draw_rate_distortion,
-}
+    draw.__name__.removeprefix("draw_").replace("_", "-"): draw
+    for draw in (
+        draw_forward, draw_digit, draw_swiss_roll, draw_progressive, draw_interpolation, draw_denoise,
+        draw_rate_distortion,
+    )
+}  # fmt: skip
 NEED_A_MODEL = ("progressive", "interpolation", "denoise", "rate-distortion")
 
 

@@ -19,14 +19,11 @@ from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji"
 UNET = {
-    "sample_size": 16,
-    "block_out_channels": (128, 256),
+    "sample_size": 16, "block_out_channels": (128, 256), "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 4,
-    "cross_attention_dim": 256,
-    "layers_per_block": 1,
-}
+    "attention_head_dim": 4, "cross_attention_dim": 256,
+}  # fmt: skip
 
 
 def seconds(work: Callable[[], object]) -> float:

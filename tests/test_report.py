@@ -26,9 +26,9 @@ from training.evaluation.html_tags import pair_tags
 from training.evaluation.inception import WEIGHTS, inception_figures
 from training.evaluation.judge import Judge, embed_concepts
 from training.evaluation.metrics import density_coverage, frechet_distance, kernel_distance, precision_recall
-from training.evaluation.report import fewest_matches, picked
+from training.evaluation.report import picked
 from training.evaluation.report_page import shown
-from training.evaluation.samples import draw, pipeline_key, two_halves
+from training.evaluation.samples import draw, fewest_matches, pipeline_key, two_halves
 
 pytest_plugins = ["evaluation_folders"]
 

@@ -22,8 +22,14 @@ from pipelines.coding.likelihood import VLBTerms, chain_of, vlb_terms
 from pipelines.drawing.text import NULL_PROMPT, encode_text
 from training.data.pictures import PictureCache, load_pictures, seed_for
 from training.evaluation.figures import chart, finish
-from training.evaluation.samples import first_captions, load_pipeline, random_rows, read_pictures
-from training.evaluation.settings import BatchSettings, CountSettings, ModelSettings, StepsSettings
+from training.evaluation.samples import (
+    fewest_matches,
+    first_captions,
+    load_pipeline,
+    random_rows,
+    read_pictures,
+)
+from training.evaluation.settings import CountSettings, ModelSettings, PassSettings
 from training.run.settings import AT_LEAST_1, Rule, one_of, require, setting, settings
 
 VARIANCES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
@@ -32,7 +38,7 @@ FOR_AN_ERROR = Rule(lambda count: count >= 2, "at least 2, for a standard error"
 
 
 @settings
-class BitsPerDimConfig(ModelSettings, StepsSettings, CountSettings, BatchSettings):
+class BitsPerDimConfig(ModelSettings, PassSettings, CountSettings):
     """Settings of `training.evaluate bits-per-dim` and `text-information`."""
 
     variance_type: str | None = setting(
@@ -197,8 +203,8 @@ def bits_per_dim(config: BitsPerDimConfig) -> dict[str, Any]:
 
 def shuffle_captions(captions: list[str]) -> list[str]:
     """Each place gets another's caption: all move on by as many places as leave the fewest as they were."""
-    shifted = [captions[k:] + captions[:k] for k in range(1, len(captions))]
-    return min(shifted, key=lambda others: sum(a == b for a, b in zip(captions, others, strict=True)))
+    k = fewest_matches(captions)
+    return captions[k:] + captions[:k]
 
 
 def text_information(config: BitsPerDimConfig) -> dict[str, Any]:

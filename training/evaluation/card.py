@@ -53,14 +53,14 @@ def model_index(report: dict[str, Any]) -> list[EvalResult]:
     columns["seen captions"] = columns["seen captions"] | halves
     return [
         EvalResult(
-            task_type="text-to-image",
-            dataset_type=name,
-            dataset_name=f"{name}, {title}",
+            "text-to-image",
+            name,
+            f"{name}, {title}",
+            TYPES.get(metric, metric),
+            round(figure["value"], 5),
             dataset_split=SPLITS[title],
-            metric_type=TYPES.get(metric, metric),
             metric_name=metric,
-            metric_value=round(figure["value"], 5),
-        )
+        )  # fmt: skip
         for title, figures in columns.items()
         for metric, figure in figures.items()
     ]

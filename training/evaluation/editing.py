@@ -22,7 +22,7 @@ from pipelines.drawing.images import image_grid, to_pil
 from pipelines.drawing.masks import crop_region
 from pipelines.folders.files import save_png
 from training.evaluation.judge import Judge
-from training.evaluation.samples import load_pipeline_as, read_pictures
+from training.evaluation.samples import call, load_pipeline_as, read_pictures
 from training.evaluation.settings import JudgeSettings, SplitSettings, StepsSettings
 from training.run.settings import require, setting, settings
 
@@ -137,17 +137,10 @@ def find_cases(config: EditingConfig, side: int) -> list[Case]:
 
 def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Case) -> Tensor:
     """(B, 3, H, W) in [-1, 1]; picture i has the seed seed + i."""
-    drawn: Any = pipe(
-        case.after,
-        image=case.pictures / 2 + 0.5,
-        mask_image=case.mask,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(case.after))],
-        jump_n_sample=samples,
-        output_type="pt",
-    )
-    return drawn.images * 2 - 1
+    how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    what = {"prompt": case.after, "image": case.pictures / 2 + 0.5, "mask_image": case.mask}
+    seeds = range(config.seed, config.seed + len(case.after))
+    return call(pipe, seeds, **what, **how, jump_n_sample=samples)
 
 
 def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
@@ -196,12 +189,10 @@ def editing(config: EditingConfig) -> dict[str, Any]:
 def draw_sheet(cases: list[Case], results: dict[str, list[Tensor]], path: str) -> None:
     """The first picture of each change: as it was, its mask, and what each way made of it."""
     cells, labels = [], []
+    ways = [way for way in results if way != "as it was"]
     for i, case in enumerate(cases):
-        cells += [to_pil(results["as it was"][i][:1])[0], case.mask.convert("RGB")]
-        labels += [case.before[0], case.after[0]]
-        for way, edited in results.items():
-            if way != "as it was":
-                cells += to_pil(edited[i][:1])
-                labels.append(way)
+        cells += [to_pil(case.pictures[:1])[0], case.mask.convert("RGB")]
+        cells += [to_pil(results[way][i][:1])[0] for way in ways]
+        labels += [case.before[0], case.after[0], *ways]
     wide = [cell.resize((128, 128), Image.Resampling.LANCZOS) for cell in cells]
     save_png(image_grid(wide, columns=len(results) + 1, labels=labels), path)

@@ -21,32 +21,22 @@ from training.data.arrays import content_key, memory_map, model_key
 from training.evaluation.figures import chart, finish
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import clip_score, frechet_distance
-from training.evaluation.samples import pipeline_key, read_pictures, two_halves, with_guides
-from training.evaluation.settings import (
-    BatchSettings,
-    GuidesSettings,
-    JudgedSettings,
-    SplitSettings,
-    StepsSettings,
-    at_least,
-)
+from training.evaluation.samples import call, pipeline_key, read_pictures, two_halves, with_guides
+from training.evaluation.settings import GuidesSettings, JudgedSettings, PassSettings, SplitSettings, at_least
 from training.run.settings import Rule, require, setting, settings
 
 # form -> the component that it needs
 FORMS = {
-    "classifier_free": "unet",
-    "thresholded": "unet",
-    "noised_clip": "noisy_clip",
-    "clean_clip": "clip_guidance_model",
-    "classifier": "noisy_classifier",
-}
+    "classifier_free": "unet", "thresholded": "unet", "noised_clip": "noisy_clip",
+    "clean_clip": "clip_guidance_model", "classifier": "noisy_classifier",
+}  # fmt: skip
 
 
 SCALES = Rule(lambda scales: all(scale >= 0 for scale in scales), "scales of 0 or more")
 
 
 @settings
-class FrontierConfig(JudgedSettings, GuidesSettings, StepsSettings, BatchSettings, SplitSettings):
+class FrontierConfig(JudgedSettings, GuidesSettings, PassSettings, SplitSettings):
     """Settings of `training.evaluate frontier`."""
 
     clip_guidance_model: str = setting(
@@ -116,10 +106,10 @@ def embed_drawn(
     """(N, D): the judge's embeddings of one picture for each caption, seeds in a row. Kept in cache_dir under
     a digest of all they depend on, the component that guides among it, so a stopped run goes on with the next
     scale."""
-    call, part = call_of(form, scale), FORMS[form]
+    guided, part = call_of(form, scale), FORMS[form]
     by_class = form == "classifier" and scale > 0
     keys = [model_key(judge.model), *([] if part == "unet" else [model_key(getattr(pipe, part))])]
-    settings = f"{config.num_inference_steps} {config.seed} {sorted(call.items())}"
+    settings = f"{config.num_inference_steps} {config.seed} {sorted(guided.items())}"
     key = content_key(pipeline_key(pipe), *keys, settings, *captions, *(labels if by_class else []))
     width = judge.model.config.projection_dim
 
@@ -127,14 +117,10 @@ def embed_drawn(
         for start in range(0, len(captions), config.batch_size):
             rows = slice(start, start + config.batch_size)
             seeds = range(config.seed + start, config.seed + start + len(captions[rows]))
-            drawn: Any = pipe(
-                captions[rows],
-                num_inference_steps=config.num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type="pt",
-                **(call | {"class_labels": labels[rows]} if by_class else call),
-            )
-            target[rows] = judge.embed_images(drawn.images.cpu() * 2 - 1).numpy()
+            own = {"class_labels": labels[rows]} if by_class else {}
+            steps = config.num_inference_steps
+            drawn = call(pipe, seeds, prompt=captions[rows], num_inference_steps=steps, **guided, **own)
+            target[rows] = judge.embed_images(drawn.cpu()).numpy()
             bar.update(len(seeds))
 
     path = Path(config.cache_dir) / f"frontier-{key}.npy"

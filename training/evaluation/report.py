@@ -100,15 +100,6 @@ def estimate(
     return {"value": statistic(*samples), "interval": list(interval)}
 
 
-def fewest_matches(labels: list[str]) -> int:
-    """By how many places to move all labels on, so that the fewest stay what they were."""
-
-    def matches(k: int) -> int:
-        return sum(a == b for a, b in zip(labels, labels[k:] + labels[:k], strict=True))
-
-    return min(range(1, len(labels)), key=matches)
-
-
 def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, part: Part) -> dict[str, Any]:
     """Retrieval among all concepts and CLIP score: of the drawn pictures, the real ones of the same captions,
     and the drawn ones each under another's caption."""
@@ -116,7 +107,7 @@ def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, par
     columns = {
         "generated": part.drawn_embeds,
         "real": part.embeds[part.numbers],
-        "shuffled": part.drawn_embeds.roll(-fewest_matches(part.concepts), dims=0),
+        "shuffled": part.drawn_embeds.roll(-samples.fewest_matches(part.concepts), dims=0),
     }
     figures: dict[str, Any] = {"pictures": len(part.numbers), "concepts": len(set(part.concepts))}
     for column, embeds in columns.items():

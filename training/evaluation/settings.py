@@ -77,7 +77,12 @@ class StepsSettings(Settings):
 
 
 @settings
-class GuidanceSettings(StepsSettings, BatchSettings):
+class PassSettings(StepsSettings, BatchSettings):
+    """Steps of the chain, and how many pictures are in one pass."""
+
+
+@settings
+class GuidanceSettings(PassSettings):
     """How the model draws."""
 
     guidance_scale: float | None = setting(
@@ -94,12 +99,12 @@ class GuidanceSettings(StepsSettings, BatchSettings):
 
 
 @settings
-class NoisyClassifierSettings(Settings):
+class ClassifierSettings(Settings):
     noisy_classifier: str = setting("Folder of a NoisyClassifier; " + OWN, "", TRAINED)
 
 
 @settings
-class GuidesSettings(NoisyClassifierSettings):
+class GuidesSettings(ClassifierSettings):
     noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "", TRAINED)
 
 

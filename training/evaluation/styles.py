@@ -24,10 +24,10 @@ from training.evaluation.metrics import nearest_neighbours, recall_at
 from training.evaluation.redrawn import cache_redrawn
 from training.evaluation.samples import draw, random_rows, read_pictures, with_guides
 from training.evaluation.settings import (
+    ClassifierSettings,
     FigureSettings,
     GuidanceSettings,
     JudgedSettings,
-    NoisyClassifierSettings,
 )
 from training.run.settings import AT_LEAST_0, AT_LEAST_1, Rule, require, setting, settings
 
@@ -35,7 +35,7 @@ DRAWN = ["3d", "flat", "noto", "twemoji"]
 
 
 @settings
-class StylesConfig(JudgedSettings, NoisyClassifierSettings, GuidanceSettings, FigureSettings):
+class StylesConfig(JudgedSettings, ClassifierSettings, GuidanceSettings, FigureSettings):
     """Settings of `training.evaluate styles`."""
 
     classifier: str = setting(

@@ -24,14 +24,11 @@ from pipelines.super_resolution import SuperResolutionPipeline
 from training.data.pairs import load_pairs
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
-from training.evaluation.samples import load_pipeline_as, own_steps, random_rows
+from training.evaluation.samples import call, load_pipeline_as, own_steps, random_rows
 from training.evaluation.settings import CountSettings, JudgedSettings, StepsSettings, at_least
 from training.run.settings import PairSettings, require, setting, settings
 
-FILTERS = {
-    name: getattr(Image.Resampling, name.upper())
-    for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-}
+FILTERS = {method.name.lower(): method for method in Image.Resampling}
 EDGE = 0.05  # standard deviation, in a square of a picture in [-1, 1], that is an edge
 
 
@@ -80,16 +77,11 @@ def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 def enlarge_with(pipe: SuperResolutionPipeline, config: UpscalingConfig, small: Tensor) -> Tensor:
     """The same by the model, one picture at a time; picture i has the seed seed + i."""
+    how = {"num_inference_steps": config.num_inference_steps, "noise_level": config.noise_level}
     drawn = []
     for i in tqdm(range(len(small)), desc="enlarging", unit="picture"):
-        result: Any = pipe(
-            image=small[i : i + 1] / 2 + 0.5,
-            num_inference_steps=config.num_inference_steps,
-            noise_level=config.noise_level,
-            generator=torch.Generator().manual_seed(config.seed + i),
-            output_type="pt",
-        )
-        drawn.append(to_tensor(to_pil(result.images * 2 - 1)[0]))
+        picture = call(pipe, [config.seed + i], image=small[i : i + 1] / 2 + 0.5, **how)
+        drawn.append(to_tensor(to_pil(picture)[0]))
     return torch.cat(drawn)
 
 
