@@ -27,12 +27,8 @@ from pipelines.coding.progressive_coding import decode, encode, to_picture
 from pipelines.drawing.images import image_grid
 from pipelines.drawing.text import NULL_PROMPT
 from pipelines.folders.files import save_png, write_file
-from training.evaluation.bits_per_dim import (
-    BitsPerDimConfig,
-    held_out_pictures,
-    load_pixel_pipeline,
-)
-from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.bits_per_dim import BitsPerDimConfig, held_out_pictures, load_pixel_pipeline
+from training.evaluation.figures import chart, finish
 
 LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},
@@ -69,12 +65,9 @@ def squared_error(a: Image.Image, b: Image.Image) -> float:
 def sheet_of(pictures: list[Image.Image]) -> Image.Image:
     """All in one picture without gaps, ten in a row; blank cells of the last row repeat the last picture."""
     columns = min(10, len(pictures))
-    filled = pictures + pictures[-1:] * (-len(pictures) % columns)
-    side = pictures[0].width
-    sheet = Image.new("RGB", (columns * side, len(filled) // columns * side))
-    for i, picture in enumerate(filled):
-        sheet.paste(picture, (i % columns * side, i // columns * side))
-    return sheet
+    cells = [np.asarray(one) for one in pictures + pictures[-1:] * (-len(pictures) % columns)]  # (H, W, 3)
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return Image.fromarray(np.concatenate(rows))
 
 
 def archive(
@@ -85,9 +78,9 @@ def archive(
     data, cost = encode(pipe, pictures, captions, kind="lossless", steps=steps, end=end)
     taken = time.perf_counter() - began
     back = decode(pipe, data).pictures
-    exact = all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(pictures, back, strict=True))
-    if not exact:
-        raise RuntimeError("the archive does not hold the pictures that it was made of")
+    for picture, held in zip(pictures, back, strict=True):
+        if picture.tobytes() != held.tobytes():
+            raise RuntimeError("the archive does not hold the pictures that it was made of")
     return {
         "pictures": len(pictures),
         "bytes": cost.total,
@@ -106,9 +99,8 @@ def progressive(
     """(what the files cost, the curve: mean coded bytes and mean squared error at each of CUTS)."""
     totals = {"coded, bytes": 0.0, "KL sum, bytes": 0.0, "the coder's bound, bytes": 0.0}
     points = np.zeros((len(CUTS), 2))
-    for picture, caption in tqdm(
-        list(zip(pictures, captions, strict=True)), desc="progressive", unit="picture"
-    ):
+    pairs = list(zip(pictures, captions, strict=True))
+    for picture, caption in tqdm(pairs, desc="progressive", unit="picture"):
         data, cost = encode(pipe, [picture], [caption], steps=steps)
         coded = cost.total - cost.header
         totals["coded, bytes"] += coded
@@ -139,33 +131,32 @@ def draw_curves(
     curves: dict[str, dict[str, list[float]]], lossless: dict[str, float], dims: int, path: Path
 ) -> None:
     """Peak signal-to-noise ratio against bits per dimension; what is lossless stands as a line."""
-    figure, ax = new_figure(7, 4.2)
-    for name, curve in curves.items():
-        rate = [8 * size / dims for size in curve["bytes"]]
-        psnr = [10 * np.log10(255**2 / error) if error else np.nan for error in curve["squared error"]]
-        ax.plot(rate, psnr, marker=".", lw=2 if name == "ours" else 1, label=name)
-    for i, (name, size) in enumerate(lossless.items()):
-        ax.axvline(8 * size / dims, ls="--", lw=0.8, color=f"C{i + len(curves)}", label=f"{name}, exact")
-    ax.set(xlabel="bits/dim", ylabel="PSNR, dB", xscale="log")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(fontsize=8)
-    save_figure(figure, path)
+    with chart(path, 7, 4.2) as ax:
+        for name, curve in curves.items():
+            rate = [8 * size / dims for size in curve["bytes"]]
+            psnr = [10 * np.log10(255**2 / error) if error else np.nan for error in curve["squared error"]]
+            ax.plot(rate, psnr, marker=".", lw=2 if name == "ours" else 1, label=name)
+        for i, (name, size) in enumerate(lossless.items(), start=len(curves)):
+            ax.axvline(8 * size / dims, ls="--", lw=0.8, color=f"C{i}", label=f"{name}, exact")
+        finish(ax, 8, xlabel="bits/dim", ylabel="PSNR, dB", xscale="log")
+        ax.grid(which="minor", alpha=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.coding", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/emoji", help="pipeline without a VAE")
-    parser.add_argument("--dataset", default="data/emoji", help="validation pictures from here")
-    parser.add_argument("--cache_dir", default="data/cache", help="decoded pictures")
-    parser.add_argument("--num_pictures", type=int, default=100, help="in the archive")
-    parser.add_argument("--num_progressive", type=int, default=10, help="of them as progressive files")
-    parser.add_argument("--steps", type=int, default=100, help="timesteps of the chain")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/coding"))
+    for name, default, text in (
+        ("model", "models/emoji", "pipeline without a VAE"),
+        ("dataset", "data/emoji", "validation pictures from here"),
+        ("cache_dir", "data/cache", "decoded pictures"),
+        ("num_pictures", 100, "in the archive"),
+        ("num_progressive", 10, "of them as progressive files"),
+        ("steps", 100, "timesteps of the chain"),
+        ("output_dir", Path("outputs/coding"), "where the figures go"),
+    ):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     settings = parser.parse_args(argv)
-    names = ("model", "dataset", "cache_dir", "num_pictures")
-    shared = {name: getattr(settings, name) for name in names}
-    config = BitsPerDimConfig(**shared, num_inference_steps=settings.steps)
-    few = settings.num_progressive
+    shared = {name: getattr(settings, name) for name in ("model", "dataset", "cache_dir", "num_pictures")}
+    config, few = BitsPerDimConfig(**shared, num_inference_steps=settings.steps), settings.num_progressive
     try:
         config.check()
         if not 1 <= few <= settings.num_pictures:
@@ -175,10 +166,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
-    pictures = [to_picture(x0[None]) for x0 in held_out.pictures.images(held_out.numbers)]
-    captions, dims = held_out.captions, 3 * pictures[0].width ** 2
-
     x0s = list(held_out.pictures.images(held_out.numbers).split(1))
+    pictures = [to_picture(x0) for x0 in x0s]
+    captions, dims = held_out.captions, 3 * pictures[0].width ** 2
     # one for all, so that what the captions save is not a matter of where the chain ends
     end = best_end(pipe, x0s, captions, settings.steps, None, 0)
     chain = (settings.steps, end)
@@ -188,14 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     unknown = archive(pipe, pictures, [NULL_PROMPT] * len(pictures), *chain)
     saved = 8 * (unknown["KL sum, bytes"] - figures["archive"]["KL sum, bytes"]) / len(pictures)
     figures["the captions save, bits a picture"] = saved
-    sheet = sheet_of(pictures)
-    figures["as one sheet, bytes"] = {
-        name: compress(sheet, options)[0] for name, options in available(LOSSLESS).items()
-    }
-    figures["as single files, bytes"] = {
-        name: sum(compress(picture, options)[0] for picture in pictures)
-        for name, options in available(LOSSLESS).items()
-    }
+    for name, images in (("as one sheet, bytes", [sheet_of(pictures)]), ("as single files, bytes", pictures)):
+        for codec, options in available(LOSSLESS).items():
+            figures.setdefault(name, {})[codec] = sum(compress(image, options)[0] for image in images)
     figures["progressive"], curve = progressive(pipe, pictures[:few], captions[:few], settings.steps)
     curves = {"ours": curve} | others(pictures)
     exact = {name: size / len(pictures) for name, size in figures["as one sheet, bytes"].items()}

@@ -1,11 +1,8 @@
 """Thirty pictures of a corgi, drawn by this file: something that the emoji art lacks, to fine-tune on.
 
-    python -m benchmarks.corgi my_corgi          # corgi-00.png .. corgi-29.png and metadata.jsonl
-
 Three coats, both ways round, standing or lying, with one of five things to wear. Apache-2.0, as the code.
 """
 
-import argparse
 import itertools
 import json
 from pathlib import Path
@@ -87,9 +84,8 @@ def draw_corgi(coat: str, thing: str, lying: bool, faces_right: bool) -> Image.I
         c.polygon("#f5c518", 25, y - 21, 39, y - 21, 37, y - 26, 27, y - 26)
         c.ellipse(32, y - 37, 3, 3, "#f5c518")
     elif thing == "a crown":
-        c.polygon(
-            "#f5c518", 21, y - 14, 43, y - 14, 45, y - 29, 38, y - 22, 32, y - 31, 26, y - 22, 19, y - 29
-        )
+        spikes = (45, y - 29, 38, y - 22, 32, y - 31, 26, y - 22, 19, y - 29)
+        c.polygon("#f5c518", 21, y - 14, 43, y - 14, *spikes)
     image = c.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if faces_right else image
 
@@ -97,31 +93,19 @@ def draw_corgi(coat: str, thing: str, lying: bool, faces_right: bool) -> Image.I
 def write_pictures(folder: Path) -> list[str]:
     """Every other one of the 60 combinations, as a folder that training.text_to_image reads; the captions."""
     folder.mkdir(parents=True, exist_ok=True)
-    captions: list[str] = []
-    lines = []
+    rows: list[dict[str, str]] = []
     poses = itertools.product(enumerate(COATS), enumerate(THINGS), (False, True), (False, True))
     for (i, coat), (j, thing), lying, faces_right in poses:
         if (i + j + lying + faces_right) % 2 == 0:
-            name = f"corgi-{len(captions):02d}.png"
-            draw_corgi(coat, thing, lying, faces_right).save(folder / name)
-            captions.append(caption_of(coat, thing, lying, faces_right))
-            lines.append(json.dumps({"file_name": name, "text": captions[-1]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return captions
+            text = caption_of(coat, thing, lying, faces_right)
+            rows.append({"file_name": f"corgi-{len(rows):02d}.png", "text": text})
+            draw_corgi(coat, thing, lying, faces_right).save(folder / rows[-1]["file_name"])
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    return [row["text"] for row in rows]
 
 
 def caption_of(coat: str, thing: str, lying: bool, faces_right: bool) -> str:
     wearing = f" in {thing}" if thing else ""
     pose, side = "asleep" if lying else "standing", "right" if faces_right else "left"
     return f"a {coat} corgi{wearing}, {pose}, facing {side}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.corgi", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(argv).folder
-    print(f"{len(write_pictures(folder))} pictures and metadata.jsonl in {folder}")
-
-
-if __name__ == "__main__":
-    main()

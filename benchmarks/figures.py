@@ -14,10 +14,11 @@ The first three need nothing; the others a model without a VAE, and the last two
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,14 +29,9 @@ from pipelines.chain.guidance import guide
 from pipelines.coding.likelihood import chain_of, rate_distortion
 from pipelines.drawing.images import to_tensor, to_unit
 from pipelines.drawing.text import NULL_PROMPT, encode_text
-from training.evaluation.bits_per_dim import (
-    BitsPerDimConfig,
-    evaluation_chain,
-    held_out_pictures,
-    load_pixel_pipeline,
-    measure,
-)
-from training.evaluation.figures import new_figure, save_figure
+from training.evaluation import bits_per_dim as likelihood
+from training.evaluation.figures import chart, finish
+from training.evaluation.samples import call
 
 PICTURES = Path(__file__).parent.parent / "tests" / "data" / "emoji64"
 PROMPTS = ["dog face, noto style", "red heart, 3d style", "pizza, flat style", "house, twemoji style"]
@@ -47,30 +43,27 @@ PROMPTS = ["dog face, noto style", "red heart, 3d style", "pizza, flat style", "
 def draw_pictures(rows: dict[str, Tensor], titles: list[str], path: Path) -> None:
     """One row of pictures for each entry, (n, C, H, W) in [-1, 1], its name to the left, titles on top."""
     columns = len(titles)
-    figure, axes = new_figure(1.1 * columns + 0.9, 1.15 * len(rows) + 0.3, columns, len(rows))
-    for r, (name, pictures) in enumerate(rows.items()):
-        for c, picture in enumerate(to_unit(pictures.float())):
-            ax = axes[r, c] if len(rows) > 1 else axes[c]
-            ax.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-            if r == 0:
-                ax.set_title(titles[c], fontsize=8)
-            if c == 0:
-                ax.set_ylabel(name, fontsize=8)
-    save_figure(figure, path)
+    with chart(path, 1.1 * columns + 0.9, 1.15 * len(rows) + 0.3, columns, len(rows)) as axes:
+        for row, pictures in zip(np.atleast_2d(axes), rows.values(), strict=True):
+            for ax, picture in zip(row, to_unit(pictures.float()), strict=True):
+                ax.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+                ax.set(xticks=[], yticks=[])
+        for ax, title in zip(np.atleast_2d(axes)[0], titles, strict=True):
+            ax.set_title(title, fontsize=8)
+        for ax, name in zip(np.atleast_2d(axes)[:, 0], rows, strict=True):
+            ax.set_ylabel(name, fontsize=8)
 
 
 def draw_points(rows: dict[str, Tensor], titles: dict[str, list[str]], path: Path) -> None:
     """One row of scatter plots for each entry, (n, points, 2); a point keeps its colour along the row."""
     columns = max(map(len, rows.values()))
-    figure, axes = new_figure(1.6 * columns, 1.8 * len(rows), columns, len(rows))
-    for row, (name, clouds) in zip(axes, rows.items(), strict=True):
-        for ax, cloud, title in zip(row, clouds, titles[name], strict=True):
-            ax.scatter(*cloud.T.numpy(), s=1, c=range(len(cloud)), cmap="viridis")
-            ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
-            ax.set_title(title, fontsize=8)
-        row[0].set_ylabel(name, fontsize=9)
-    save_figure(figure, path)
+    with chart(path, 1.6 * columns, 1.8 * len(rows), columns, len(rows)) as axes:
+        for row, (name, clouds) in zip(axes, rows.items(), strict=True):
+            for ax, cloud, title in zip(row, clouds, titles[name], strict=True):
+                ax.scatter(*cloud.T.numpy(), s=1, c=range(len(cloud)), cmap="viridis")
+                ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
+                ax.set_title(title, fontsize=8)
+            row[0].set_ylabel(name, fontsize=9)
 
 
 # ------------------------------------------------------------ without a model
@@ -88,7 +81,7 @@ def noised_pictures(picture: Tensor, schedule: str, timesteps: list[int], seed: 
 
 
 def draw_forward(settings: argparse.Namespace, path: Path) -> None:
-    picture = to_tensor(Image.open(settings.picture))
+    picture = to_tensor(Image.open(PICTURES / "dog-face-noto.png"))
     timesteps = [0, 125, 250, 375, 500, 625, 750, 875, 999]
     schedules = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
     rows = {name: noised_pictures(picture, s, timesteps, settings.seed) for name, s in schedules.items()}
@@ -114,11 +107,7 @@ def draw_swiss_roll(settings: argparse.Namespace, path: Path) -> None:
     posterior = posterior_chain(roll, forward[-1], beta, T, generator)
     backward = backward_chain(roll, forward_chain(roll, beta, T, generator)[-1], beta, T, generator)
     shown = list(range(0, T + 1, 2))
-    rows = {
-        "forward": forward[shown],
-        "posterior": posterior[shown],
-        "backward": backward[shown],
-    }
+    rows = {"forward": forward[shown], "posterior": posterior[shown], "backward": backward[shown]}
     up, down = [f"x_{t}" for t in shown], [f"x_{T - t}" for t in shown]
     draw_points(rows, dict(zip(rows, (up, down, down), strict=True)), path)
 
@@ -151,10 +140,10 @@ def progressive_predictions(
 
 
 def draw_progressive(settings: argparse.Namespace, path: Path) -> None:
-    pipe = load_pixel_pipeline(settings.model)
-    timesteps, x0 = progressive_predictions(pipe, settings.prompts, settings.steps, settings.seed)
+    pipe = likelihood.load_pixel_pipeline(settings.model)
+    timesteps, x0 = progressive_predictions(pipe, PROMPTS, settings.steps, settings.seed)
     shown = torch.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().long()
-    rows = {prompt: x0[shown, i] for i, prompt in enumerate(settings.prompts)}
+    rows = {prompt: x0[shown, i] for i, prompt in enumerate(PROMPTS)}
     draw_pictures(rows, [f"t = {t}" for t in timesteps[shown].tolist()], path)
 
 
@@ -176,51 +165,43 @@ def timesteps_from(t: int, steps: int) -> list[int]:
     return torch.linspace(t, 0, min(steps, t + 1)).round().long().unique().flip(0).tolist()
 
 
+def draw_from(
+    pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, seeds: Iterable[int], **arguments: Any
+) -> Tensor:
+    """What the model's DDPM chain makes of x_t from timestep t on, (B, 3, H, W) in [-1, 1]."""
+    pipe.scheduler = chain_of(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return call(pipe, seeds, timesteps=timesteps_from(t, steps), latents=x_t, **arguments)
+
+
 @torch.no_grad()
 def interpolate(
-    pipe: TextToImagePipeline,
-    pictures: Tensor,
-    captions: list[str],
-    t: int,
-    shares: Tensor,
-    steps: int,
-    seed: int,
+    pipe: TextToImagePipeline, x0: Tensor, captions: list[str], t: int, shares: Tensor, steps: int, seed: int
 ) -> Tensor:
-    """The mixes of two pictures (2, 3, H, W) at timestep t, drawn anew from there: (n, 3, H, W) in [-1, 1].
+    """The mixes of two pictures x0 (2, 3, H, W) at timestep t, drawn on from there: (n, 3, H, W) in [-1, 1].
 
     The captions' states are mixed by the same shares, and every mix is denoised with the same noise.
     """
-    scheduler = chain_of(pipe.scheduler)
-    abar = float(scheduler.alphas_cumprod[t])
+    abar = float(pipe.scheduler.alphas_cumprod[t])
     states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
     mixed: dict[str, Any] = {"prompt_embeds": torch.lerp(states[:1], states[1:], shares.reshape(-1, 1, 1))}
     if pipe.requires_pooled_text:
         mixed["pooled_prompt_embeds"] = torch.lerp(pooled[:1], pooled[1:], shares.reshape(-1, 1))
-    pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(disable=True)
-    drawn: Any = pipe(
-        **mixed,
-        timesteps=timesteps_from(t, steps),
-        latents=mixed_noise(pictures, shares, abar, seed),
-        generator=[seeded(seed + 1) for _ in shares],
-        output_type="pt",
-    )
-    return drawn.images * 2 - 1
+    x_t = mixed_noise(x0, shares, abar, seed)
+    return draw_from(pipe, x_t, t, steps, [seed + 1] * len(shares), **mixed)
 
 
 def draw_interpolation(settings: argparse.Namespace, path: Path) -> None:
-    pipe = load_pixel_pipeline(settings.model)
+    pipe = likelihood.load_pixel_pipeline(settings.model)
     lines = (PICTURES / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     captions = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
     names = ["dog-face-noto.png", "cat-face-noto.png"]
     side = pipe.unet.config.sample_size
     pictures = to_tensor([Image.open(PICTURES / name).convert("RGB").resize((side, side)) for name in names])
-    shares = torch.linspace(0, 1, 7)
+    shares, own = torch.linspace(0, 1, 7), [captions[name] for name in names]
     rows = {}
     for t in (int(share * (len(chain_of(pipe.scheduler)) - 1)) for share in (0.25, 0.5, 0.75, 1)):
-        mixes = interpolate(
-            pipe, pictures, [captions[n] for n in names], t, shares, settings.steps, settings.seed
-        )
+        mixes = interpolate(pipe, pictures, own, t, shares, settings.steps, settings.seed)
         rows[f"t = {t}"] = torch.cat([pictures[:1], mixes, pictures[1:]])
     draw_pictures(rows, ["a picture", *(f"{share:.2f}" for share in shares.tolist()), "another"], path)
 
@@ -237,26 +218,21 @@ def noise_to_level(scheduler: DDPMScheduler, pictures: Tensor, sigma: float, see
 @torch.no_grad()
 def sample_posterior(pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, seed: int) -> Tensor:
     """x0 ~ p(x0 | x_t) as the model has it without a prompt: its chain from t on. (B, C, H, W) in [-1, 1]."""
-    pipe.scheduler = chain_of(pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    drawn: Any = pipe(
-        [NULL_PROMPT] * len(x_t),
-        guidance_scale=1.0,
-        timesteps=timesteps_from(t, steps),
-        latents=x_t,
-        generator=[seeded(seed + i) for i in range(len(x_t))],
-        output_type="pt",
-    )
-    return drawn.images * 2 - 1
+    seeds = range(seed, seed + len(x_t))
+    return draw_from(pipe, x_t, t, steps, seeds, prompt=[NULL_PROMPT] * len(x_t), guidance_scale=1.0)
+
+
+def counted(settings: argparse.Namespace, num_pictures: int) -> likelihood.BitsPerDimConfig:
+    """So many held-out pictures. Raises ValueError unless they can be measured."""
+    shared = {name: getattr(settings, name) for name in ("model", "dataset", "cache_dir", "seed")}
+    config = likelihood.BitsPerDimConfig(**shared, num_pictures=num_pictures)
+    config.check()
+    return config
 
 
 def draw_denoise(settings: argparse.Namespace, path: Path) -> None:
     """Noise of a variance of 1, as in the paper, and a weaker and a stronger one; each denoised twice."""
-    shared = ("model", "dataset", "cache_dir", "seed")
-    config = BitsPerDimConfig(**{name: getattr(settings, name) for name in shared}, num_pictures=8)
-    config.check()
-    pipe = load_pixel_pipeline(config.model)
-    held_out = held_out_pictures(config, pipe)
+    pipe, _, held_out = likelihood.prepare(counted(settings, 8))
     pictures = held_out.pictures.images(held_out.numbers)
     scheduler, rows = chain_of(pipe.scheduler), {"held out": pictures}
     for sigma in (0.5, 1.0, 2.0):
@@ -268,65 +244,46 @@ def draw_denoise(settings: argparse.Namespace, path: Path) -> None:
 
 
 def draw_rate_distortion(settings: argparse.Namespace, path: Path) -> None:
-    shared = ("model", "dataset", "num_pictures", "cache_dir", "seed")
-    config = BitsPerDimConfig(**{name: getattr(settings, name) for name in shared})
-    config.check()
-    pipe = load_pixel_pipeline(config.model)
-    chain = evaluation_chain(pipe)
-    held_out = held_out_pictures(config, pipe)
-    rate, distortion = rate_distortion(measure(config, pipe, chain, held_out, held_out.captions))
-    reverse_steps = torch.arange(len(rate))
-    figure, axes = new_figure(11, 3.2, columns=3)
-    for ax, x, y, labels in (
-        (
-            axes[0],
-            reverse_steps,
-            distortion,
-            ("reverse process steps (T - t)", "distortion (RMSE, 0 .. 255)"),
-        ),
-        (axes[1], reverse_steps, rate, ("reverse process steps (T - t)", "rate (bits/dim)")),
-        (axes[2], rate, distortion, ("rate (bits/dim)", "distortion (RMSE, 0 .. 255)")),
-    ):
-        ax.plot(x.numpy(), y.numpy(), lw=1)
-        ax.set(xlabel=labels[0], ylabel=labels[1])
-        ax.grid(alpha=0.3)
-    save_figure(figure, path)
+    config = counted(settings, settings.num_pictures)
+    pipe, chain, held_out = likelihood.prepare(config)
+    rate, distortion = rate_distortion(likelihood.measure(config, pipe, chain, held_out, held_out.captions))
+    steps = (torch.arange(len(rate)), "reverse process steps (T - t)")
+    lost, spent = (distortion, "distortion (RMSE, 0 .. 255)"), (rate, "rate (bits/dim)")
+    with chart(path, 11, 3.2, columns=3) as axes:
+        for ax, (x, xlabel), (y, ylabel) in zip(
+            axes, (steps, steps, spent), (lost, spent, lost), strict=True
+        ):
+            ax.plot(x.numpy(), y.numpy(), lw=1)
+            finish(ax, xlabel=xlabel, ylabel=ylabel)
 
 
 # ------------------------------------------------------------ the command
 
 
 FIGURES: dict[str, Callable[[argparse.Namespace, Path], None]] = {
-    "forward": draw_forward,
-    "digit": draw_digit,
-    "swiss-roll": draw_swiss_roll,
-    "progressive": draw_progressive,
-    "interpolation": draw_interpolation,
-    "denoise": draw_denoise,
-    "rate-distortion": draw_rate_distortion,
-}
+    draw.__name__.removeprefix("draw_").replace("_", "-"): draw
+    for draw in (
+        draw_forward, draw_digit, draw_swiss_roll, draw_progressive, draw_interpolation, draw_denoise,
+        draw_rate_distortion,
+    )
+}  # fmt: skip
 NEED_A_MODEL = ("progressive", "interpolation", "denoise", "rate-distortion")
 
 
 def main(argv: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.figures", description=__doc__, formatter_class=formatter
-    )
+    parser = argparse.ArgumentParser("python -m benchmarks.figures", None, __doc__, formatter_class=formatter)
     parser.add_argument("figures", nargs="*", metavar="figure", help="which to draw; all by default")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/figures"), help="where the PNGs go")
-    parser.add_argument("--model", default="models/emoji", help="pipeline without a VAE")
-    parser.add_argument(
-        "--dataset", default="data/emoji", help="denoise, rate-distortion: validation pictures from here"
-    )
-    parser.add_argument("--cache_dir", default="data/cache", help="decoded pictures")
-    parser.add_argument("--num_pictures", type=int, default=50, help="rate-distortion: so many of them")
-    parser.add_argument(
-        "--picture", type=Path, default=PICTURES / "dog-face-noto.png", help="forward: the picture"
-    )
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="progressive: a row for each")
-    parser.add_argument("--steps", type=int, default=100, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default, text in (
+        ("--output_dir", Path("outputs/figures"), "where the PNGs go"),
+        ("--model", "models/emoji", "pipeline without a VAE"),
+        ("--dataset", "data/emoji", "denoise, rate-distortion: validation pictures from here"),
+        ("--cache_dir", "data/cache", "decoded pictures"),
+        ("--num_pictures", 50, "rate-distortion: so many of them"),
+        ("--steps", 100, "denoising steps"),
+        ("--seed", 0, "of the noise"),
+    ):
+        parser.add_argument(name, type=type(default), default=default, help=text)
     settings = parser.parse_args(argv)
     names = settings.figures or list(FIGURES)
     for name in names:
@@ -334,8 +291,6 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"figure {name!r}: must be one of {', '.join(FIGURES)}")
     if settings.steps < 2:
         parser.error(f"--steps must be at least 2, got {settings.steps}")
-    if not settings.picture.is_file():
-        parser.error(f"--picture: there is no file {settings.picture}")
     if set(names) & set(NEED_A_MODEL) and not (Path(settings.model) / "model_index.json").is_file():
         free = " ".join(name for name in FIGURES if name not in NEED_A_MODEL)
         parser.error(

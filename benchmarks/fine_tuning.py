@@ -21,14 +21,11 @@ from benchmarks.corgi import caption_of, write_pictures
 from pipelines import TextToImagePipeline
 from pipelines.drawing.images import image_grid
 
-NEW = [
-    caption_of("red", "a party hat", True, True),
-    caption_of("black", "a crown", False, True),
-    caption_of("brown", "a blue scarf", False, False),
-    caption_of("red", "", False, True),
-    "a corgi in a party hat",
-    "a corgi",
-]
+POSES: list[tuple[str, str, bool, bool]] = [
+    ("red", "a party hat", True, True), ("black", "a crown", False, True),
+    ("brown", "a blue scarf", False, False), ("red", "", False, True),
+]  # fmt: skip
+NEW = [*(caption_of(*pose) for pose in POSES), "a corgi in a party hat", "a corgi"]
 PROMPTS = [*NEW, "a red heart", "dog face, noto style"]
 WAYS = {  # what the two runs differ in
     "whole": ["--learning_rate", "1e-4", "--train_batch_size", "16"],
@@ -36,8 +33,8 @@ WAYS = {  # what the two runs differ in
 }
 
 
-def draw(pipe: TextToImagePipeline, seed: int) -> list[Image.Image]:
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(PROMPTS))]
+def draw(pipe: TextToImagePipeline) -> list[Any]:
+    generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     result: Any = pipe(PROMPTS, num_inference_steps=25, generator=generators)
     return list(result.images)
 
@@ -58,12 +55,10 @@ def train(way: str, settings: argparse.Namespace, pictures: Path) -> tuple[Path,
     return output, (time.perf_counter() - began) / 60
 
 
-def sheet(rows: dict[str, list[Image.Image]], side: int = 96) -> Image.Image:
+def sheet(rows: dict[str, list[Any]], side: int = 96) -> Image.Image:
     """A row of pictures for each entry, its name to the left."""
-    grids = [
-        image_grid([im.resize((side, side), Image.Resampling.LANCZOS) for im in r], len(r))
-        for r in rows.values()
-    ]
+    small = [[image.resize((side, side), Image.Resampling.LANCZOS) for image in row] for row in rows.values()]
+    grids = [image_grid(row, len(row)) for row in small]
     page = Image.new("RGB", (grids[0].width + 110, sum(grid.height for grid in grids)), "white")
     pen, y = ImageDraw.Draw(page), 0
     for name, grid in zip(rows, grids, strict=True):
@@ -78,38 +73,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="models/emoji")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/fine-tuning"))
     parser.add_argument("--max_train_steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args(argv)
     settings.output_dir = settings.output_dir.resolve()
-    if settings.max_train_steps < 3:
-        parser.error(f"--max_train_steps must be at least 3, got {settings.max_train_steps}")
+    steps = settings.max_train_steps
+    if steps < 3:
+        parser.error(f"--max_train_steps must be at least 3, got {steps}")
     if not (Path(settings.model) / "model_index.json").is_file():
         parser.error(f"--model: there is no pipeline in {settings.model!r}")
 
-    pictures = settings.output_dir / "pictures"
+    pictures, wanted = settings.output_dir / "pictures", len(PROMPTS)
     count = len(write_pictures(pictures))
-    shown: list[Image.Image] = [
-        Image.open(pictures / f"corgi-{i * count // len(PROMPTS):02d}.png") for i in range(len(PROMPTS))
-    ]
+    shown = [Image.open(pictures / f"corgi-{i * count // wanted:02d}.png") for i in range(wanted)]
     pipe = TextToImagePipeline.from_pretrained(settings.model)
-    rows: dict[str, list[Image.Image]] = {
-        f"{len(PROMPTS)} of the {count}\npictures": shown,
-        "before": draw(pipe, settings.seed),
-    }
+    rows = {f"{wanted} of the {count}\npictures": shown, "before": draw(pipe)}
     for way in WAYS:
         output, minutes = train(way, settings, pictures)
         if way == "LoRA":
             pipe.load_lora_weights(str(output))
-            after = draw(pipe, settings.seed)
-        else:
-            after = draw(TextToImagePipeline.from_pretrained(output / "pipeline"), settings.seed)
-        rows[f"{way},\n{settings.max_train_steps} steps,\n{minutes:.1f} minutes"] = after
-        print(f"{way}: {settings.max_train_steps} steps in {minutes:.1f} minutes, result in {output}")
+        trained = pipe if way == "LoRA" else TextToImagePipeline.from_pretrained(output / "pipeline")
+        rows[f"{way},\n{steps} steps,\n{minutes:.1f} minutes"] = draw(trained)
+        print(f"{way}: {steps} steps in {minutes:.1f} minutes, result in {output}")
     path = settings.output_dir / "before-and-after.png"
     sheet(rows).save(path)
-    for number, prompt in enumerate(PROMPTS, start=1):
-        print(f"column {number}: {prompt}")
-    print(path)
+    print(*(f"column {number}: {prompt}" for number, prompt in enumerate(PROMPTS, 1)), path, sep="\n")
 
 
 if __name__ == "__main__":

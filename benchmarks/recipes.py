@@ -27,6 +27,7 @@ from pipelines.chain.equations import predict_x0
 from pipelines.drawing.text import encode_text
 from pipelines.folders.files import write_file
 from training.data.pictures import cache_pictures, load_pictures
+from training.evaluation.card import markdown_table
 from training.evaluation.judge import Judge, embed_concepts, recall
 from training.evaluation.metrics import clip_score, frechet_distance
 from training.evaluation.samples import draw, load_pipeline, two_halves
@@ -36,12 +37,10 @@ ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "training/configs/emoji.yaml"
 WIDTHS = {"block_out_channels": [64, 128]}
 SHARED = {
-    "train_batch_size": 32,
-    "ema_decay": 0.997,
-    "lr_warmup_steps": 50,
-    "checkpointing_steps": 200,
+    "train_batch_size": 32, "ema_decay": 0.997, "lr_warmup_steps": 50, "checkpointing_steps": 200,
     "validation_steps": 10**6,
-}
+}  # fmt: skip
+EVEN = {"transformer_layers_per_block": [1, 2], "reverse_transformer_layers_per_block": None}
 TRIALS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "v-prediction": {"prediction_type": "v_prediction", "snr_floor": 0.0},
@@ -54,22 +53,8 @@ TRIALS: dict[str, dict[str, Any]] = {
     "pictures evenly": {"concept_power": 1.0},
     "styles evenly": {"style_power": 0.0},
     "without self-conditioning": {"unet": {"self_conditioning": False}},
-    "narrow at 16 x 16": {
-        "unet": {
-            "block_out_channels": [32, 128],
-            "layers_per_block": 1,
-            "transformer_layers_per_block": [1, 2],
-            "reverse_transformer_layers_per_block": None,
-        }
-    },
-    "deep, not wide": {
-        "unet": {
-            "block_out_channels": [64, 96],
-            "layers_per_block": 2,
-            "transformer_layers_per_block": [1, 2],
-            "reverse_transformer_layers_per_block": None,
-        }
-    },
+    "narrow at 16 x 16": {"unet": {"block_out_channels": [32, 128], "layers_per_block": 1, **EVEN}},
+    "deep, not wide": {"unet": {"block_out_channels": [64, 96], "layers_per_block": 2, **EVEN}},
 }
 
 
@@ -90,7 +75,7 @@ def train(name: str, options: argparse.Namespace) -> Path:
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "-m", "training.text_to_image",
         "--config", str(config), "--output_dir", str(output), "--report_to", "none",
-        "--max_train_minutes", str(options.minutes), *(["--compile"] if options.compile else []),
+        "--max_train_minutes", str(options.minutes),
     ]  # fmt: skip
     if list(output.glob("checkpoint-*")):
         command += ["--resume_from_checkpoint", "latest"]
@@ -108,9 +93,8 @@ class Measure:
         self.pictures = cache_pictures(data, self.judge.image_size, "data/cache")
         half_a, self.chosen = two_halves(len(self.pictures), options.num_pictures, seed=0)
         self.reference = self.judge.embed_images(self.pictures.images(half_a))
-        self.captions, self.truth = (
-            [self.pictures.columns[column][i] for i in self.chosen] for column in ("caption", "concept")
-        )
+        columns = self.pictures.columns
+        self.captions, self.truth = ([columns[c][i] for i in self.chosen] for c in ("caption", "concept"))
 
     def of(self, images: Tensor) -> dict[str, float]:
         embeds = self.judge.embed_images(images)
@@ -138,18 +122,13 @@ class Measure:
             x0 = self.pictures.images(rows)
             t = torch.arange(start, start + len(rows)) * 617 % len(chain)
             x_t = chain.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
-            states, pooled, _ = encode_text(
-                pipe.tokenizer, pipe.text_encoder, self.captions[start : start + batch]
-            )
+            captions = self.captions[start : start + batch]
+            states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
             added = {"pooled_text": pooled, "x0_self": torch.zeros_like(x_t)}
             output = pipe.unet(x_t, t, states, added_cond_kwargs=added).sample
             found = predict_x0(output, x_t, chain.alphas_cumprod[t], chain.config.prediction_type)
             errors.append((found.clamp(-1, 1) - x0).square().flatten(1).mean(1))
         return float(torch.cat(errors).mean())
-
-
-def updates_of(run: Path) -> int:
-    return max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
 
 
 def written(path: Path) -> dict[str, Any]:
@@ -162,10 +141,11 @@ COLUMNS = ["updates", "x0 error", "R@1", "R@5", "CLIP score", "Frechet distance"
 
 def table(figures: dict[str, Any]) -> str:
     """Markdown: a row for each trial, its values by the columns' names."""
-    rows = [["recipe", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
-    for name, values in figures.items():
-        rows.append([name, *(f"{values[c]:.4g}" if c in values else "" for c in COLUMNS)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    rows = [
+        [name, *(f"{values[c]:.4g}" if c in values else "" for c in COLUMNS)]
+        for name, values in figures.items()
+    ]
+    return markdown_table(["recipe", *COLUMNS], rows) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,7 +156,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--judge", default="models/judge")
     parser.add_argument("--num_pictures", type=int, default=400)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/recipes"))
-    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
     options = parser.parse_args(argv)
     options.output_dir = options.output_dir.resolve()
     if options.minutes <= 0:
@@ -189,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         if name in written(path):
             continue
         run = train(name, options)
-        figures = {name: {"updates": updates_of(run)} | measure.drawn_by(run / "pipeline")}
+        updates = max(int(checkpoint.name.split("-")[1]) for checkpoint in run.glob("checkpoint-*"))
+        figures = {name: {"updates": updates} | measure.drawn_by(run / "pipeline")}
         write_file(path, json.dumps(written(path) | figures, indent=1))
     figures = written(path) | {"real pictures": measure.of(measure.pictures.images(measure.chosen))}
     write_file(options.output_dir / "recipes.md", table(figures))

@@ -19,14 +19,11 @@ from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji"
 UNET = {
-    "sample_size": 16,
-    "block_out_channels": (128, 256),
+    "sample_size": 16, "block_out_channels": (128, 256), "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 4,
-    "cross_attention_dim": 256,
-    "layers_per_block": 1,
-}
+    "attention_head_dim": 4, "cross_attention_dim": 256,
+}  # fmt: skip
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -53,21 +50,16 @@ def unet_lines(rounds: int) -> list[str]:
         x, text = torch.randn(batch, 4, 16, 16), torch.randn(batch, 32, 256)
         t = torch.randint(0, 1000, (batch,))
 
-        def forward(
-            model: torch.nn.Module, x: torch.Tensor = x, t: torch.Tensor = t, text: torch.Tensor = text
-        ) -> None:
+        def forward(model: torch.nn.Module, given: tuple[torch.Tensor, ...] = (x, t, text)) -> None:
             with torch.no_grad():
-                model(x, t, text)
+                model(*given)
 
-        def both_ways(
-            model: torch.nn.Module, x: torch.Tensor = x, t: torch.Tensor = t, text: torch.Tensor = text
-        ) -> None:
-            model(x, t, text).sample.square().mean().backward()
+        def both_ways(model: torch.nn.Module, given: tuple[torch.Tensor, ...] = (x, t, text)) -> None:
+            model(*given).sample.square().mean().backward()
 
         for label, work in (("forward", forward), ("forward and backward", both_ways)):
-            lines.append(
-                compare(f"U-Net {label}, batch {batch}", partial(work, ours), partial(work, theirs), rounds)
-            )
+            sides = partial(work, ours), partial(work, theirs)
+            lines.append(compare(f"U-Net {label}, batch {batch}", *sides, rounds))
     return lines
 
 
@@ -80,12 +72,8 @@ def scheduler_line(rounds: int) -> str:
         for t in scheduler.timesteps:
             x = scheduler.step(x, t, x, generator=generator, return_dict=False)[0]
 
-    return compare(
-        "scheduler, 1000 steps at 64 x 64",
-        lambda: run(DDPMScheduler()),
-        lambda: run(TheirScheduler()),
-        rounds,
-    )
+    sides = (lambda: run(DDPMScheduler())), (lambda: run(TheirScheduler()))
+    return compare("scheduler, 1000 steps at 64 x 64", *sides, rounds)
 
 
 def picture_line(rounds: int) -> str:
@@ -106,9 +94,7 @@ def main() -> None:
         parser.error(f"--rounds must be at least 1, got {rounds}")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; ms, fastest of {rounds} rounds")
     print(f"{'':<46} {'ours':>9} {'diffusers':>9} {'ratio':>7}")
-    for line in unet_lines(rounds):
-        print(line)
-    print(scheduler_line(rounds))
+    print(*unet_lines(rounds), scheduler_line(rounds), sep="\n")
     if MODEL.is_dir():
         print(picture_line(rounds))
 

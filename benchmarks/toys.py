@@ -11,22 +11,14 @@ from pipelines.chain.equations import posterior_mean, posterior_variance, q_samp
 
 # The first digit of scikit-learn's load_digits, 8 x 8 values in 0 .. 16, as a picture (1, 8, 8) in [-1, 1].
 # From "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI 1998, CC BY 4.0.
-DIGIT = (
-    torch.tensor(
-        [
-            [0, 0, 5, 13, 9, 1, 0, 0],
-            [0, 0, 13, 15, 10, 15, 5, 0],
-            [0, 3, 15, 2, 0, 11, 8, 0],
-            [0, 4, 12, 0, 0, 8, 8, 0],
-            [0, 5, 8, 0, 0, 9, 8, 0],
-            [0, 4, 11, 0, 1, 12, 7, 0],
-            [0, 2, 14, 5, 10, 12, 0, 0],
-            [0, 0, 6, 13, 10, 0, 0, 0],
-        ]
-    )[None]
-    / 8
-    - 1
-)
+DIGIT = torch.tensor(
+    [
+        0, 0, 5, 13, 9, 1, 0, 0,   0, 0, 13, 15, 10, 15, 5, 0,
+        0, 3, 15, 2, 0, 11, 8, 0,  0, 4, 12, 0, 0, 8, 8, 0,
+        0, 5, 8, 0, 0, 9, 8, 0,    0, 4, 11, 0, 1, 12, 7, 0,
+        0, 2, 14, 5, 10, 12, 0, 0, 0, 0, 6, 13, 10, 0, 0, 0,
+    ]
+).reshape(1, 8, 8) / 8 - 1  # fmt: skip
 
 
 def swiss_roll(n: int, seed: int = 0) -> Tensor:

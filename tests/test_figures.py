@@ -232,7 +232,6 @@ def test_one_command_draws_all(pipe, data_folder, tmp_path, capsys):
     [
         (["faces"], "figure 'faces': must be one of forward, digit, swiss-roll, progressive"),
         (["digit", "--steps", "1"], "--steps must be at least 2, got 1"),
-        (["forward", "--picture", "{tmp}/no.png"], "--picture: there is no file {tmp}/no.png"),
         (
             ["--model", "{tmp}"],
             "there is no pipeline in '{tmp}'; without one, name figures: forward digit swiss-roll",

@@ -26,9 +26,9 @@ from training.evaluation.html_tags import pair_tags
 from training.evaluation.inception import WEIGHTS, inception_figures
 from training.evaluation.judge import Judge, embed_concepts
 from training.evaluation.metrics import density_coverage, frechet_distance, kernel_distance, precision_recall
-from training.evaluation.report import fewest_matches, picked
+from training.evaluation.report import picked
 from training.evaluation.report_page import shown
-from training.evaluation.samples import draw, pipeline_key, two_halves
+from training.evaluation.samples import draw, fewest_matches, pipeline_key, two_halves
 
 pytest_plugins = ["evaluation_folders"]
 
@@ -290,8 +290,6 @@ def test_the_page_needs_no_other_file(folder, figures):
     for value in ("R@5", "Frechet distance", "coverage", "not measured: ", "Held-out concepts"):
         assert value in text
     assert shown(figures["against captions"]["seen captions"]["generated"]["CLIP score"]) in text
-    overview = np.asarray(Image.open(folder / "overview.png").convert("L"))
-    assert overview.shape[1] > 1000 and (overview < 200).mean() > 0.03
 
 
 def test_captions_are_text_and_not_tags():

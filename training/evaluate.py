@@ -22,39 +22,29 @@ whose text tower the model reads, and trained on every split.
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 from pipelines.folders.files import write_file
-from training.evaluation.bits_per_dim import BitsPerDimConfig, bits_per_dim, text_information
-from training.evaluation.card import CardConfig, card
-from training.evaluation.editing import EditingConfig, editing
-from training.evaluation.frontier import FrontierConfig, frontier
-from training.evaluation.noised_accuracy import NoisedAccuracyConfig, noised_accuracy
-from training.evaluation.report import ReportConfig, report
+from training.evaluation.bits_per_dim import bits_per_dim, text_information
+from training.evaluation.card import card
+from training.evaluation.editing import editing
+from training.evaluation.frontier import frontier
+from training.evaluation.noised_accuracy import noised_accuracy
+from training.evaluation.report import report
 from training.evaluation.retrieval import retrieval, sheet, zero_shot
-from training.evaluation.sampling_steps import SamplingStepsConfig, sampling_steps
-from training.evaluation.settings import EvaluationConfig
-from training.evaluation.styles import StylesConfig, styles
-from training.evaluation.upscaling import UpscalingConfig, upscaling
+from training.evaluation.sampling_steps import sampling_steps
+from training.evaluation.styles import styles
+from training.evaluation.upscaling import upscaling
 from training.evaluation.words import words
 from training.run.settings import parse_config
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
-    "zero-shot": (EvaluationConfig, zero_shot),
-    "retrieval": (EvaluationConfig, retrieval),
-    "sheet": (EvaluationConfig, sheet),
-    "words": (EvaluationConfig, words),
-    "bits-per-dim": (BitsPerDimConfig, bits_per_dim),
-    "text-information": (BitsPerDimConfig, text_information),
-    "sampling-steps": (SamplingStepsConfig, sampling_steps),
-    "report": (ReportConfig, report),
-    "card": (CardConfig, card),
-    "frontier": (FrontierConfig, frontier),
-    "editing": (EditingConfig, editing),
-    "noised-accuracy": (NoisedAccuracyConfig, noised_accuracy),
-    "upscaling": (UpscalingConfig, upscaling),
-    "styles": (StylesConfig, styles),
-}
+COMMANDS: dict[str, Callable[[Any], dict[str, Any]]] = {  # the settings of each are its argument's class
+    measure.__name__.replace("_", "-"): measure
+    for measure in (
+        zero_shot, retrieval, sheet, words, bits_per_dim, text_information, sampling_steps, report, card,
+        frontier, editing, noised_accuracy, upscaling, styles,
+    )
+}  # fmt: skip
 
 
 def show(figures: dict[str, Any], indent: str = "") -> None:
@@ -80,8 +70,8 @@ def main() -> None:
         return
     if not argv or argv[0] not in COMMANDS:
         raise SystemExit(usage)
-    kind, measure = COMMANDS[argv[0]]
-    config: Any = parse_config(kind, argv[1:], f"{name} {argv[0]}")
+    measure = COMMANDS[argv[0]]
+    config: Any = parse_config(get_type_hints(measure)["config"], argv[1:], f"{name} {argv[0]}")
     try:
         config.check()
         figures = measure(config)

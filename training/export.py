@@ -69,11 +69,8 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
         there = [path.name.removeprefix("unet_ema_") for path in sorted(checkpoint.glob("unet_ema_*"))]
         require(weights.is_dir(), "ema", config.ema, f"one that the checkpoint has, of {there}")
     pipe.unet = mean_unet(config.unets or [str(weights)])
-    pipe.register_to_config(
-        default_guidance_scale=config.guidance_scale,
-        default_clip_guidance_scale=config.clip_guidance_scale,
-        default_num_inference_steps=config.num_inference_steps,
-    )
+    own = ("guidance_scale", "clip_guidance_scale", "num_inference_steps")
+    pipe.register_to_config(**{f"default_{name}": getattr(config, name) for name in own})
     pipe.to(torch.float16)
     pipe.save_pretrained(str(folder))
     drop_ema_keys(folder / "unet" / "config.json")
@@ -133,9 +130,8 @@ def export_clip(source: str, folder: Path) -> None:
     CLIPModel.from_pretrained(source).save_pretrained(str(folder))
     CLIPTokenizer.from_pretrained(source).save_pretrained(str(folder))
     path = folder / "model.safetensors"
-    save_file(
-        {name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
-    )
+    halves = {name: tensor.half() for name, tensor in load_file(path).items()}
+    save_file(halves, path, metadata={"format": "pt"})
 
 
 def export_folder(source: Path, folder: Path) -> None:

@@ -21,15 +21,15 @@ from pipelines.chain.equations import FIXED_VARIANCES, LEARNED_VARIANCES
 from pipelines.coding.likelihood import VLBTerms, chain_of, vlb_terms
 from pipelines.drawing.text import NULL_PROMPT, encode_text
 from training.data.pictures import PictureCache, load_pictures, seed_for
-from training.evaluation.figures import new_figure, save_figure
-from training.evaluation.samples import load_pipeline, random_rows, read_pictures
-from training.evaluation.settings import (
-    BatchSettings,
-    CountSettings,
-    ModelSettings,
-    SplitSettings,
-    StepsSettings,
+from training.evaluation.figures import chart, finish
+from training.evaluation.samples import (
+    fewest_matches,
+    first_captions,
+    load_pipeline,
+    random_rows,
+    read_pictures,
 )
+from training.evaluation.settings import CountSettings, ModelSettings, PassSettings
 from training.run.settings import Rule, require, setting
 
 VARIANCES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
@@ -37,7 +37,7 @@ BUCKETS = 20  # of timesteps, in the figures
 FOR_AN_ERROR = Rule(lambda count: count >= 2, "at least 2, for a standard error")
 
 
-class BitsPerDimConfig(ModelSettings, StepsSettings, CountSettings, BatchSettings, SplitSettings):
+class BitsPerDimConfig(ModelSettings, PassSettings, CountSettings):
     """Settings of `training.evaluate bits-per-dim` and `text-information`."""
 
     variance_type: str | None = setting(
@@ -76,14 +76,8 @@ def evaluation_chain(
     tells_variance = pipe.unet.config.out_channels == 2 * pipe.unet.config.in_channels
     fixed = f"one of {FIXED_VARIANCES}: the U-Net tells no variance"
     require(tells_variance or variance_type in FIXED_VARIANCES, "variance_type", variance_type, fixed)
-    chain = chain_of(
-        pipe.scheduler,
-        variance_type=variance_type,
-        clip_sample=True,
-        clip_sample_range=1.0,
-        thresholding=False,
-        timestep_spacing="linspace",
-    )
+    clipped: dict[str, Any] = {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
+    chain = chain_of(pipe.scheduler, variance_type=variance_type, timestep_spacing="linspace", **clipped)
     if steps is not None:
         chain.set_timesteps(steps)
     return chain
@@ -135,7 +129,14 @@ def held_out_pictures(config: BitsPerDimConfig, pipe: TextToImagePipeline) -> He
     pictures = read_pictures(config, config.split, side, "caption" if "caption" in columns else "text")
     require(len(pictures) >= 2, "split", config.split, "of at least 2 pictures")
     numbers = random_rows(len(pictures), config.num_pictures, config.seed)
-    return HeldOut(pictures, numbers, [pictures.captions[pictures.choices[i][0]] for i in numbers])
+    return HeldOut(pictures, numbers, first_captions(pictures, numbers))
+
+
+def prepare(config: BitsPerDimConfig) -> tuple[TextToImagePipeline, DDPMScheduler, HeldOut]:
+    """The model, its chain and the pictures, as the settings ask for them."""
+    pipe = load_pixel_pipeline(config.model)
+    chain = evaluation_chain(pipe, config.variance_type, config.num_inference_steps)
+    return pipe, chain, held_out_pictures(config, pipe)
 
 
 def measure(
@@ -189,9 +190,7 @@ def description(config: BitsPerDimConfig, chain: DDPMScheduler, held_out: HeldOu
 
 def bits_per_dim(config: BitsPerDimConfig) -> dict[str, Any]:
     """Bits per dimension of held-out pictures under their own captions."""
-    pipe = load_pixel_pipeline(config.model)
-    chain = evaluation_chain(pipe, config.variance_type, config.num_inference_steps)
-    held_out = held_out_pictures(config, pipe)
+    pipe, chain, held_out = prepare(config)
     terms = measure(config, pipe, chain, held_out, held_out.captions)
     if config.output:
         draw_terms(terms, config.output)
@@ -203,8 +202,8 @@ def bits_per_dim(config: BitsPerDimConfig) -> dict[str, Any]:
 
 def shuffle_captions(captions: list[str]) -> list[str]:
     """Each place gets another's caption: all move on by as many places as leave the fewest as they were."""
-    shifted = [captions[k:] + captions[:k] for k in range(1, len(captions))]
-    return min(shifted, key=lambda others: sum(a == b for a, b in zip(captions, others, strict=True)))
+    k = fewest_matches(captions)
+    return captions[k:] + captions[:k]
 
 
 def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
@@ -213,15 +212,10 @@ def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
     What a caption saves, log2 p(x0 | caption) - log2 p(x0), is how many bits it tells the model of the
     picture (both estimated by their bounds); a model that ignores its text has 0 in both differences.
     """
-    pipe = load_pixel_pipeline(config.model)
-    chain = evaluation_chain(pipe, config.variance_type, config.num_inference_steps)
-    held_out = held_out_pictures(config, pipe)
+    pipe, chain, held_out = prepare(config)
     shuffled = shuffle_captions(held_out.captions)
-    captions = {
-        "conditional": held_out.captions,
-        "unconditional": [NULL_PROMPT] * len(held_out),
-        "shuffled": shuffled,
-    }
+    nothing = [NULL_PROMPT] * len(held_out)
+    captions = {"conditional": held_out.captions, "unconditional": nothing, "shuffled": shuffled}
     terms = {name: measure(config, pipe, chain, held_out, texts, name) for name, texts in captions.items()}
     size = 3 * pipe.unet.config.sample_size**2  # dimensions of a picture
     own = terms["conditional"].bits
@@ -229,16 +223,13 @@ def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
     if config.output:
         draw_savings(terms["conditional"].timesteps, savings, config.output)
     figures = description(config, chain, held_out)
-    figures["captions that the shuffle left"] = sum(
-        a == b for a, b in zip(held_out.captions, shuffled, strict=True)
-    )
+    left = sum(a == b for a, b in zip(held_out.captions, shuffled, strict=True))
+    figures["captions that the shuffle left"] = left
     figures |= {f"{name}, bits/dim": mean_and_error(part.bits.sum(1)) for name, part in terms.items()}
-    for name, saved in savings.items():
-        figures[f"{name} - conditional, bits a picture"] = mean_and_error(saved.sum(1))
+    saved = {f"{name} - conditional, bits a picture": bits for name, bits in savings.items()}
+    figures |= {name: mean_and_error(bits.sum(1)) for name, bits in saved.items()}
     figures["timesteps"] = terms["conditional"].timesteps.tolist()
-    for name, saved in savings.items():
-        figures[f"{name} - conditional, bits a picture, term by term"] = saved.mean(0).tolist()
-    return figures
+    return figures | {f"{name}, term by term": bits.mean(0).tolist() for name, bits in saved.items()}
 
 
 # ------------------------------------------------------------ figures
@@ -246,24 +237,23 @@ def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
 
 def draw_terms(terms: VLBTerms, path: str) -> None:
     """Each term against its timestep, on a logarithmic scale (Nichol 2021, figure 2)."""
-    figure, ax = new_figure(7, 3.5)
-    ax.semilogy(terms.timesteps.tolist(), terms.bits.mean(0)[:-1].clamp(min=1e-12).tolist(), lw=1)
-    ax.set(xlabel="t", ylabel="L_t, bits/dim", title=f"{terms.bits.sum(1).mean():.3f} bits/dim in all")
-    ax.grid(alpha=0.3)
-    save_figure(figure, path)
+    title = f"{terms.bits.sum(1).mean():.3f} bits/dim in all"
+    with chart(path, 7, 3.5) as ax:
+        ax.semilogy(terms.timesteps.tolist(), terms.bits.mean(0)[:-1].clamp(min=1e-12).tolist(), lw=1)
+        finish(ax, xlabel="t", ylabel="L_t, bits/dim", title=title)
 
 
 def draw_savings(timesteps: Tensor, savings: dict[str, Tensor], path: str) -> None:
     """Bits a picture in each of twenty stretches of the chain, with two standard errors on either side."""
-    figure, axes = new_figure(9, 3.5, columns=len(savings))
     titles = {"unconditional": "what the caption saves", "shuffled": "what another's caption costs"}
-    for ax, (name, saved) in zip(axes, savings.items(), strict=True):
-        stretches = saved[:, :-1].tensor_split(BUCKETS, dim=1)  # the prior's term knows no caption
-        places = [float(part.double().mean()) for part in timesteps.tensor_split(BUCKETS) if len(part)]
-        sums = torch.stack([part.sum(1) for part in stretches if part.shape[1]], dim=1)  # (N, buckets)
-        error = 2 * sums.std(0) / len(sums) ** 0.5
-        width = 0.8 * float(timesteps[-1] + 1) / len(places)
-        ax.bar(places, sums.mean(0).tolist(), width, yerr=error.tolist(), capsize=2)
-        ax.axhline(0, color="black", lw=0.5)
-        ax.set(xlabel="t", ylabel="bits a picture", title=f"{titles[name]}: {saved.sum(1).mean():.1f} bits")
-    save_figure(figure, path)
+    places = [float(part.double().mean()) for part in timesteps.tensor_split(BUCKETS) if len(part)]
+    width = 0.8 * float(timesteps[-1] + 1) / len(places)
+    with chart(path, 9, 3.5, columns=len(savings)) as axes:
+        for ax, (name, saved) in zip(axes, savings.items(), strict=True):
+            stretches = saved[:, :-1].tensor_split(BUCKETS, dim=1)  # the prior's term knows no caption
+            sums = torch.stack([part.sum(1) for part in stretches if part.shape[1]], dim=1)  # (N, buckets)
+            error = 2 * sums.std(0) / len(sums) ** 0.5
+            ax.bar(places, sums.mean(0).tolist(), width, yerr=error.tolist(), capsize=2)
+            ax.axhline(0, color="black", lw=0.5)
+            title = f"{titles[name]}: {saved.sum(1).mean():.1f} bits"
+            ax.set(xlabel="t", ylabel="bits a picture", title=title)

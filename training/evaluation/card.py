@@ -6,15 +6,14 @@ What people wrote stays: front matter is merged, and of the text only what stand
 written anew. A folder without a card gets the one that saving writes, with the block at its end.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from pipelines.folders.files import write_file
-from training.evaluation.report_page import COLUMNS, describe_guidance, metric_rows
-from training.evaluation.report_parts import SPLITS
+from pipelines.folders.files import read_json, write_file
+from training.evaluation.report_page import COLUMNS, describe_drawing, listed, metric_rows
+from training.evaluation.report_parts import NEAR, SPLITS
 from training.evaluation.samples import load_pipeline, pipeline_key
 from training.evaluation.settings import ModelSettings
 from training.run.settings import require, setting
@@ -53,21 +52,21 @@ def model_index(report: dict[str, Any]) -> list[EvalResult]:
     columns["seen captions"] = columns["seen captions"] | halves
     return [
         EvalResult(
-            task_type="text-to-image",
-            dataset_type=name,
-            dataset_name=f"{name}, {title}",
+            "text-to-image",
+            name,
+            f"{name}, {title}",
+            TYPES.get(metric, metric),
+            round(figure["value"], 5),
             dataset_split=SPLITS[title],
-            metric_type=TYPES.get(metric, metric),
             metric_name=metric,
-            metric_value=round(figure["value"], 5),
-        )
+        )  # fmt: skip
         for title, figures in columns.items()
         for metric, figure in figures.items()
     ]
 
 
-def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def measured_limits(report: dict[str, Any]) -> list[str]:
@@ -79,9 +78,8 @@ def measured_limits(report: dict[str, Any]) -> list[str]:
             f"- {name.capitalize()}: the judge has the right concept among its first five for {drawn:.0%} of "
             f"the pictures, {real:.0%} of real ones, {chance:.0%} under others' captions."
         )
-    near = "nearer than 95 % of unseen real pictures are"
     shares = [
-        f"{row[near]:.0%} ({name.removeprefix('generated, ')})"
+        f"{row[NEAR]:.0%} ({name.removeprefix('generated, ')})"
         for name, row in report["nearest training pictures"].items()
         if name.startswith("generated")
     ]
@@ -96,65 +94,43 @@ def measured_limits(report: dict[str, Any]) -> list[str]:
 
 def figures_block(report: dict[str, Any], training: str = "") -> str:
     """Results, how they were measured, data and licences, limits: Markdown between the marks."""
-    drawing, data, seconds = report["drawing"], report["data"], report["seconds"]
-    losses = report["validation loss"]
-    names = list(report["against captions"])
+    data, seconds, losses = report["data"], report["seconds"], report["validation loss"]
+    names, computed, kept_out = list(report["against captions"]), report["computed with"], data["pictures"]
     spans = [
         [span, *(f"{losses[n]['mean'][i]:.4f} ± {losses[n]['standard error'][i]:.4f}" for n in names)]
         for i, span in enumerate(losses["timesteps"])
     ]
     total = sum(value for stage, value in seconds.items() if stage != "of these, pictures drawn anew")
-    computed = report["computed with"]
     anew = seconds["of these, pictures drawn anew"]
     drawn = f"{anew} of the pictures drawn in them" if anew else "the pictures drawn before"
-    inception = report["Inception"]
-    if isinstance(inception, dict):
-        inception = ", ".join(f"{name} {value:.3f}" for name, value in inception.items())
-    licences = data.get("training pictures by licence", {})
-    kept_out = data["pictures"]
-    lines = [
-        BEGIN,
-        "## Results",
-        "",
-        *markdown_table(["", "captions", *COLUMNS], metric_rows(report)),
-        "",
+    threads = f"{computed['threads']} thread{'s' if computed['threads'] > 1 else ''}"
+    licences = [[name, str(n)] for name, n in data.get("training pictures by licence", {}).items()]
+    sources = ", ".join(f"{name} {version}" for name, version in data.get("packages", {}).items())
+    paragraphs = [
+        BEGIN + "\n## Results",
+        markdown_table(["", "captions", *COLUMNS], metric_rows(report)),
         f"In brackets 95 % bootstrap intervals. Retrieval is among {report['concepts']} concepts; real is "
         "what real pictures of the same captions get, for the distances half of the training pictures "
         "against the other.",
-        "",
         f"Loss on fixed noise ({losses['target']}, unweighted, ± its standard error over draws of noise):",
-        "",
-        *markdown_table(["t", *names], spans),
-        "",
-        f"FID and IS of Inception: {inception}.",
-        "",
+        markdown_table(["t", *names], spans),
+        f"FID and IS of Inception: {listed(report['Inception'], '.3f')}.",
         "## How this was measured",
-        "",
-        f"`python -m training.evaluate report`: {drawing['drawn']} pictures, {drawing['steps']} steps of "
-        f"{drawing['scheduler']}, {describe_guidance(drawing)}; seeds {drawing['seeds']}. Judge: "
-        f"`{report['judge']}` ({report['judge key']}), which took no part in conditioning or guidance. Model "
-        f"key {report['model key']}. {total / 60:.0f} minutes on {computed['threads']} "
-        f"thread{'s' if computed['threads'] > 1 else ''}, {drawn}; torch {computed['torch']}.",
-        "",
+        f"`python -m training.evaluate report`: {describe_drawing(report['drawing'])}; seeds "
+        f"{report['drawing']['seeds']}. Judge: `{report['judge']}` ({report['judge key']}), which took no "
+        f"part in conditioning or guidance. Model key {report['model key']}. {total / 60:.0f} minutes on "
+        f"{threads}, {drawn}; torch {computed['torch']}.",
         "## Data of training and evaluation",
-        "",
         f"`{data['name']}`: {kept_out['train']} training pictures of {data['training concepts']} concepts; "
         f"kept out {kept_out['heldout_compositions']} of compositions and {kept_out['validation']} of other "
         "concepts.",
+        markdown_table(["licence", "training pictures"], licences) if licences else "",
+        f"Sources: {sources}" if "packages" in data else "",
+        f"Training: {training}" if training else "",
+        "## Limits that the figures show",
+        "\n".join([*measured_limits(report), END]),
     ]  # fmt: skip
-    if licences:
-        lines += [
-            "",
-            *markdown_table(["licence", "training pictures"], [[k, str(n)] for k, n in licences.items()]),
-        ]
-    if "packages" in data:
-        lines += [
-            "",
-            "Sources: " + ", ".join(f"{name} {version}" for name, version in data["packages"].items()),
-        ]
-    if training:
-        lines += ["", f"Training: {training}"]
-    return "\n".join([*lines, "", "## Limits that the figures show", "", *measured_limits(report), END])
+    return "\n\n".join(filter(None, paragraphs))
 
 
 def with_block(card: str, block: str) -> str:
@@ -174,16 +150,11 @@ def card(config: CardConfig) -> dict[str, Any]:
     Raises:
         ValueError: the report is of other weights than the model's; the card that is there cannot be read.
     """
-    report = json.loads(Path(config.report).read_text(encoding="utf-8"))
+    report = read_json(Path(config.report))
     pipe = load_pipeline(config.model)
-    require(
-        pipeline_key(pipe) == report.get("model key"),
-        "report",
-        config.report,
-        f"of the weights in {config.model!r}: measure them again",
-    )
-    path = Path(config.model, "README.md")
-    name = Path(config.model).resolve().name
+    rule = f"of the weights in {config.model!r}: measure them again"
+    require(pipeline_key(pipe) == report.get("model key"), "report", config.report, rule)
+    path, name = Path(config.model, "README.md"), Path(config.model).resolve().name
     has_code = any(Path(config.model).rglob("*.py"))
     text = path.read_text(encoding="utf-8") if path.is_file() else pipe.make_card(name, has_code)
     fields: dict[str, Any] = {"eval_results": model_index(report), "model_name": name}

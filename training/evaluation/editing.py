@@ -22,7 +22,7 @@ from pipelines.drawing.images import image_grid, to_pil
 from pipelines.drawing.masks import crop_region
 from pipelines.folders.files import save_png
 from training.evaluation.judge import Judge
-from training.evaluation.samples import load_pipeline_as, read_pictures
+from training.evaluation.samples import call, load_pipeline_as, read_pictures
 from training.evaluation.settings import JudgeSettings, SplitSettings, StepsSettings
 from training.run.settings import require, setting
 
@@ -53,13 +53,12 @@ class EditingConfig(JudgeSettings, StepsSettings, SplitSettings):
     def check(self) -> None:
         """Raise a ValueError that names the argument, for everything that can be told before work starts."""
         super().check()
-        require(len(self.models) > 0, "models", self.models, "at least one")
-        require(len(self.changes) > 0, "changes", self.changes, "at least one")
+        for name in ("models", "changes"):
+            require(len(getattr(self, name)) > 0, name, getattr(self, name), "at least one")
         for change in self.changes:
             parse_change(change)
         for model in self.models:
-            _, samples = split_model(model)
-            require(samples >= 1, "models", model, "FOLDER or FOLDER:N, N at least 1")
+            require(split_model(model)[1] >= 1, "models", model, "FOLDER or FOLDER:N, N at least 1")
 
 
 def parse_change(change: str) -> tuple[str, str, str]:
@@ -85,19 +84,12 @@ def region_mask(region: str, side: int) -> Image.Image:
     return mask
 
 
-def to_hole(mask: Image.Image) -> Tensor:
-    """(H, W) bool, where the mask is not black."""
-    return torch.from_numpy(np.array(mask)) > 0
-
-
 def border_energy(pictures: Tensor, mask: Tensor) -> Tensor:
     """Mean squared difference of neighbours on the two sides of the mask's border: (B,) of pictures
     (B, C, H, W) in [-1, 1] and a mask (H, W) in {0, 1}. A seam makes it larger than real pictures have it."""
     energies, counts = torch.zeros(len(pictures)), 0
     for axis in (0, 1):
-        inside = mask.bool()
-        length = inside.shape[axis] - 1
-        crosses = inside.narrow(axis, 0, length) != inside.narrow(axis, 1, length)
+        crosses = mask.int().diff(dim=axis) != 0
         step = pictures.diff(dim=axis - 2).square().mean(1)  # (B, H, W) less one in that axis
         energies += step[:, crosses].sum(1)
         counts += int(crosses.sum())
@@ -113,6 +105,11 @@ class Case:
     mask: Image.Image
     before: list[str]
     after: list[str]
+
+    @property
+    def hole(self) -> Tensor:
+        """(H, W) bool, where the mask is not black."""
+        return torch.from_numpy(np.array(self.mask)) > 0
 
 
 def find_cases(config: EditingConfig, side: int) -> list[Case]:
@@ -139,17 +136,10 @@ def find_cases(config: EditingConfig, side: int) -> list[Case]:
 
 def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Case) -> Tensor:
     """(B, 3, H, W) in [-1, 1]; picture i has the seed seed + i."""
-    drawn: Any = pipe(
-        case.after,
-        image=case.pictures / 2 + 0.5,
-        mask_image=case.mask,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(case.after))],
-        jump_n_sample=samples,
-        output_type="pt",
-    )
-    return drawn.images * 2 - 1
+    how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    what = {"prompt": case.after, "image": case.pictures / 2 + 0.5, "mask_image": case.mask}
+    seeds = range(config.seed, config.seed + len(case.after))
+    return call(pipe, seeds, **what, **how, jump_n_sample=samples)
 
 
 def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
@@ -158,7 +148,7 @@ def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
     left, top, right, bottom = crop_region(case.mask, 1, 1, pad=side // 16)
     embeds = judge.embed_images(edited[..., top:bottom, left:right])
     scores = [(embeds * judge.embed_texts(words)).sum(1) for words in (case.after, case.before)]
-    return torch.stack([*scores, border_energy(edited, to_hole(case.mask))], dim=1)
+    return torch.stack([*scores, border_energy(edited, case.hole)], dim=1)
 
 
 def editing(config: EditingConfig) -> dict[str, Any]:
@@ -166,17 +156,15 @@ def editing(config: EditingConfig) -> dict[str, Any]:
     often the new ones win, and the seam: the mean energy along the borders, as a multiple of the real
     pictures' (of all together: where a border runs through one flat colour there is none to divide by)."""
     judge = Judge(config.judge)
-    pipes = {
-        model: load_pipeline_as(InpaintPipeline, split_model(model)[0], "models") for model in config.models
-    }
+    folders = {model: split_model(model)[0] for model in config.models}
+    pipes = {model: load_pipeline_as(InpaintPipeline, folders[model], "models") for model in folders}
     sides = {pipe.sample_size for pipe in pipes.values()}
     require(len(sides) == 1, "models", config.models, "of one size")
     cases = find_cases(config, sides.pop()[0])
     results: dict[str, list[Tensor]] = {way: [] for way in ("as it was", "cut and pasted", *pipes)}
     for case in cases:
-        hole = to_hole(case.mask)
         results["as it was"].append(case.pictures)
-        results["cut and pasted"].append(torch.where(hole, case.others, case.pictures))
+        results["cut and pasted"].append(torch.where(case.hole, case.others, case.pictures))
     with tqdm(total=len(pipes) * len(cases), unit="change") as bar:
         for model, pipe in pipes.items():
             for case in cases:
@@ -185,7 +173,7 @@ def editing(config: EditingConfig) -> dict[str, Any]:
     if config.output:
         draw_sheet(cases, results, config.output)
     figures: dict[str, Any] = {"pictures": sum(len(case.after) for case in cases)}
-    real = torch.cat([border_energy(case.pictures, to_hole(case.mask)) for case in cases]).mean()
+    real = torch.cat([border_energy(case.pictures, case.hole) for case in cases]).mean()
     for way, edited in results.items():
         rows = torch.cat([measure(judge, case, part) for case, part in zip(cases, edited, strict=True)])
         figures[way] = {
@@ -200,12 +188,10 @@ def editing(config: EditingConfig) -> dict[str, Any]:
 def draw_sheet(cases: list[Case], results: dict[str, list[Tensor]], path: str) -> None:
     """The first picture of each change: as it was, its mask, and what each way made of it."""
     cells, labels = [], []
+    ways = [way for way in results if way != "as it was"]
     for i, case in enumerate(cases):
-        cells += [to_pil(results["as it was"][i][:1])[0], case.mask.convert("RGB")]
-        labels += [case.before[0], case.after[0]]
-        for way, edited in results.items():
-            if way != "as it was":
-                cells += to_pil(edited[i][:1])
-                labels.append(way)
+        cells += [to_pil(case.pictures[:1])[0], case.mask.convert("RGB")]
+        cells += [to_pil(results[way][i][:1])[0] for way in ways]
+        labels += [case.before[0], case.after[0], *ways]
     wide = [cell.resize((128, 128), Image.Resampling.LANCZOS) for cell in cells]
     save_png(image_grid(wide, columns=len(results) + 1, labels=labels), path)

@@ -1,6 +1,8 @@
 """Matplotlib figures that need no display and are written whole or not at all."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,20 @@ from matplotlib.figure import Figure
 from pipelines.folders.files import write_file
 
 
-def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
-    """(figure, axes) of `width` x `height` inches; one Axes, or an array of them."""
+@contextmanager
+def chart(path: str | Path, width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Any]:
+    """Yield one Axes, or an array of them, of a figure of `width` x `height` inches; write it as a PNG when
+    the block ends."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns)
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a PNG."""
+    yield figure.subplots(rows, columns)
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     write_file(path, stream.getvalue())
+
+
+def finish(ax: Any, legend: int = 0, **labels: Any) -> None:
+    """Set what `labels` names on an Axes, a faint grid, and a legend of this font size unless it is 0."""
+    ax.set(**labels)
+    ax.grid(alpha=0.3)
+    if legend:
+        ax.legend(fontsize=legend)

@@ -18,44 +18,24 @@ from tqdm import tqdm
 from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.components.guidance_clip import GuidanceCLIP
 from training.data.arrays import content_key, memory_map, model_key
-from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.figures import chart, finish
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import clip_score, frechet_distance
-from training.evaluation.samples import pipeline_key, read_pictures, two_halves, with_guides
-from training.evaluation.settings import (
-    BatchSettings,
-    JudgeSettings,
-    ModelSettings,
-    NoisyClassifierSettings,
-    NoisyClipSettings,
-    SplitSettings,
-    StepsSettings,
-    at_least,
-)
+from training.evaluation.samples import call, pipeline_key, read_pictures, two_halves, with_guides
+from training.evaluation.settings import GuidesSettings, JudgedSettings, PassSettings, SplitSettings, at_least
 from training.run.settings import Rule, require, setting
 
 # form -> the component that it needs
 FORMS = {
-    "classifier_free": "unet",
-    "thresholded": "unet",
-    "noised_clip": "noisy_clip",
-    "clean_clip": "clip_guidance_model",
-    "classifier": "noisy_classifier",
-}
+    "classifier_free": "unet", "thresholded": "unet", "noised_clip": "noisy_clip",
+    "clean_clip": "clip_guidance_model", "classifier": "noisy_classifier",
+}  # fmt: skip
 
 
 SCALES = Rule(lambda scales: all(scale >= 0 for scale in scales), "scales of 0 or more")
 
 
-class FrontierConfig(
-    ModelSettings,
-    NoisyClipSettings,
-    NoisyClassifierSettings,
-    JudgeSettings,
-    StepsSettings,
-    BatchSettings,
-    SplitSettings,
-):
+class FrontierConfig(JudgedSettings, GuidesSettings, PassSettings, SplitSettings):
     """Settings of `training.evaluate frontier`."""
 
     clip_guidance_model: str = setting(
@@ -95,12 +75,10 @@ def diversity(embeds: Tensor) -> float:
 
 def forms_of(config: FrontierConfig, pipe: TextToImagePipeline) -> list[str]:
     """Those asked for, or all that can be. ValueError for one whose model the pipeline has not."""
+    there = [form for form, part in FORMS.items() if getattr(pipe, part) is not None]
     for form in config.forms:
-        part = FORMS[form]
-        require(
-            getattr(pipe, part) is not None, "forms", form, f"a form whose model is there: it needs {part}"
-        )
-    return config.forms or [form for form, part in FORMS.items() if getattr(pipe, part) is not None]
+        require(form in there, "forms", form, f"a form whose model is there: it needs {FORMS[form]}")
+    return config.forms or there
 
 
 def call_of(form: str, scale: float) -> dict[str, Any]:
@@ -127,10 +105,10 @@ def embed_drawn(
     """(N, D): the judge's embeddings of one picture for each caption, seeds in a row. Kept in cache_dir under
     a digest of all they depend on, the component that guides among it, so a stopped run goes on with the next
     scale."""
-    call, part = call_of(form, scale), FORMS[form]
+    guided, part = call_of(form, scale), FORMS[form]
     by_class = form == "classifier" and scale > 0
     keys = [model_key(judge.model), *([] if part == "unet" else [model_key(getattr(pipe, part))])]
-    settings = f"{config.num_inference_steps} {config.seed} {sorted(call.items())}"
+    settings = f"{config.num_inference_steps} {config.seed} {sorted(guided.items())}"
     key = content_key(pipeline_key(pipe), *keys, settings, *captions, *(labels if by_class else []))
     width = judge.model.config.projection_dim
 
@@ -138,14 +116,10 @@ def embed_drawn(
         for start in range(0, len(captions), config.batch_size):
             rows = slice(start, start + config.batch_size)
             seeds = range(config.seed + start, config.seed + start + len(captions[rows]))
-            drawn: Any = pipe(
-                captions[rows],
-                num_inference_steps=config.num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type="pt",
-                **(call | {"class_labels": labels[rows]} if by_class else call),
-            )
-            target[rows] = judge.embed_images(drawn.images.cpu() * 2 - 1).numpy()
+            own = {"class_labels": labels[rows]} if by_class else {}
+            steps = config.num_inference_steps
+            drawn = call(pipe, seeds, prompt=captions[rows], num_inference_steps=steps, **guided, **own)
+            target[rows] = judge.embed_images(drawn.cpu()).numpy()
             bar.update(len(seeds))
 
     path = Path(config.cache_dir) / f"frontier-{key}.npy"
@@ -194,16 +168,14 @@ def frontier(config: FrontierConfig) -> dict[str, Any]:
     with tqdm(total=count, desc="drawing", unit="picture", mininterval=5) as bar:
         for form in forms:
             pipe.scheduler = thresholded if form == "thresholded" else plain
-            points: dict[str, list[float]] = {"scale": getattr(config, form)}
-            for scale in points["scale"]:
-                embeds = embed_drawn(config, pipe, judge, form, scale, captions, labels, bar)
-                for name, value in {
-                    "CLIP score": float(clip_score(embeds, text).mean()),
-                    "Frechet distance": frechet_distance(embeds, reference),
-                    "diversity": diversity(embeds.unflatten(0, (-1, several))),
-                }.items():
-                    points.setdefault(name, []).append(value)
-            figures[form] = points
+            scales = getattr(config, form)
+            drawn = [embed_drawn(config, pipe, judge, form, scale, captions, labels, bar) for scale in scales]
+            figures[form] = {
+                "scale": scales,
+                "CLIP score": [float(clip_score(embeds, text).mean()) for embeds in drawn],
+                "Frechet distance": [frechet_distance(embeds, reference) for embeds in drawn],
+                "diversity": [diversity(embeds.unflatten(0, (-1, several))) for embeds in drawn],
+            }
     if config.output:
         draw_frontier(figures, config.output)
     return figures
@@ -212,14 +184,14 @@ def frontier(config: FrontierConfig) -> dict[str, Any]:
 def draw_frontier(figures: dict[str, Any], path: str) -> None:
     """Two plots side by side, Frechet distance and diversity over CLIP score, a curve for each form, its
     scales written beside the points."""
-    figure, axes = new_figure(11, 4.5, columns=2)
-    for ax, quantity in zip(axes, ("Frechet distance", "diversity"), strict=True):
-        for form, points in figures.items():
-            if isinstance(points, dict):
-                ax.plot(points["CLIP score"], points[quantity], marker="o", label=form.replace("_", " "))
-                for x, y, scale in zip(points["CLIP score"], points[quantity], points["scale"], strict=True):
-                    ax.annotate(f"{scale:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        ax.set(xlabel="CLIP score by a judge that guided nothing", ylabel=quantity)
-        ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    save_figure(figure, path)
+    above: Any = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+    with chart(path, 11, 4.5, columns=2) as axes:
+        for ax, quantity in zip(axes, ("Frechet distance", "diversity"), strict=True):
+            for form, points in figures.items():
+                if isinstance(points, dict):
+                    x, y = points["CLIP score"], points[quantity]
+                    ax.plot(x, y, marker="o", label=form.replace("_", " "))
+                    for scale, *place in zip(points["scale"], x, y, strict=True):
+                        ax.annotate(f"{scale:g}", place, **above)
+            finish(ax, xlabel="CLIP score by a judge that guided nothing", ylabel=quantity)
+        axes[0].legend(fontsize=8)

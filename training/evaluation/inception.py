@@ -6,22 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity and torchmetrics store them
 
 
-class Bytes(Dataset):
+def to_bytes(images: Tensor) -> Dataset:
     """Pictures in [-1, 1] as torch-fidelity reads them: (3, H, W) uint8 each."""
-
-    def __init__(self, images: Tensor):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return ((self.images[index].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Subset(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), range(len(images)))  # type: ignore[arg-type]
 
 
 def find_weights(path: str) -> Path | None:
@@ -43,17 +35,10 @@ def inception_figures(weights: Path | None, drawn: Tensor, real: Tensor) -> dict
     import torch_fidelity
 
     torch.load(weights, weights_only=True, map_location="cpu")  # refuses a pickle that would run code
-    sizes: Any = {"batch_size": 32, "isc_splits": min(10, len(drawn))}
+    settings: Any = {"batch_size": 32, "isc_splits": min(10, len(drawn)), "cuda": torch.cuda.is_available()}
+    settings |= {"feature_extractor_weights_path": str(weights), "cache": False, "verbose": False}
     figures = torch_fidelity.calculate_metrics(
-        input1=Bytes(drawn),
-        input2=Bytes(real),
-        fid=True,
-        isc=True,
-        cuda=torch.cuda.is_available(),
-        feature_extractor_weights_path=str(weights),
-        cache=False,
-        verbose=False,
-        **sizes,
+        input1=to_bytes(drawn), input2=to_bytes(real), fid=True, isc=True, **settings
     )
     return {
         "FID": float(figures["frechet_inception_distance"]),

@@ -38,9 +38,8 @@ class Judge:
         """(N, D), l2-normalised."""
         rows = []
         for start in range(0, len(texts), 512):
-            ids = self.tokenizer(
-                texts[start : start + 512], truncation=True, padding="longest", return_tensors="pt"
-            ).input_ids
+            part = texts[start : start + 512]
+            ids = self.tokenizer(part, truncation=True, padding="longest", return_tensors="pt").input_ids
             rows.append(pooled(self.model.get_text_features(input_ids=ids)))
         return F.normalize(torch.cat(rows), dim=-1)
 
@@ -97,10 +96,9 @@ def embed_concepts(judge: EmbedsNames, dataset: str) -> Concepts:
         for concept, name in zip(data["concept"], data["name"], strict=True):
             names[concept].add(name)
     ids = sorted(names)
-    owner = [i for i, concept in enumerate(ids) for _ in names[concept]]
-    return Concepts(
-        ids, torch.tensor(owner), judge.embed_names([n for concept in ids for n in sorted(names[concept])])
-    )
+    owned = [(i, name) for i, concept in enumerate(ids) for name in sorted(names[concept])]
+    owner, every = zip(*owned, strict=True)
+    return Concepts(ids, torch.tensor(owner), judge.embed_names(list(every)))
 
 
 def recall(ranks: Tensor) -> dict[str, float]:

@@ -32,9 +32,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
-    distance = (
-        (a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
-    )
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    distance = means + covariance_a.trace() + covariance_b.trace() - 2 * cross
     return float(distance.clamp(min=0))
 
 
@@ -152,12 +151,11 @@ def bootstrap_interval(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn_again() -> float:
-        return statistic(
-            *(x[torch.randint(len(x), (len(x),), generator=generator, device="cpu")] for x in samples)
-        )
+    def again(x: Tensor) -> Tensor:
+        return x[torch.randint(len(x), (len(x),), generator=generator, device="cpu")]
 
-    values = torch.tensor([drawn_again() for _ in range(replicates)], dtype=torch.float64)
+    drawn = [statistic(*map(again, samples)) for _ in range(replicates)]
+    values = torch.tensor(drawn, dtype=torch.float64)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = (statistic(*samples) + values.quantile(tails) - values.mean()).tolist()
     return low, high

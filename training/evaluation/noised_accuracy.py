@@ -11,32 +11,16 @@ from tqdm import tqdm
 
 from pipelines import TextToImagePipeline
 from pipelines.drawing.images import decode_latents
-from training.evaluation.figures import new_figure, save_figure
+from training.evaluation.figures import chart, finish
 from training.evaluation.judge import Judge, embed_concepts, recall
 from training.evaluation.samples import with_guides
-from training.evaluation.settings import (
-    BatchSettings,
-    CountSettings,
-    JudgeSettings,
-    ModelSettings,
-    NoisyClassifierSettings,
-    NoisyClipSettings,
-    SplitSettings,
-)
+from training.evaluation.settings import BatchSettings, CountSettings, GuidesSettings, JudgedSettings
 from training.objectives.denoising import BUCKETS
 from training.objectives.noised import NoisedPictures, embed_prompts
 from training.run.settings import require, setting
 
 
-class NoisedAccuracyConfig(
-    ModelSettings,
-    JudgeSettings,
-    NoisyClipSettings,
-    NoisyClassifierSettings,
-    CountSettings,
-    BatchSettings,
-    SplitSettings,
-):
+class NoisedAccuracyConfig(JudgedSettings, GuidesSettings, CountSettings, BatchSettings):
     """Settings of `training.evaluate noised-accuracy`."""
 
     label_column: str = setting("Column of the classifier's classes, of one set.", "group")
@@ -69,12 +53,11 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
     chosen = torch.randperm(len(pictures), generator=generator)[: config.num_pictures].tolist()
     truth = [pictures.columns["concept"][i] for i in chosen]
     judge = Judge(config.judge)
-    readers: dict[str, tuple[Any, Any]] = {
-        "clean CLIP": (
-            embed_concepts(judge, config.dataset),
-            lambda x, t: judge.embed_images(decode_latents(pipe.vae, x)),
-        )
-    }
+
+    def read_clean(x: Tensor, t: int) -> Tensor:
+        return judge.embed_images(decode_latents(pipe.vae, x))
+
+    readers: dict[str, tuple[Any, Any]] = {"clean CLIP": (embed_concepts(judge, config.dataset), read_clean)}
     if noisy is not None:
         readers["noised CLIP"] = embed_concepts(PipelineTexts(pipe), config.dataset), noisy
     total = len(pictures.chain)
@@ -107,12 +90,8 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
 
 def draw_accuracy(figures: dict[str, Any], path: str) -> None:
     """A curve for each reader against t."""
-    figure, ax = new_figure(6, 3.5)
-    for reader, own in figures.items():
-        if isinstance(own, dict):
-            for name, values in own.items():
+    with chart(path, 6, 3.5) as ax:
+        for reader, own in figures.items():
+            for name, values in own.items() if isinstance(own, dict) else ():
                 ax.plot(figures["t"], values, marker="o", label=f"{reader}, {name}")
-    ax.set(xlabel="t", ylabel="share of noised pictures", ylim=(0, 1))
-    ax.grid(alpha=0.3)
-    ax.legend()
-    save_figure(figure, path)
+        finish(ax, 10, xlabel="t", ylabel="share of noised pictures", ylim=(0, 1))

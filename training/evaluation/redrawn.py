@@ -27,15 +27,8 @@ def redraw(pipe: Any, x0: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     t = int(torch.randint(WEAKEST, STRONGEST + 1, (1,), generator=generator))
     x_t = pipe.scheduler.add_noise(x0, torch.randn(x0.shape, generator=generator), torch.tensor(t))
-    drawn: Any = pipe(
-        [""] * len(x0),
-        latents=x_t,
-        timesteps=[t, t // 2],
-        guidance_scale=1.0,
-        clip_guidance_scale=0.0,
-        generator=generator,
-        output_type="pt",
-    )
+    plain: Any = {"guidance_scale": 1.0, "clip_guidance_scale": 0.0, "output_type": "pt"}
+    drawn = pipe([""] * len(x0), latents=x_t, timesteps=[t, t // 2], generator=generator, **plain)
     return (drawn.images * 255).round().to(torch.uint8)
 
 

@@ -6,6 +6,7 @@ Pictures are drawn once, for captions of the training pictures, of compositions 
 never saw, and serve every figure; they are kept in OUTPUT/samples, so a report that was stopped goes on.
 """
 
+import json
 import platform
 import time
 from collections import Counter
@@ -21,41 +22,17 @@ from tqdm import tqdm
 
 from pipelines import TextToImagePipeline
 from pipelines.chain.equations import LEARNED_VARIANCES
-from pipelines.folders.files import read_json
+from pipelines.folders.files import read_json, write_file
 from training.data.arrays import model_key
 from training.data.caches import LiveText, cache_latents
 from training.data.pictures import PictureCache
+from training.evaluation import metrics, samples
 from training.evaluation.inception import find_weights, inception_figures
 from training.evaluation.judge import Concepts, Judge, embed_concepts, embed_pictures
-from training.evaluation.metrics import (
-    bootstrap_interval,
-    clip_score,
-    density_coverage,
-    frechet_distance,
-    kernel_distance,
-    nearest_neighbours,
-    precision_recall,
-    recall_at,
-)
-from training.evaluation.report_page import write_report
-from training.evaluation.report_parts import SPLITS, Measured, Part
-from training.evaluation.samples import (
-    draw,
-    own_guidance,
-    own_steps,
-    pipeline_key,
-    random_rows,
-    read_pictures,
-    two_halves,
-    with_guides,
-)
-from training.evaluation.settings import (
-    GuidanceSettings,
-    JudgeSettings,
-    ModelSettings,
-    SeededSettings,
-    at_least,
-)
+from training.evaluation.report_page import page
+from training.evaluation.report_parts import NEAR, SPLITS, Part
+from training.evaluation.samples import read_pictures
+from training.evaluation.settings import GuidanceSettings, JudgedSettings, SeededSettings, at_least
 from training.objectives.denoising import BUCKETS, DenoisingLoss, DenoisingSettings, validation_loss
 from training.run.settings import require, setting
 
@@ -63,7 +40,7 @@ QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 NOISE_DRAWS = 4  # of the validation loss, for its standard error
 
 
-class ReportConfig(ModelSettings, JudgeSettings, GuidanceSettings, SeededSettings):
+class ReportConfig(JudgedSettings, GuidanceSettings, SeededSettings):
     """Settings of `training.evaluate report`."""
 
     output: str = setting("Folder of the report and its pictures.", "report")
@@ -104,9 +81,9 @@ def read_parts(
         embeds = embed_pictures(judge, pictures, config.cache_dir)
         if split == "train":
             require(len(pictures) >= 12, "dataset", config.dataset, "of at least 12 training pictures")
-            reference, numbers = two_halves(len(pictures), config.num_pictures, config.seed)
+            reference, numbers = samples.two_halves(len(pictures), config.num_pictures, config.seed)
         else:
-            numbers = random_rows(len(pictures), config.num_held_out, config.seed)
+            numbers = samples.random_rows(len(pictures), config.num_held_out, config.seed)
         parts[name] = Part(pictures, embeds, numbers)
     return parts, reference
 
@@ -118,16 +95,8 @@ def estimate(
     config: ReportConfig, statistic: Callable[..., float], *samples: Tensor
 ) -> dict[str, float | list[float]]:
     """The figure with its 95 % bootstrap interval."""
-    interval = bootstrap_interval(statistic, *samples, replicates=config.replicates, seed=config.seed)
+    interval = metrics.bootstrap_interval(statistic, *samples, replicates=config.replicates, seed=config.seed)
     return {"value": statistic(*samples), "interval": list(interval)}
-
-
-def fewest_matches(labels: list[str]) -> int:
-    """By how many places to move all labels on, so that the fewest stay what they were."""
-    shifts = range(1, len(labels))
-    return min(
-        shifts, key=lambda k: sum(a == b for a, b in zip(labels, labels[k:] + labels[:k], strict=True))
-    )
 
 
 def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, part: Part) -> dict[str, Any]:
@@ -137,13 +106,15 @@ def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, par
     columns = {
         "generated": part.drawn_embeds,
         "real": part.embeds[part.numbers],
-        "shuffled": part.drawn_embeds.roll(-fewest_matches(part.concepts), dims=0),
+        "shuffled": part.drawn_embeds.roll(-samples.fewest_matches(part.concepts), dims=0),
     }
     figures: dict[str, Any] = {"pictures": len(part.numbers), "concepts": len(set(part.concepts))}
     for column, embeds in columns.items():
         ranks = part.ranks[column] = concepts.rank(embeds, part.concepts)
-        figures[column] = {f"R@{k}": estimate(config, lambda r, k=k: recall_at(r, k), ranks) for k in (1, 5)}
-        scores = clip_score(embeds, texts)
+        figures[column] = {
+            f"R@{k}": estimate(config, lambda r, k=k: metrics.recall_at(r, k), ranks) for k in (1, 5)
+        }
+        scores = metrics.clip_score(embeds, texts)
         figures[column]["CLIP score"] = estimate(config, lambda s: float(s.mean()), scores)
     return figures
 
@@ -153,16 +124,16 @@ def distribution(config: ReportConfig, reference: Tensor, columns: dict[str, Ten
     figures: dict[str, Any] = {"pictures": len(reference)}
     scale = reference.shape[1] ** 0.5  # unit vectors to the size that KID's kernel is made for
     for column, embeds in tqdm(columns.items(), desc="bootstrap of the distances", unit="column"):
-        precision, recall = precision_recall(reference, embeds)
-        density, coverage = density_coverage(reference, embeds)
         figures[column] = {
-            "Frechet distance": estimate(config, frechet_distance, embeds, reference),
-            "KID": estimate(config, kernel_distance, scale * embeds, scale * reference),
-            "precision": {"value": precision},
-            "recall": {"value": recall},
-            "density": {"value": density},
-            "coverage": {"value": coverage},
+            "Frechet distance": estimate(config, metrics.frechet_distance, embeds, reference),
+            "KID": estimate(config, metrics.kernel_distance, scale * embeds, scale * reference),
         }
+        for names, measure in (
+            (("precision", "recall"), metrics.precision_recall),
+            (("density", "coverage"), metrics.density_coverage),
+        ):
+            for name, value in zip(names, measure(reference, embeds), strict=True):
+                figures[column][name] = {"value": value}
     return figures
 
 
@@ -181,7 +152,7 @@ def losses(config: ReportConfig, pipe: TextToImagePipeline, parts: dict[str, Par
     }
     bar = tqdm(total=len(parts) * NOISE_DRAWS, desc="validation loss", unit="draw")
     for name, part in parts.items():
-        order = random_rows(len(part.pictures), len(part.pictures), config.seed)
+        order = samples.random_rows(len(part.pictures), len(part.pictures), config.seed)
         chosen = [order[i % len(order)] for i in range(config.num_validation)]  # so that no bucket is empty
         pictures: Any = picked(part.pictures, chosen)
         if pipe.vae is not None:
@@ -216,13 +187,13 @@ def memorisation(parts: dict[str, Part]) -> tuple[dict[str, Any], dict[str, Tens
     train = parts["seen captions"]
     distances = {}
     for name, part in parts.items():
-        part.neighbours = nearest_neighbours(part.drawn_embeds, train.embeds)
+        part.neighbours = metrics.nearest_neighbours(part.drawn_embeds, train.embeds)
         distances[f"generated, {name}"] = part.neighbours[0]
         own = torch.tensor(part.numbers)
         if part is train:
-            distances["real, training"] = nearest_neighbours(train.embeds[own], train.embeds, own)[0]
+            distances["real, training"] = metrics.nearest_neighbours(train.embeds[own], train.embeds, own)[0]
         else:
-            distances[f"real, {name}"] = nearest_neighbours(part.embeds, train.embeds)[0]
+            distances[f"real, {name}"] = metrics.nearest_neighbours(part.embeds, train.embeds)[0]
     levels = torch.tensor(QUANTILES, dtype=torch.float64)
     figures: dict[str, Any] = {"quantiles": list(QUANTILES)}
     unseen = distances["real, held-out concepts"].double().quantile(0.05)
@@ -230,7 +201,7 @@ def memorisation(parts: dict[str, Part]) -> tuple[dict[str, Any], dict[str, Tens
         figures[name] = {
             "pictures": len(values),
             "distances": values.double().quantile(levels).tolist(),
-            "nearer than 95 % of unseen real pictures are": float((values < unseen).double().mean()),
+            NEAR: float((values < unseen).double().mean()),
         }
     for name, part in parts.items():
         copies = train.pictures.images(part.neighbours[1])
@@ -272,15 +243,13 @@ def draw_parts(
 ) -> dict[str, Any]:
     """Draw what is not in OUTPUT/samples yet; returns how."""
     for name, part in parts.items():
-        folder = Path(config.output, "samples")
-        part.drawn = draw(
-            pipe, part.captions, config.seed, **config.drawing(), folder=folder, label=f"drawing {name}"
-        )
+        kept: Any = {"folder": Path(config.output, "samples"), "label": f"drawing {name}"}
+        part.drawn = samples.draw(pipe, part.captions, config.seed, **config.drawing(), **kept)
         part.drawn_embeds = judge.embed_images(part.drawn)
     eta = pipe.scheduler.config.get("eta", 1.0)
-    scale, clip_scale = own_guidance(pipe, config.guidance_scale, config.clip_guidance_scale)
+    scale, clip_scale = samples.own_guidance(pipe, config.guidance_scale, config.clip_guidance_scale)
     return {
-        "steps": own_steps(pipe, config.num_inference_steps),
+        "steps": samples.own_steps(pipe, config.num_inference_steps),
         "guidance scale": scale,
         "CLIP guidance scale": clip_scale,
         "scheduler": type(pipe.scheduler).__name__ + (f" with eta {eta:g}" if eta < 1 else ""),
@@ -297,17 +266,17 @@ def count_parameters(pipe: TextToImagePipeline, drawing: dict[str, Any]) -> int:
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
-    """Measure, write report.json, overview.png and index.html into `output`, return the figures."""
+    """Measure, write report.json and index.html into `output`, return the figures."""
     seconds: dict[str, float] = {}
-    judge, pipe = Judge(config.judge), with_guides(config.model)
+    judge, pipe = Judge(config.judge), samples.with_guides(config.model)
     with timed(seconds, "reading and embedding real pictures"):
         concepts = embed_concepts(judge, config.dataset)
         parts, reference = read_parts(config, judge, pipe)
-    samples = Path(config.output, "samples")
-    there = set(samples.glob("*.png"))
+    folder = Path(config.output)
+    there = set(folder.glob("samples/*.png"))
     with timed(seconds, "drawing"):
         drawing = draw_parts(config, pipe, judge, parts)
-    drawn_now = len(set(samples.glob("*.png")) - there)
+    drawn_now = len(set(folder.glob("samples/*.png")) - there)
     train = parts["seen captions"]
     with timed(seconds, "retrieval and CLIP score"):
         retrieval = {name: against_captions(config, judge, concepts, part) for name, part in parts.items()}
@@ -319,11 +288,12 @@ def report(config: ReportConfig) -> dict[str, Any]:
     with timed(seconds, "nearest neighbours"):
         neighbours, nearest = memorisation(parts)
     with timed(seconds, "Inception"):
-        weights = find_weights(config.inception_weights)
-        inception = inception_figures(weights, train.drawn, train.pictures.images(reference))
+        real = train.pictures.images(reference)
+        inception = inception_figures(find_weights(config.inception_weights), train.drawn, real)
+    computed = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     figures = {
         "model": config.model,
-        "model key": pipeline_key(pipe),
+        "model key": samples.pipeline_key(pipe),
         "parameters": count_parameters(pipe, drawing),
         "judge": config.judge,
         "judge key": model_key(judge.model)[:16],
@@ -338,11 +308,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "Inception": inception,
         "bootstrap replicates": config.replicates,
         "seconds": seconds | {"of these, pictures drawn anew": drawn_now},
-        "computed with": {
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "computed with": computed | {"python": platform.python_version()},
     }
-    write_report(Path(config.output), figures, Measured(parts, nearest), config.num_shown)
+    # report.json first: the figures stand even where the page could not be drawn
+    write_file(folder / "report.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_file(folder / "index.html", page(figures, parts, nearest, folder, config.num_shown))
     return figures

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from training.data.pictures import PictureCache
+from training.evaluation.samples import first_captions
+
+NEAR = "nearer than 95 % of unseen real pictures are"  # a share, in the report
 
 SPLITS = {  # what the page calls them: the data set's name
     "seen captions": "train",
@@ -29,7 +32,7 @@ class Part:
 
     @property
     def captions(self) -> list[str]:
-        return [self.pictures.captions[self.pictures.choices[i][0]] for i in self.numbers]
+        return first_captions(self.pictures, self.numbers)
 
     @property
     def concepts(self) -> list[str]:
@@ -38,11 +41,3 @@ class Part:
     def real(self) -> Tensor:
         """(n, 3, H, W): the real pictures of the captions that were drawn."""
         return self.pictures.images(self.numbers)
-
-
-@dataclass
-class Measured:
-    """What the page shows besides the figures."""
-
-    parts: dict[str, Part]
-    distances: dict[str, Tensor]  # to the nearest training picture, of drawn and of real pictures

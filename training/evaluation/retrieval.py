@@ -5,6 +5,7 @@ python -m training.evaluate retrieval --model models/emoji --judge models/judge
 python -m training.evaluate sheet --model models/emoji
 """
 
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -74,9 +75,8 @@ def retrieval(config: EvaluationConfig) -> dict[str, Any]:
 def sheet(config: EvaluationConfig) -> dict[str, Any]:
     """Ten prompts down, ten across: the six styles and four without one. No picking: seeds in a row."""
     styles = [*list(STYLES.values())[:6], "", "", "", ""]
-    captions = [
-        f"{name}, {style} style" if style else f"a {name}" for name in SHEET_PROMPTS for style in styles
-    ]
+    pairs = itertools.product(SHEET_PROMPTS, styles)
+    captions = [f"{name}, {style} style" if style else f"a {name}" for name, style in pairs]
     images = draw_captions(config, captions)
     path = config.output or "sheet.png"
     save_png(image_grid(to_pil(images), columns=10), path)

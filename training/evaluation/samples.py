@@ -1,6 +1,7 @@
 """Pictures drawn for many captions, a seed each; with a folder, none is drawn twice."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +24,14 @@ from training.run.settings import DataSettings
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def read_pictures(
-    config: DataSettings, split: str, side: int, caption_column: str = "caption"
-) -> PictureCache:
-    """A split of the data set, decoded once, (3, side, side) each."""
-    data = load_pictures(config.dataset, split)
-    return cache_pictures(data, side, config.cache_dir, "image", caption_column)
+def read_pictures(config: DataSettings, split: str, side: int, column: str = "caption") -> PictureCache:
+    """A split of the data set, decoded once, (3, side, side) each; its captions are in `column`."""
+    return cache_pictures(load_pictures(config.dataset, split), side, config.cache_dir, "image", column)
+
+
+def first_captions(pictures: PictureCache, rows: list[int]) -> list[str]:
+    """The canonical caption of each of these pictures."""
+    return [pictures.captions[pictures.choices[row][0]] for row in rows]
 
 
 def random_rows(total: int, count: int, seed: int) -> list[int]:
@@ -91,6 +94,12 @@ def own_guidance(
     return float(scale), float(clip_scale)
 
 
+def call(pipe: Any, seeds: Iterable[int], **arguments: Any) -> Tensor:
+    """(N, 3, H, W) in [-1, 1]: what pipe(**arguments) draws, each picture with a seed of its own."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(**arguments, generator=generators, output_type="pt").images * 2 - 1
+
+
 def draw(
     pipe: TextToImagePipeline,
     captions: list[str],
@@ -130,34 +139,27 @@ def draw(
         if classifier_guidance_scale > 0 and class_labels is not None:
             classifier = f" {classifier_guidance_scale} {model_key(pipe.noisy_classifier)}"
             settings = [f"{own}{classifier} {one}" for own, one in zip(settings, class_labels, strict=True)]
-        if num_candidates > 1:
-            settings = [f"{own} best of {num_candidates}" for own in settings]
-        names = [content_key(key, f"{ids[i]} {seed + i} {settings[i]}") for i in range(len(captions))]
-        paths = [Path(folder) / f"{name}.png" for name in names]
+        best = f" best of {num_candidates}" if num_candidates > 1 else ""
+        for i, (tokens, own) in enumerate(zip(ids, settings, strict=True), start=seed):
+            paths.append(Path(folder, content_key(key, f"{tokens} {i} {own}{best}") + ".png"))
     missing = [i for i in range(len(captions)) if not paths or not paths[i].is_file()]
-    parts = []
+    parts: list[Tensor] = []
+    shared = {
+        "num_inference_steps": steps, "guidance_scale": scale, "clip_guidance_scale": clip_guidance_scale,
+        "classifier_guidance_scale": classifier_guidance_scale, "num_candidates": num_candidates,
+    }  # fmt: skip
     with tqdm(total=len(captions), initial=len(captions) - len(missing), desc=label, unit="picture") as bar:
         at_once = max(1, batch_size // num_candidates)
         for start in range(0, len(missing), at_once):
             batch = missing[start : start + at_once]
             seeds = [seed + i + j * 2**24 for i in batch for j in range(num_candidates)]
             classes = None if class_labels is None else [class_labels[i] for i in batch]
-            drawn: Any = pipe(
-                [captions[i] for i in batch],
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                clip_guidance_scale=clip_guidance_scale,
-                class_labels=classes,
-                classifier_guidance_scale=classifier_guidance_scale,
-                num_candidates=num_candidates,
-                generator=[torch.Generator().manual_seed(own) for own in seeds],
-                output_type="pt",
+            parts.append(
+                call(pipe, seeds, prompt=[captions[i] for i in batch], class_labels=classes, **shared)
             )
-            images = drawn.images * 2 - 1
-            for i, image in zip(batch, to_pil(images), strict=True):
+            for i, image in zip(batch, to_pil(parts[-1]), strict=True):
                 if paths:
                     save_png(image, paths[i])
-            parts.append(images)
             bar.update(len(batch))
     return torch.cat([to_tensor(Image.open(path)) for path in paths] if paths else parts)
 
@@ -166,3 +168,12 @@ def two_halves(total: int, count: int, seed: int) -> tuple[list[int], list[int]]
     """`count` random numbers of 0 .. total - 1, and as many others; at most half of them in each."""
     order, count = random_rows(total, total, seed), min(count, total // 2)
     return order[:count], order[count : 2 * count]
+
+
+def fewest_matches(labels: list[str]) -> int:
+    """By how many places to move all labels on, so that the fewest stay what they were."""
+
+    def matches(k: int) -> int:
+        return sum(a == b for a, b in zip(labels, labels[k:] + labels[:k], strict=True))
+
+    return min(range(1, len(labels)), key=matches)

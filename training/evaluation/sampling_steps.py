@@ -16,25 +16,16 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from pipelines.coding.likelihood import chain_of
-from training.evaluation.bits_per_dim import (
-    FOR_AN_ERROR,
-    VARIANCES,
-    BitsPerDimConfig,
-    evaluation_chain,
-    held_out_pictures,
-    load_pixel_pipeline,
-    mean_and_error,
-    measure,
-)
-from training.evaluation.figures import new_figure, save_figure
+from training.evaluation import bits_per_dim as likelihood
+from training.evaluation.figures import chart, finish
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
-from training.evaluation.samples import draw, read_pictures, two_halves
-from training.evaluation.settings import BatchSettings, CountSettings, JudgeSettings, SplitSettings, at_least
+from training.evaluation.samples import draw, first_captions, read_pictures, two_halves
+from training.evaluation.settings import BatchSettings, CountSettings, JudgeSettings, at_least
 from training.run.settings import require, setting
 
 
-class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings, SplitSettings):
+class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings):
     """Settings of `training.evaluate sampling-steps`."""
 
     models: list[str] = setting(
@@ -42,7 +33,7 @@ class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings, SplitSett
         ["models/emoji:fixed_small", "models/emoji:fixed_large"],
     )
     steps: list[int] = setting("Numbers of steps to compare.", [10, 25, 50, 100])
-    num_pictures: int = setting("Pictures whose bits are counted; at least 2.", 100, FOR_AN_ERROR)
+    num_pictures: int = setting("Pictures whose bits are counted; at least 2.", 100, likelihood.FOR_AN_ERROR)
     num_drawn: int = setting("Pictures drawn, and in each half of real ones.", 1000, at_least(2))
     guidance_scale: float = setting("Of the drawn pictures; 1 shows the model itself.", 1.0, "0 or more")
 
@@ -51,10 +42,8 @@ class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings, SplitSett
         super().check()
         require(len(self.models) > 0, "models", self.models, "at least one pipeline")
         for model in self.models:
-            _, variance = split_name(model)
-            require(
-                variance in (None, *VARIANCES), "models", model, f"FOLDER:VARIANCE_TYPE, one of {VARIANCES}"
-            )
+            rule = f"FOLDER:VARIANCE_TYPE, one of {likelihood.VARIANCES}"
+            require(split_name(model)[1] in (None, *likelihood.VARIANCES), "models", model, rule)
         require(len(self.steps) > 0 and min(self.steps) >= 1, "steps", self.steps, "numbers of 1 or more")
 
 
@@ -79,7 +68,7 @@ def real_pictures(config: SamplingStepsConfig, judge: Judge, side: int) -> RealP
     require(len(pictures) >= 4, "dataset", config.dataset, "of at least 4 training pictures")
     first, second = two_halves(len(pictures), config.num_drawn, config.seed)
     reference, other = (judge.embed_images(pictures.images(half)) for half in (first, second))
-    captions = [pictures.captions[pictures.choices[i][0]] for i in second]
+    captions = first_captions(pictures, second)
     return RealPictures(reference, captions, frechet_distance(other, reference))
 
 
@@ -87,40 +76,30 @@ def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
     """For each model and number of steps: bits per dimension of held-out pictures under the chain of so many
     timesteps, and the Frechet distance of as many pictures as half A has, drawn in so many steps."""
     judge = Judge(config.judge)
-    pipes = {name: load_pixel_pipeline(split_name(name)[0]) for name in config.models}
-    for name, pipe in pipes.items():
+    pipes = {name: likelihood.load_pixel_pipeline(split_name(name)[0]) for name in config.models}
+    for name, pipe in pipes.items():  # refuses what does not fit, before work starts
         for steps in config.steps:
-            evaluation_chain(
-                pipe, split_name(name)[1], steps
-            )  # refuses what does not fit, before work starts
-    real = {
-        side: real_pictures(config, judge, side)
-        for side in {p.unet.config.sample_size for p in pipes.values()}
-    }
+            likelihood.evaluation_chain(pipe, split_name(name)[1], steps)
+    sides = {pipe.unet.config.sample_size for pipe in pipes.values()}
+    real = {side: real_pictures(config, judge, side) for side in sides}
 
     figures: dict[str, Any] = {"pictures": config.num_pictures}
     for name, pipe in pipes.items():
         folder, variance = split_name(name)
         halves = real[pipe.unet.config.sample_size]
         shared = ("dataset", "split", "cache_dir", "num_pictures", "batch_size", "seed")
-        counted = BitsPerDimConfig(model=folder, **{key: getattr(config, key) for key in shared})
-        held_out = held_out_pictures(counted, pipe)
-        variance = evaluation_chain(pipe, variance).config.variance_type
+        counted = likelihood.BitsPerDimConfig(model=folder, **{key: getattr(config, key) for key in shared})
+        held_out = likelihood.held_out_pictures(counted, pipe)
+        variance = likelihood.evaluation_chain(pipe, variance).config.variance_type
         pipe.scheduler = chain_of(pipe.scheduler, variance_type=variance)
         figures[name] = {"drawn": len(halves.captions), "floor of the Frechet distance": halves.floor}
         for steps in config.steps:
-            chain = evaluation_chain(pipe, variance, steps)
-            terms = measure(counted, pipe, chain, held_out, held_out.captions, f"{name}, {steps} steps")
-            drawn = draw(
-                pipe,
-                halves.captions,
-                seed=config.seed,
-                num_inference_steps=steps,
-                guidance_scale=config.guidance_scale,
-                batch_size=config.batch_size,
-            )
+            chain = likelihood.evaluation_chain(pipe, variance, steps)
+            title = f"{name}, {steps} steps"
+            terms = likelihood.measure(counted, pipe, chain, held_out, held_out.captions, title)
+            drawn = draw(pipe, halves.captions, config.seed, steps, config.guidance_scale, config.batch_size)
             figures[name][f"{steps} steps"] = {
-                "bits/dim": mean_and_error(terms.bits.sum(1)),
+                "bits/dim": likelihood.mean_and_error(terms.bits.sum(1)),
                 "Frechet distance": frechet_distance(judge.embed_images(drawn), halves.reference),
             }
     if config.output:
@@ -138,23 +117,21 @@ def label(model: str) -> str:
 
 def draw_curves(figures: dict[str, Any], config: SamplingStepsConfig) -> None:
     """Both figures side by side, a curve for each model; steps and bits on logarithmic scales."""
-    figure, (bits, distance) = new_figure(10, 4, columns=2)
-    for model in config.models:
-        rows = [figures[model][f"{steps} steps"] for steps in config.steps]
-        means = [row["bits/dim"]["mean"] for row in rows]
-        errors = [2 * row["bits/dim"]["standard error"] for row in rows]
-        bits.errorbar(config.steps, means, yerr=errors, marker="o", capsize=2, label=label(model))
-        distances = [row["Frechet distance"] for row in rows]
-        distance.plot(config.steps, distances, marker="o", label=label(model))
-    floor = figures[config.models[0]]["floor of the Frechet distance"]
-    distance.axhline(floor, color="grey", ls=":", label="real pictures")
-    bits.set_yscale("log")  # few steps with too small a variance cost ten times the bits of the others
-    bits.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    bits.yaxis.set_major_formatter(ScalarFormatter())
-    bits.yaxis.set_minor_formatter(NullFormatter())
-    for ax, quantity in ((bits, "bits/dim"), (distance, "Frechet distance, judge's image space")):
-        ax.set(xscale="log", xlabel="steps", ylabel=quantity, xticks=config.steps, xticklabels=config.steps)
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-        ax.legend()
-    save_figure(figure, config.output)
+    with chart(config.output, 10, 4, columns=2) as (bits, distance):
+        for model in config.models:
+            rows = [figures[model][f"{steps} steps"] for steps in config.steps]
+            means = [row["bits/dim"]["mean"] for row in rows]
+            errors = [2 * row["bits/dim"]["standard error"] for row in rows]
+            bits.errorbar(config.steps, means, yerr=errors, marker="o", capsize=2, label=label(model))
+            distances = [row["Frechet distance"] for row in rows]
+            distance.plot(config.steps, distances, marker="o", label=label(model))
+        floor = figures[config.models[0]]["floor of the Frechet distance"]
+        distance.axhline(floor, color="grey", ls=":", label="real pictures")
+        bits.set_yscale("log")  # few steps with too small a variance cost ten times the bits of the others
+        bits.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        bits.yaxis.set_major_formatter(ScalarFormatter())
+        bits.yaxis.set_minor_formatter(NullFormatter())
+        for ax, quantity in ((bits, "bits/dim"), (distance, "Frechet distance, judge's image space")):
+            ax.set(xscale="log", xticks=config.steps, xticklabels=config.steps)
+            ax.minorticks_off()
+            finish(ax, 10, xlabel="steps", ylabel=quantity)

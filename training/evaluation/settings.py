@@ -23,6 +23,10 @@ class JudgeSettings(Settings):
     judge: str = setting("The CLIP that scores pictures.", "models/judge")
 
 
+class JudgedSettings(ModelSettings, JudgeSettings):
+    """A pipeline, and the judge of what it draws."""
+
+
 class SeededSettings(DataSettings):
     """The data set, and the seed of all that is random."""
 
@@ -44,7 +48,7 @@ class BatchSettings(Settings):
     batch_size: int = setting("Pictures in one pass of the network.", 25, "at least 1")
 
 
-class CountSettings(Settings):
+class CountSettings(SplitSettings):
     num_pictures: int = setting("Pictures drawn at random.", 200, "at least 1")
 
 
@@ -54,7 +58,11 @@ class StepsSettings(Settings):
     )
 
 
-class GuidanceSettings(StepsSettings, BatchSettings):
+class PassSettings(StepsSettings, BatchSettings):
+    """Steps of the chain, and how many pictures are in one pass."""
+
+
+class GuidanceSettings(PassSettings):
     """How the model draws."""
 
     guidance_scale: float | None = setting(
@@ -70,17 +78,15 @@ class GuidanceSettings(StepsSettings, BatchSettings):
         return {name: getattr(self, name) for name in names}
 
 
-class NoisyClipSettings(Settings):
-    noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "", TRAINED)
-
-
-class NoisyClassifierSettings(Settings):
+class ClassifierSettings(Settings):
     noisy_classifier: str = setting("Folder of a NoisyClassifier; " + OWN, "", TRAINED)
 
 
-class EvaluationConfig(
-    ModelSettings, JudgeSettings, GuidanceSettings, CountSettings, WordSettings, SplitSettings
-):
+class GuidesSettings(ClassifierSettings):
+    noisy_clip: str = setting("Folder of a NoisyCLIP; " + OWN, "", TRAINED)
+
+
+class EvaluationConfig(JudgedSettings, GuidanceSettings, CountSettings, WordSettings):
     """Settings of `training.evaluate` zero-shot, retrieval, sheet and words."""
 
     clip: str = setting(

@@ -24,18 +24,17 @@ from training.evaluation.metrics import nearest_neighbours, recall_at
 from training.evaluation.redrawn import cache_redrawn
 from training.evaluation.samples import draw, random_rows, read_pictures, with_guides
 from training.evaluation.settings import (
+    ClassifierSettings,
     FigureSettings,
     GuidanceSettings,
-    JudgeSettings,
-    ModelSettings,
-    NoisyClassifierSettings,
+    JudgedSettings,
 )
 from training.run.settings import Rule, require, setting
 
 DRAWN = ["3d", "flat", "noto", "twemoji"]
 
 
-class StylesConfig(ModelSettings, NoisyClassifierSettings, JudgeSettings, GuidanceSettings, FigureSettings):
+class StylesConfig(JudgedSettings, ClassifierSettings, GuidanceSettings, FigureSettings):
     """Settings of `training.evaluate styles`."""
 
     classifier: str = setting(
@@ -92,11 +91,12 @@ def load_models(config: StylesConfig) -> tuple[Any, Any]:
     known = list(classifier.config.labels)
     require(set(config.styles) <= set(known), "styles", config.styles, f"some of the classifier's, {known}")
     if config.classifier_guidance_scale > 0:
-        has = pipe.noisy_classifier is not None
-        require(has, "noisy_classifier", config.noisy_classifier, "given: this model has none")
-        guide = list(pipe.noisy_classifier.config.labels)
-        rule = f"some of noisy_classifier's, {guide}"
-        require(set(config.styles) <= set(guide), "styles", config.styles, rule)
+        guide, name = pipe.noisy_classifier, config.noisy_classifier
+        require(guide is not None, "noisy_classifier", name, "given: this model has none")
+        known = list(guide.config.labels)
+        require(
+            set(config.styles) <= set(known), "styles", config.styles, f"some of noisy_classifier's, {known}"
+        )
     return pipe, classifier
 
 
@@ -112,16 +112,10 @@ def styles(config: StylesConfig) -> dict[str, Any]:
     rows = choose_rows(names, own, config.styles, config.num_names, config.seed)
     require(len(rows) > 0, "styles", config.styles, "styles that some name has all of")
     captions, truth = [f"{names[row]}, {own[row]} style" for row in rows], [own[row] for row in rows]
-    drawn = draw(
-        pipe,
-        captions,
-        config.seed,
-        **config.drawing(),
-        folder=Path(config.output) / "samples",
-        class_labels=truth if config.classifier_guidance_scale > 0 else None,
-        classifier_guidance_scale=config.classifier_guidance_scale,
-        num_candidates=config.num_candidates,
-    )
+    scale, folder = config.classifier_guidance_scale, Path(config.output)
+    guided: Any = {"class_labels": truth if scale > 0 else None, "classifier_guidance_scale": scale}
+    guided |= {"num_candidates": config.num_candidates, "folder": folder / "samples"}
+    drawn = draw(pipe, captions, config.seed, **config.drawing(), **guided)
     found = classify(classifier, drawn, config.styles)
     others = [i for i, style in enumerate(held_out.columns["style"]) if style in config.styles]
     kinds = [held_out.columns["style"][i] for i in others]
@@ -137,7 +131,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         "model": config.model,
         "pictures": len(rows),
         "names": len(rows) // len(config.styles),
-        "classifier_guidance_scale": config.classifier_guidance_scale,
+        "classifier_guidance_scale": scale,
         "num_candidates": config.num_candidates,
         **{f"style found, {name}": shares for name, shares in accuracy.items()},
         "R@5, generated": recall_at(concepts.rank(embeds, shown), 5),
@@ -149,7 +143,6 @@ def styles(config: StylesConfig) -> dict[str, Any]:
         for caption, style, j, distance in zip(captions, found, nearest, distances, strict=True)
     ]
     pairs = pair_tags(drawn, train.images(nearest), ("drawn", "nearest"), notes)
-    folder = Path(config.output)
     write_file(folder / "index.html", page(config, figures, accuracy, pairs))
     columns = len(config.styles) * max(1, 20 // len(config.styles))
     save_png(image_grid(to_pil(drawn), columns=columns), folder / "sheet.png")
@@ -170,15 +163,11 @@ def page(
     several = f"{count} seeds each, of which the guides keep one and nobody else picks"
     drawn = several if count > 1 else "one seed each, nothing picked"
     title = f"{config.model}: {figures['names']} names in {len(config.styles)} styles"
-    body = [
-        heading(1, title),
-        table_tag(["style found", "all", *config.styles], rows),
-        note(
-            f"R@5 of the concept {figures['R@5, generated']:.3f}, real pictures of the same captions "
-            f"{figures['R@5, real']:.3f}. Names drawn at random, {drawn}: drawn on the left, its nearest "
-            f"training picture in the judge's space on the right.{guided} Redrawn: a real picture noised to "
-            f"t of 60 to 240 and drawn on from there by the model, told nothing of it."
-        ),
-        pairs,
-    ]
-    return document(title, body)
+    explained = (
+        f"R@5 of the concept {figures['R@5, generated']:.3f}, real pictures of the same captions "
+        f"{figures['R@5, real']:.3f}. Names drawn at random, {drawn}: drawn on the left, its nearest "
+        f"training picture in the judge's space on the right.{guided} Redrawn: a real picture noised to "
+        f"t of 60 to 240 and drawn on from there by the model, told nothing of it."
+    )
+    table = table_tag(["style found", "all", *config.styles], rows)
+    return document(title, [heading(1, title), table, note(explained), pairs])

@@ -24,27 +24,15 @@ from pipelines.super_resolution import SuperResolutionPipeline
 from training.data.pairs import load_pairs
 from training.evaluation.judge import Judge
 from training.evaluation.metrics import frechet_distance
-from training.evaluation.samples import load_pipeline_as, own_steps, random_rows
-from training.evaluation.settings import (
-    CountSettings,
-    JudgeSettings,
-    ModelSettings,
-    SplitSettings,
-    StepsSettings,
-    at_least,
-)
+from training.evaluation.samples import call, load_pipeline_as, own_steps, random_rows
+from training.evaluation.settings import CountSettings, JudgedSettings, StepsSettings, at_least
 from training.run.settings import PairSettings, require, setting
 
-FILTERS = {
-    name: getattr(Image.Resampling, name.upper())
-    for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-}
+FILTERS = {method.name.lower(): method for method in Image.Resampling}
 EDGE = 0.05  # standard deviation, in a square of a picture in [-1, 1], that is an edge
 
 
-class UpscalingConfig(
-    ModelSettings, JudgeSettings, StepsSettings, CountSettings, PairSettings, SplitSettings
-):
+class UpscalingConfig(JudgedSettings, StepsSettings, PairSettings, CountSettings):
     """Settings of `training.evaluate upscaling`."""
 
     model: str = "models/emoji-upsampler"
@@ -72,33 +60,27 @@ def psnr(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def layers_of(judge: Judge, squares: Tensor) -> list[Tensor]:
     """The judge's token states after the patches and after each layer, (N, tokens, D) each, l2-normalised."""
-    states: list[list[Tensor]] = []
-    for part in squares.split(128):
-        output = judge.model.vision_model(pixel_values=part, output_hidden_states=True)
-        states.append([F.normalize(layer, dim=-1) for layer in output.hidden_states])
-    return [torch.cat(layer) for layer in zip(*states, strict=True)]
+    tower = judge.model.vision_model
+    states = [
+        tower(pixel_values=part, output_hidden_states=True).hidden_states for part in squares.split(128)
+    ]
+    return [F.normalize(torch.cat(layer), dim=-1) for layer in zip(*states, strict=True)]
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> float:
     """LPIPS (Zhang 2018, eq. 1) in these layers, all weights 1: mean over pictures, layers and positions of
     |a - b|^2, (N, tokens, D) each, of unit vectors: 0 .. 4."""
-    return float(
-        torch.stack([(x - y).square().sum(-1).double().mean() for x, y in zip(a, b, strict=True)]).mean()
-    )
+    layers = [(x - y).square().sum(-1).double().mean() for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(layers).mean())
 
 
 def enlarge_with(pipe: SuperResolutionPipeline, config: UpscalingConfig, small: Tensor) -> Tensor:
     """The same by the model, one picture at a time; picture i has the seed seed + i."""
+    how = {"num_inference_steps": config.num_inference_steps, "noise_level": config.noise_level}
     drawn = []
     for i in tqdm(range(len(small)), desc="enlarging", unit="picture"):
-        result: Any = pipe(
-            image=small[i : i + 1] / 2 + 0.5,
-            num_inference_steps=config.num_inference_steps,
-            noise_level=config.noise_level,
-            generator=torch.Generator().manual_seed(config.seed + i),
-            output_type="pt",
-        )
-        drawn.append(to_tensor(to_pil(result.images * 2 - 1)[0]))
+        picture = call(pipe, [config.seed + i], image=small[i : i + 1] / 2 + 0.5, **how)
+        drawn.append(to_tensor(to_pil(picture)[0]))
     return torch.cat(drawn)
 
 
@@ -124,12 +106,8 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
     squares = cut_squares(real, judge.image_size)
     edges = squares.flatten(1).std(1) > EDGE
     real_layers, real_embeds = layers_of(judge, squares[edges]), judge.embed_images(squares[edges])
-    figures: dict[str, Any] = {
-        "split": config.split,
-        "pictures": len(chosen),
-        "squares": int(edges.sum()),
-        "steps": own_steps(pipe, config.num_inference_steps),
-    }
+    figures: dict[str, Any] = {"split": config.split, "pictures": len(chosen), "squares": int(edges.sum())}
+    figures["steps"] = own_steps(pipe, config.num_inference_steps)
     enlarged: dict[str, Tensor] = {}
     for name, way in ways.items():
         start = time.perf_counter()
@@ -155,10 +133,8 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
 def draw_sheet(columns: list[Tensor], best: str, path: str) -> None:
     """Six pictures, a row each: small, by the best filter, by the model, real."""
     side = columns[-1].shape[-1]
-    cells = [
-        to_pil(column[i : i + 1])[0].resize((side, side), Image.Resampling.NEAREST)
-        for i in range(min(6, len(columns[0])))
-        for column in columns
-    ]
-    labels = ["small", best, "enlarged", "real"] * (len(cells) // len(columns))
+    rows = min(6, len(columns[0]))
+    whole = zip(*(to_pil(column[:rows]) for column in columns), strict=True)
+    cells = [cell.resize((side, side), Image.Resampling.NEAREST) for row in whole for cell in row]
+    labels = ["small", best, "enlarged", "real"] * rows
     save_png(image_grid(cells, columns=len(columns), labels=labels), path)
