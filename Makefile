@@ -32,8 +32,8 @@ help:  ## this list
 generate: $(INSTALLED)  ## draw PROMPT="..."; also OUT=folder, SEED, NUM, STEPS, GUIDANCE, SIZE, MODEL=folder, GUIDES=folder
 	@test -n "$$PROMPT" || { echo 'Say what to draw: make generate PROMPT="a red heart"' >&2; exit 2; }
 	@$(RUN) -m pipelines \
-	  $${OUT:+--out "$$OUT"} $${SEED:+--seed "$$SEED"} $${NUM:+--num-images "$$NUM"} $${STEPS:+--steps "$$STEPS"} \
-	  $${GUIDANCE:+--guidance "$$GUIDANCE"} $${SIZE:+--size "$$SIZE"} $${MODEL:+--model "$$MODEL"} $${GUIDES:+--guides "$$GUIDES"} -- "$$PROMPT"
+	  $${OUT:+--out "$$OUT"} $${SEED:+--seed "$$SEED"} $${NUM:+--num-images-per-prompt "$$NUM"} $${STEPS:+--num-inference-steps "$$STEPS"} \
+	  $${GUIDANCE:+--guidance-scale "$$GUIDANCE"} $${SIZE:+--size "$$SIZE"} $${MODEL:+--model "$$MODEL"} $${GUIDES:+--guides "$$GUIDES"} -- "$$PROMPT"
 
 app: $(INSTALLED)  ## the web page, at the address it prints; MODEL, GRADIO_SERVER_NAME, GRADIO_SERVER_PORT
 	@$${MODEL:+env CORGI_MODEL="$$MODEL"} $(RUN) app.py

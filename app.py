@@ -19,7 +19,6 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read while gradio is imported
 
 import gradio as gr
-import torch
 
 from page.common import Tab
 from page.create import create_tab
@@ -28,9 +27,9 @@ from page.enlarge import enlarge_tab, missing_tab
 from page.looks import CSS, HEAD, HEADER, THEME
 from page.visit import send_button, visit_strip
 from pipelines import TextToImagePipeline
-from pipelines.__main__ import load_upsampler
+from pipelines.family import default_model, load_guides, load_model, load_upsampler
 
-MODEL = os.environ.get("CORGI_MODEL") or str(Path(__file__).parent / "models" / "emoji")
+MODEL = os.environ.get("CORGI_MODEL") or str(default_model())
 UPSAMPLER = os.environ.get("CORGI_UPSAMPLER")
 GUIDANCE = os.environ.get("CORGI_GUIDANCE")
 CLIP = os.environ.get("CORGI_CLIP")
@@ -80,12 +79,10 @@ def load() -> TextToImagePipeline:
     for name, folder in (("CORGI_GUIDANCE", GUIDANCE), ("CORGI_UPSAMPLER", UPSAMPLER)):
         if folder and not Path(folder).is_dir():
             raise ValueError(f"{name} must be a folder, got {folder}")
-    pipe = TextToImagePipeline.from_pretrained(MODEL, **({"clip_guidance_model": CLIP} if CLIP else {}))
-    guidance = Path(GUIDANCE or f"{MODEL.rstrip('/')}-guidance")
-    if guidance.is_dir():
-        pipe.load_guides(guidance)
-    pipe.upsampler = load_upsampler(pipe, Path(MODEL), Path(UPSAMPLER) if UPSAMPLER else None)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_model(MODEL, clip_guidance_model=CLIP)
+    load_guides(pipe, MODEL, GUIDANCE)
+    pipe.upsampler = load_upsampler(MODEL, UPSAMPLER, pipe.vae is None)
+    return pipe
 
 
 def main() -> None:

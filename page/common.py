@@ -1,8 +1,9 @@
 """What the tabs share: the words of prompts and errors, seeds, files that carry their settings."""
 
+import functools
+import inspect
 import secrets
 import uuid
-import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ import torch
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from pipelines.__main__ import save_png, slug
-from pipelines.drawing.images import check_pixels, to_rgb
+from pipelines.drawing import png
+from pipelines.drawing.images import to_rgb
+from pipelines.drawing.request import ARGUMENTS
 
 # What each drawing style adds to the prompt; the words are those of the training captions.
 STYLE_PHRASES = {
@@ -156,14 +158,14 @@ def negative_widget(prefix: str = "") -> gr.Textbox:
 
 def steps_widget(default: int, prefix: str = "") -> gr.Slider:
     return gr.Slider(
-        1,
+        ARGUMENTS["num_inference_steps"].metadata["rule"].low,
         MAX_STEPS,
         value=default,
         step=1,
         precision=0,
         label="Steps",
         info="More are finer and slower.",
-        elem_id=f"{prefix}steps",
+        elem_id=f"{prefix}num_inference_steps",
     )
 
 
@@ -175,8 +177,54 @@ def guidance_widget(default: float, prefix: str = "") -> gr.Slider:
         step=0.1,
         label="Guidance",
         info="More follows the words more closely; 1 is off.",
-        elem_id=f"{prefix}guidance",
+        elem_id=f"{prefix}guidance_scale",
     )
+
+
+# ---------------------------------------------------------------------------------------- names of before
+
+
+def old_name(widget: gr.components.Component) -> gr.components.Component:
+    """A hidden, empty field with the limits of `widget`, for the name that its argument had in 0.1."""
+    hidden: dict[str, Any] = {"label": f"Old name of: {widget.label}", "visible": False}
+    if isinstance(widget, Upload):
+        return upload(**hidden)
+    if isinstance(widget, gr.Dropdown):
+        return gr.Dropdown(widget.choices, value=None, **hidden)
+    limits = {"minimum": widget.minimum, "maximum": widget.maximum, "precision": widget.precision}
+    return gr.Number(None, **limits, **hidden)
+
+
+def takes_old_names(**renamed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes an event take further optional parameters, the names that some had in 0.1: old="new". Such a
+    value goes to the new name, with a warning to the caller."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+        names = [*signature.parameters, *renamed]
+
+        def settle(values: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+            call = dict(zip(names, values, strict=False)) | given
+            for old, new in renamed.items():
+                value = call.pop(old, None)
+                if value is not None:
+                    gr.Warning(f"`{old}` is now `{new}`.")
+                    call[new] = value
+            return call
+
+        def events(*values: Any, **given: Any) -> Iterator[Any]:
+            yield from function(**settle(values, given))
+
+        def event(*values: Any, **given: Any) -> Any:
+            return function(**settle(values, given))
+
+        made: Any = functools.wraps(function)(events if inspect.isgeneratorfunction(function) else event)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        added = [inspect.Parameter(old, kind, default=None) for old in renamed]
+        made.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])
+        return made
+
+    return decorate
 
 
 def callback(progress: gr.Progress, total: int, desc: str = "Drawing") -> Callable[..., dict]:
@@ -197,19 +245,11 @@ def callback(progress: gr.Progress, total: int, desc: str = "Drawing") -> Callab
 
 
 def read_picture(path: str | None, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """An uploaded picture of any mode, in RGB or as `convert` has it. Raises gr.Error for one of more than
-    `pipelines.drawing.images.MAX_PIXELS`, and for what is no picture."""
+    """An uploaded picture of any mode, in RGB or as `convert` returns it; see `png.open_picture`."""
     if path is None:
         raise user_error("There is no picture yet: choose one first, or send one here from another tab.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the lower limit
-            with Image.open(path) as image:
-                with told_plainly():
-                    check_pixels(image.width, image.height)
-                return convert(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise user_error("This file cannot be read as a picture.") from None
+    with told_plainly():
+        return png.open_picture(path, convert)
 
 
 def save_picture(image: Image.Image, pipe: Any, name: str, settings: dict[str, Any]) -> str:
@@ -221,24 +261,11 @@ def save_picture(image: Image.Image, pipe: Any, name: str, settings: dict[str, A
         "model": Path(pipe.name_or_path).name,
         "Software": "Corgi",
     }
-    return str(save_png(image, folder, name, settings | about))
+    return str(png.write_picture(image, folder, name, png.settings_of(settings) | about))
 
 
 def file_name(words: str, seed: int) -> str:
-    return f"{slug(words)}_seed{seed}"
-
-
-def read_settings(path: str) -> dict[str, str]:
-    """What `save_picture` or the command line wrote into a PNG."""
-    try:
-        with Image.open(path) as image:
-            settings = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
-            size = {"width": str(image.width), "height": str(image.height)}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise user_error("This file cannot be read as a picture.") from None
-    if settings.get("Software") != "Corgi":
-        raise user_error("This picture carries no settings: only a PNG that was saved from here does.")
-    return settings | size
+    return f"{png.slug(words)}_seed{seed}"
 
 
 def remember(history: list[str], paths: list[str]) -> list[str]:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from pipelines import TextToImagePipeline
-from pipelines.__main__ import slug
 from pipelines.drawing.attention_maps import AttentionMaps, draw_attention
 from pipelines.drawing.images import to_pil
+from pipelines.drawing.png import slug
 from pipelines.drawing.text import plain_texts
 
 from . import common
@@ -46,6 +46,15 @@ def sizes(pipe: TextToImagePipeline) -> list[tuple[str, int]]:
     factors = [1] if pipe.upsampler is None else [1, pipe.upsampler.scale]
     height, width = height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
     return [(f"{width * factor} × {height * factor}", width * factor) for factor in factors]
+
+
+RENAMED = {  # fields of the API in 0.1
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "num_images": "num_images_per_prompt",
+    "class_label": "class_labels",
+    "best_of": "num_candidates",
+}
 
 
 def draw_all(
@@ -94,14 +103,10 @@ def enlarge_all(
 
 
 def advanced_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Component]:
-    """The widgets behind "Advanced", by the names of their settings in a PNG."""
-    clips = [("noised", pipe.noisy_clip), ("clean", pipe.clip_guidance_model)]
-    forms = [form for form, clip in clips if clip is not None]
-    labels = [] if pipe.noisy_classifier is None else list(pipe.noisy_classifier.config.labels)
-
+    """The widgets behind "Advanced", by the names of their arguments."""
     with gr.Row(equal_height=True):
-        steps = common.steps_widget(common.default_steps(pipe))
-        guidance = common.guidance_widget(pipe.config.default_guidance_scale)
+        num_inference_steps = common.steps_widget(common.default_steps(pipe))
+        guidance_scale = common.guidance_widget(pipe.config.default_guidance_scale)
         guidance_rescale = gr.Slider(
             0,
             1,
@@ -157,25 +162,44 @@ def advanced_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Compo
             elem_id="attention_words",
             elem_classes="bordered",
         )
+    return {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "combined_prompt": combined_prompt,
+        "combined_weight": combined_weight,
+        "guidance_rescale": guidance_rescale,
+        "guidance_from": guidance_from,
+        "guidance_to": guidance_to,
+        **network_widgets(pipe),
+        "attention_words": attention_words,
+    }
+
+
+def network_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Component]:
+    """Guidance and ranking by other networks; hidden if the pipeline has none."""
+    clips = [("noised", pipe.noisy_clip), ("clean", pipe.clip_guidance_model)]
+    forms = [form for form, clip in clips if clip is not None]
+    labels = [] if pipe.noisy_classifier is None else list(pipe.noisy_classifier.config.labels)
     with gr.Row(equal_height=True, visible=bool(forms)):
-        clip_guidance = gr.Slider(
+        clip_guidance_scale = gr.Slider(
             0,
             10,
             value=0 if pipe.noisy_clip is None else pipe.config.default_clip_guidance_scale,
             step=0.5,
             label="CLIP guidance",
             info="Pulls towards what a CLIP finds in the words; 0 is off.",
-            elem_id="clip_guidance",
+            elem_id="clip_guidance_scale",
         )
-        clip_form = gr.Radio(
+        clip_guidance = gr.Radio(
             forms or ["noised"],
             value=(forms or ["noised"])[0],
             label="By which CLIP",
             info="One trained on noised pictures, or a clean one.",
             visible=len(forms) > 1,
-            elem_id="clip_form",
+            elem_id="clip_guidance",
         )
-        best_of = gr.Slider(
+        num_candidates = gr.Slider(
             1,
             9,
             value=1,
@@ -184,43 +208,160 @@ def advanced_widgets(pipe: TextToImagePipeline) -> dict[str, gr.components.Compo
             label="Best of",
             info="Draws so many for each picture; CLIP, and a kind, keep the best.",
             min_width=240,  # beside another slider a phone would break its line of help at every word
-            elem_id="best_of",
+            elem_id="num_candidates",
         )
     with gr.Row(equal_height=True, visible=bool(labels)):
-        classifier_guidance = gr.Slider(
+        classifier_guidance_scale = gr.Slider(
             0,
             300,
             value=0,
             step=1,
             label="Classifier guidance",
             info="Pulls towards a kind of picture, at 2 to 8, or a style, at 300; 0 is off.",
-            elem_id="classifier_guidance",
+            elem_id="classifier_guidance_scale",
         )
-        class_label = gr.Dropdown(
+        class_labels = gr.Dropdown(
             labels,
             value=labels[0] if labels else None,
             label="Kind of picture",
             info="What the classifier is to see.",
-            elem_id="class_label",
+            elem_id="class_labels",
         )
     for missing in [NO_CLIP] * (not forms) + [NO_CLASSIFIER] * (not labels):
         gr.HTML(f"<p>{missing}</p>", elem_classes="note")
     return {
-        "steps": steps,
-        "guidance_scale": guidance,
-        "negative_prompt": negative_prompt,
-        "combined_prompt": combined_prompt,
-        "combined_weight": combined_weight,
-        "guidance_rescale": guidance_rescale,
-        "guidance_from": guidance_from,
-        "guidance_to": guidance_to,
+        "clip_guidance_scale": clip_guidance_scale,
         "clip_guidance": clip_guidance,
-        "clip_form": clip_form,
-        "best_of": best_of,
-        "classifier_guidance": classifier_guidance,
-        "class_label": class_label,
-        "attention_words": attention_words,
+        "num_candidates": num_candidates,
+        "classifier_guidance_scale": classifier_guidance_scale,
+        "class_labels": class_labels,
     }
+
+
+def generate_event(pipe: TextToImagePipeline) -> Callable[..., Any]:
+    """The function behind "Draw" and /generate."""
+
+    @common.takes_old_names(**RENAMED)
+    def generate(
+        prompt: str,
+        negative_prompt: str,
+        style: str,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: float | None,
+        num_images_per_prompt: int,
+        size: int,
+        guidance_rescale: float,
+        guidance_from: float | None,
+        guidance_to: float | None,
+        combined_prompt: str,
+        combined_weight: float,
+        clip_guidance_scale: float,
+        clip_guidance: str,
+        classifier_guidance_scale: float,
+        class_labels: str | None,
+        num_candidates: int,
+        attention_words: str,
+        history: list[str],
+        progress: gr.Progress = gr.Progress(),
+    ) -> Iterator[tuple[list[tuple[str, str]], int, list[str], str, list[str]]]:
+        """Draw pictures of a prompt. Picture number i (from 0) uses the returned seed + i."""
+        words, first_seed = full_prompt(prompt, style), whole_seed(seed)
+        looked_at = [word.strip() for word in attention_words.split(",") if word.strip()]
+        if looked_at and num_candidates > 1:
+            raise user_error("Attention is shown for what is drawn once: set “Best of” to 1.")
+        interval = (guidance_from or 0, guidance_to or math.inf)
+        call: dict[str, Any] = {
+            "negative_prompt": negative_prompt or None,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "guidance_interval": None if interval == (0, math.inf) else interval,
+            "combined_prompts": {combined_prompt: combined_weight} if combined_prompt.strip() else None,
+            "clip_guidance_scale": clip_guidance_scale,
+            "clip_guidance": clip_guidance if clip_guidance_scale > 0 else "noised",
+            "classifier_guidance_scale": classifier_guidance_scale,
+            "class_labels": class_labels if classifier_guidance_scale > 0 else None,
+            "num_candidates": num_candidates,
+        }
+        about = call | {"prompt": words, "negative_prompt": negative_prompt}
+        about["attention_words"] = ", ".join(looked_at)
+        seeds = [(first_seed + i) % (MAX_SEED + 1) for i in range(num_images_per_prompt)]
+        sources: list[Any] = [common.generators(seeds)]
+        if num_candidates > 1:  # one seed draws all its candidates
+            sources = sources[0]
+        report = common.callback(progress, num_inference_steps * len(sources))
+        enlarged = size > sizes(pipe)[0][1]
+        call |= {"output_type": "pt" if enlarged else "pil", "return_dict": False}
+        with told_plainly():
+            images, maps = draw_all(pipe, words, sources, looked_at, report, call)
+            if enlarged:
+                small = save_all(pipe, to_pil(2 * torch.stack(images) - 1), words, seeds, about)
+                yield small, first_seed, [path for path, _ in small], small[0][0], history
+                images = enlarge_all(pipe, words, sources, images)
+        pictures = save_all(pipe, images, words, seeds, about, f"_{size}" if enlarged else "")
+        paths = [path for path, _ in pictures]
+        for word in looked_at:
+            heat = [draw_attention(image, one) for image, one in zip(images, maps[word], strict=True)]
+            saved = save_all(pipe, heat, words, seeds, about, f"_{slug(word)}")
+            pictures += [(path, f"{seed}, {word}") for path, seed in saved]
+        everything = [path for path, _ in pictures]
+        yield pictures, first_seed, everything, paths[0], common.remember(history, paths)
+
+    return generate
+
+
+def save_all(
+    pipe: Any, images: list[Image.Image], words: str, seeds: list[int], about: dict[str, Any], end: str = ""
+) -> list[tuple[str, str]]:
+    """(path, caption) of each picture, saved with its settings."""
+    return [
+        (
+            common.save_picture(image, pipe, common.file_name(words, seed) + end, about | {"seed": seed}),
+            f"seed {seed}",
+        )
+        for image, seed in zip(images, seeds, strict=True)
+    ]
+
+
+def result_widgets() -> tuple[gr.Gallery, gr.Row]:
+    with gr.Column(scale=3, min_width=320):
+        gallery = gr.Gallery(
+            label="Pictures",
+            show_label=False,
+            format="png",
+            columns=2,
+            object_fit="contain",
+            buttons=["download", "fullscreen"],
+            interactive=False,
+            elem_id="gallery",
+        )
+        gr.HTML(
+            "<p>Click a picture to enlarge or download it. The file remembers its prompt and seed.</p>",
+            elem_classes="hint",
+        )
+        sending = gr.Row()
+    return gallery, sending
+
+
+def choice_widgets(pipe: TextToImagePipeline) -> tuple[Any, ...]:
+    """Style, number of pictures, size, seed, and whether each time has a new seed."""
+    with gr.Column(scale=2, min_width=280):
+        style = common.style_widget()
+        count = gr.Slider(
+            1, MAX_IMAGES, value=1, step=1, precision=0, label="Pictures", elem_id="num_images_per_prompt"
+        )
+        choices = sizes(pipe)
+        size = gr.Radio(
+            choices,
+            value=choices[0][1],
+            label="Size",
+            info=NO_UPSAMPLER if pipe.upsampler is None else "The larger is drawn small, then enlarged.",
+            interactive=pipe.upsampler is not None,
+            elem_id="size",
+        )
+        seed, new_each_time = common.seed_widgets()
+    return style, count, size, seed, new_each_time
 
 
 def create_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]:
@@ -242,150 +383,25 @@ def create_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Ro
     gr.Examples(EXAMPLES, prompt, elem_id="examples", label="Try")
 
     with gr.Row():
-        with gr.Column(scale=3, min_width=320):
-            gallery = gr.Gallery(
-                label="Pictures",
-                show_label=False,
-                format="png",
-                columns=2,
-                object_fit="contain",
-                buttons=["download", "fullscreen"],
-                interactive=False,
-                elem_id="gallery",
-            )
-            gr.HTML(
-                "<p>Click a picture to enlarge or download it. The file remembers its prompt and seed.</p>",
-                elem_classes="hint",
-            )
-            sending = gr.Row()
-        with gr.Column(scale=2, min_width=280):
-            style = common.style_widget()
-            num_images = gr.Slider(
-                1, MAX_IMAGES, value=1, step=1, precision=0, label="Pictures", elem_id="num_images"
-            )
-            choices = sizes(pipe)
-            size = gr.Radio(
-                choices,
-                value=choices[0][1],
-                label="Size",
-                info=NO_UPSAMPLER if pipe.upsampler is None else "The larger is drawn small, then enlarged.",
-                interactive=pipe.upsampler is not None,
-                elem_id="size",
-            )
-            seed, new_each_time = common.seed_widgets()
+        gallery, sending = result_widgets()
+        style, count, size, seed, new_each_time = choice_widgets(pipe)
     with gr.Accordion("Advanced", open=False, elem_id="more"):
         advanced = advanced_widgets(pipe)
     drawn, picture = gr.State([]), gr.State(None)
 
-    def generate(
-        prompt: str,
-        negative_prompt: str,
-        style: str,
-        steps: int,
-        guidance: float,
-        seed: float | None,
-        num_images: int,
-        size: int,
-        guidance_rescale: float,
-        guidance_from: float | None,
-        guidance_to: float | None,
-        combined_prompt: str,
-        combined_weight: float,
-        clip_guidance_scale: float,
-        clip_guidance: str,
-        classifier_guidance_scale: float,
-        class_label: str | None,
-        best_of: int,
-        attention_words: str,
-        history: list[str],
-        progress: gr.Progress = gr.Progress(),
-    ) -> Iterator[tuple[list[tuple[str, str]], int, list[str], str, list[str]]]:
-        """Draw pictures of a prompt. Picture number i (from 0) uses the returned seed + i."""
-        words, first_seed = full_prompt(prompt, style), whole_seed(seed)
-        looked_at = [word.strip() for word in attention_words.split(",") if word.strip()]
-        if looked_at and best_of > 1:
-            raise user_error("Attention is shown for what is drawn once: set “Best of” to 1.")
-        seeds = [(first_seed + i) % (MAX_SEED + 1) for i in range(num_images)]
-        batches = [seeds] if best_of == 1 else [[one] for one in seeds]  # one seed draws all its candidates
-        sources: list[Any] = [common.generators(batch) for batch in batches]
-        if best_of > 1:
-            sources = [source for (source,) in sources]
-        enlarged = size > sizes(pipe)[0][1]
-        interval = (guidance_from or 0, guidance_to or math.inf)
-        classified = classifier_guidance_scale > 0
-        call: dict[str, Any] = {
-            "negative_prompt": negative_prompt or None,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "guidance_rescale": guidance_rescale,
-            "guidance_interval": None if interval == (0, math.inf) else interval,
-            "combined_prompts": {combined_prompt: combined_weight} if combined_prompt.strip() else None,
-            "clip_guidance_scale": clip_guidance_scale,
-            "clip_guidance": clip_guidance,
-            "classifier_guidance_scale": classifier_guidance_scale,
-            "class_labels": class_label if classified else None,
-            "num_candidates": best_of,
-            "output_type": "pt" if enlarged else "pil",
-            "return_dict": False,
-        }
-        on = {  # settings that a picture has only where they are on
-            "combined_prompt": combined_prompt.strip(),
-            "combined_weight": combined_prompt.strip() and combined_weight,
-            "guidance_rescale": guidance_rescale,
-            "guidance_from": guidance_from,
-            "guidance_to": guidance_to,
-            "clip_guidance": clip_guidance_scale,
-            "clip_form": clip_guidance_scale and clip_guidance,
-            "classifier_guidance": classifier_guidance_scale,
-            "class_label": classified and class_label,
-            "best_of": best_of > 1 and best_of,
-            "attention_words": ", ".join(looked_at),
-        }
-        settings = {
-            "prompt": words,
-            "negative_prompt": negative_prompt,
-            "steps": steps,
-            "guidance_scale": guidance,
-            **{name: value for name, value in on.items() if value},
-        }
-        report = common.callback(progress, steps * len(batches))
-
-        def save(images: list[Image.Image], ending: str = "") -> list[tuple[str, str]]:
-            return [
-                (
-                    common.save_picture(
-                        image, pipe, common.file_name(words, one) + ending, settings | {"seed": one}
-                    ),
-                    f"seed {one}",
-                )
-                for image, one in zip(images, seeds, strict=True)
-            ]
-
-        with told_plainly():
-            images, maps = draw_all(pipe, words, sources, looked_at, report, call)
-            if enlarged:
-                small = save(to_pil(2 * torch.stack(images) - 1))
-                yield small, first_seed, [path for path, _ in small], small[0][0], history
-                images = enlarge_all(pipe, words, sources, images)
-        pictures = save(images, f"_{size}" if enlarged else "")
-        paths = [path for path, _ in pictures]
-        for word in looked_at:
-            heat = [draw_attention(image, one) for image, one in zip(images, maps[word], strict=True)]
-            pictures += [(path, f"{seed}, {word}") for path, seed in save(heat, f"_{slug(word)}")]
-        everything = [path for path, _ in pictures]
-        yield pictures, first_seed, everything, paths[0], common.remember(history, paths)
-
     settings = {"prompt": prompt, "style": style, "size": size, "seed": seed, **advanced}
+    offered = settings | {"num_images_per_prompt": count}
+    old = [offered[new] for new in RENAMED.values()]
     names = (
-        "prompt negative_prompt style steps guidance_scale seed num_images size guidance_rescale "
-        "guidance_from guidance_to combined_prompt combined_weight clip_guidance clip_form "
-        "classifier_guidance class_label best_of attention_words"
+        "prompt negative_prompt style num_inference_steps guidance_scale seed num_images_per_prompt size "
+        "guidance_rescale guidance_from guidance_to combined_prompt combined_weight clip_guidance_scale "
+        "clip_guidance classifier_guidance_scale class_labels num_candidates attention_words"
     )
     gr.on(
         [draw.click, prompt.submit], common.next_seed, [seed, new_each_time], seed, queue=False, **QUIETLY
     ).then(
-        generate,
-        [*((settings | {"num_images": num_images})[name] for name in names.split()), history],
+        generate_event(pipe),
+        [*(offered[name] for name in names.split()), history, *map(common.old_name, old)],
         [gallery, seed, drawn, picture, history],
         show_progress_on=gallery,
         api_name="generate",

@@ -1,26 +1,33 @@
 """The tab that repaints a part of a picture, extends its canvas, or redraws it in another style."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image, ImageDraw
 
-from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
+from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline, editing
 from pipelines.drawing.images import to_grey
 from pipelines.drawing.masks import repaint_order
+from pipelines.drawing.request import Request
 
-from . import common, larger
+from . import common
 from .common import MODEL_QUEUE, QUIETLY, Tab, full_prompt, read_picture, told_plainly, user_error
 
 MODES = [("Repaint a part", "repaint"), ("Extend the canvas", "extend"), ("Restyle", "restyle")]
 VERBS = {value: name.split()[0] for name, value in MODES}  # what the button says
 SIDES = ("left", "right", "top", "bottom")
 CANVAS = 512  # pixels of the longer side of what is painted on, whatever the picture's own size
-JUMP_LENGTH = 10  # steps that resampling goes back, the paper's
+JUMP_LENGTH: int = Request.jump_length  # steps that resampling goes back
 MAX_GROWTH = 2  # times the picture's longer side, on each side
 BRUSH = "rgb(255, 92, 0)"
+RENAMED = {  # fields of the API in 0.1
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "resampling": "jump_n_sample",
+    "mask": "mask_image",
+}
 HINTS = {
     "repaint": "Paint over what is to change. Everything else stays as it is, to the last bit.",
     "extend": "The canvas grows around the picture, which stays as it is, to the last bit.",
@@ -59,14 +66,38 @@ def frame_around(picture: Image.Image, left: int, right: int, top: int, bottom: 
     return frame
 
 
-def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]:
-    """The widgets and events of editing, and the row that buttons for the result go into."""
-    paint = InpaintPipeline.from_pipe(pipe)  # the same weights, as they are
-    redraw = ImageToImagePipeline.from_pipe(pipe)
-    for other in (paint, redraw):
-        other.upsampler = pipe.upsampler
-        other.set_progress_bar_config(disable=True)
+class Widgets(NamedTuple):
+    """The widgets of the tab that its events change or read."""
 
+    mode: gr.Radio
+    prompt: gr.Textbox
+    go: gr.Button
+    source: common.Upload
+    editor: gr.ImageEditor
+    frame: gr.Image
+    another: gr.Button
+    hint: gr.HTML
+    result: gr.Image
+    sending: gr.Row
+
+
+class Settings(NamedTuple):
+    """Of an edit."""
+
+    context: gr.Slider
+    growth: gr.Row
+    sides: dict[str, gr.Number]
+    strength: gr.Slider
+    style: gr.Dropdown
+    seed: gr.Number
+    new_each_time: gr.Checkbox
+    steps: gr.Slider
+    guidance: gr.Slider
+    negative_prompt: gr.Textbox
+    jump_n_sample: gr.Slider
+
+
+def picture_widgets() -> Widgets:
     mode = gr.Radio(MODES, value="repaint", show_label=False, container=False, elem_id="mode")
     with gr.Row(equal_height=True):
         prompt = gr.Textbox(
@@ -128,6 +159,10 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
                 elem_classes="square",
             )
             sending = gr.Row()
+    return Widgets(mode, prompt, go, source, editor, frame, another, hint, result, sending)
+
+
+def setting_widgets(pipe: TextToImagePipeline) -> Settings:
     with gr.Row():
         with gr.Column(min_width=300):
             context = gr.Slider(
@@ -172,7 +207,7 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
             guidance = common.guidance_widget(pipe.config.default_guidance_scale, "edit_")
         with gr.Row(equal_height=True):
             negative_prompt = common.negative_widget("edit_")
-            resampling = gr.Slider(
+            jump_n_sample = gr.Slider(
                 1,
                 10,
                 value=1,
@@ -180,11 +215,21 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
                 precision=0,
                 label="Resampling",
                 info="Goes back and forth so often, which fits new and old together; takes as much longer.",
-                elem_id="edit_resampling",
+                elem_id="edit_jump_n_sample",
             )
-    mask = common.upload(label="Mask", visible=False)
-    picture = gr.State(None)
+    about = style, seed, new_each_time, steps, guidance, negative_prompt, jump_n_sample
+    return Settings(context, growth, sides, strength, *about)
 
+
+def edit_event(pipe: TextToImagePipeline) -> Callable[..., Any]:
+    """The function behind the button and /edit."""
+    paint = InpaintPipeline.from_pipe(pipe)  # the same weights, as they are
+    redraw = ImageToImagePipeline.from_pipe(pipe)
+    for other in (paint, redraw):
+        other.upsampler = pipe.upsampler
+        other.set_progress_bar_config(disable=True)
+
+    @common.takes_old_names(**RENAMED)
     def edit(
         image: str | None,
         prompt: str,
@@ -196,13 +241,13 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
         strength: float,
         style: str,
         negative_prompt: str,
-        steps: int,
-        guidance: float,
+        num_inference_steps: int,
+        guidance_scale: float,
         seed: float | None,
         context: int,
-        resampling: int,
+        jump_n_sample: int,
         history: list[str],
-        mask: str | None = None,
+        mask_image: str | None = None,
         progress: gr.Progress = gr.Progress(),
     ) -> tuple[str, int, str, list[str]]:
         """Repaint where the mask is white, extend the canvas by pixels, or restyle the whole picture."""
@@ -210,79 +255,52 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
         (generator,) = common.generators([number])
         call: dict[str, Any] = {
             "negative_prompt": negative_prompt or None,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
         }
-        about: dict[str, Any] = {
-            "prompt": words,
-            "negative_prompt": negative_prompt,
-            "seed": number,
-            "steps": steps,
-            "guidance_scale": guidance,
-            "task": mode,
-        }
+        about: dict[str, Any] = {"task": mode}
+        if mode == "restyle":
+            call["strength"] = strength
+            steps = math.ceil(num_inference_steps * strength)
+        else:
+            call |= {"jump_n_sample": jump_n_sample, "jump_length": JUMP_LENGTH}
+            steps = len(repaint_order(num_inference_steps, JUMP_LENGTH, jump_n_sample))
+        asked = call | {"callback_on_step_end": common.callback(progress, steps)}
         with told_plainly():
             if mode == "restyle":
-                report = common.callback(progress, math.ceil(steps * strength))
-                about["strength"] = strength
-                call |= {"strength": strength, "callback_on_step_end": report}
-                drawn = larger.restyle(redraw, words, original, paint.sample_size, generator, **call)
-            else:
-                passes = len(repaint_order(steps, JUMP_LENGTH, resampling))
-                report = common.callback(progress, passes)
-                about["resampling"] = resampling
-                call |= {"jump_n_sample": resampling, "jump_length": JUMP_LENGTH}
-                call["callback_on_step_end"] = report
-            if mode == "repaint":
-                if mask is None:
+                drawn = editing.restyle(redraw, words, original, paint.sample_size, generator, **asked)
+            elif mode == "repaint":
+                if mask_image is None:
                     raise user_error("Nothing is painted over: paint over what is to change.")
                 about["context"] = context
-                padding = round(context / 100 * max(original.size))
-                drawn = larger.repaint(
-                    paint, words, original, read_picture(mask, to_grey), padding, generator, **call
-                )
-            elif mode == "extend":
+                padding, mask = round(context / 100 * max(original.size)), read_picture(mask_image, to_grey)
+                drawn = editing.repaint(paint, words, original, mask, padding, generator, **asked)
+            else:
                 added = dict(zip(SIDES, (left, right, top, bottom), strict=True))
                 check_growth(original, added)
                 about |= added
-                drawn = larger.extend(paint, words, original, added, generator, **call)
+                drawn = editing.extend(paint, words, original, added, generator, **asked)
+        about |= call | {"prompt": words, "negative_prompt": negative_prompt, "seed": number}
         path = common.save_picture(drawn, pipe, f"{common.file_name(words, number)}_{mode}", about)
         return path, number, path, common.remember(history, [path])
 
-    def prepare(mode: str, image: str | None, value: dict | None) -> Image.Image | None:
-        """The mask that was painted, of the picture's own size."""
-        if mode != "repaint" or image is None:
-            return None
-        mask = painted((value or {}).get("layers") or [], read_picture(image).size)
-        if mask.getbbox() is None:
-            raise user_error("Nothing is painted over: paint over what is to change.")
-        return mask
+    return edit
 
-    gr.on(
-        [go.click, prompt.submit], common.next_seed, [seed, new_each_time], seed, queue=False, **QUIETLY
-    ).then(prepare, [mode, source, editor], mask, **QUIETLY).success(
-        edit,
-        [
-            source,
-            prompt,
-            mode,
-            *sides.values(),
-            strength,
-            style,
-            negative_prompt,
-            steps,
-            guidance,
-            seed,
-            context,
-            resampling,
-            history,
-            mask,
-        ],
-        [result, seed, picture, history],
-        show_progress_on=result,
-        api_name="edit",
-        **MODEL_QUEUE,
-    )
+
+def prepare(mode: str, image: str | None, value: dict | None) -> Image.Image | None:
+    """The mask that was painted, of the picture's own size."""
+    if mode != "repaint" or image is None:
+        return None
+    mask = painted((value or {}).get("layers") or [], read_picture(image).size)
+    if mask.getbbox() is None:
+        raise user_error("Nothing is painted over: paint over what is to change.")
+    return mask
+
+
+def arrange_events(widgets: Widgets, settings: Settings) -> tuple[Callable[[str], dict], list]:
+    """Each mode shows its own widgets. Returns (path -> updates, to work on it; the widgets updated)."""
+    mode, _, go, source, editor, frame, another, hint, *_ = widgets
+    context, growth, sides, strength, jump_n_sample = *settings[:4], settings.jump_n_sample
 
     def arrange(mode: str, image: str | None) -> dict:
         """Which of the widgets this mode has."""
@@ -295,12 +313,12 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
             growth: gr.Row(visible=mode == "extend"),
             strength: gr.Slider(visible=mode == "restyle"),
             context: gr.Slider(visible=mode == "repaint"),
-            resampling: gr.Slider(visible=mode != "restyle"),
+            jump_n_sample: gr.Slider(visible=mode != "restyle"),
             hint: f"<p>{HINTS[mode]}</p>",
             go: gr.Button(VERBS[mode]),
         }
 
-    arranged = [source, editor, frame, another, growth, strength, context, resampling, hint, go]
+    arranged = [source, editor, frame, another, growth, strength, context, jump_n_sample, hint, go]
 
     def take(path: str | None, mode: str, *added: int) -> dict:
         """A new picture, ready to be worked on; None takes the old one away."""
@@ -334,6 +352,46 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
         updates[source] = gr.Image(path, visible=False)
         return updates | {mode: "repaint"}
 
+    return receive, [*arranged, mode]
+
+
+def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]:
+    """The widgets and events of editing, and the row that buttons for the result go into."""
+    widgets, settings = picture_widgets(), setting_widgets(pipe)
+    mode, prompt, go, source, editor, frame, another, hint, result, sending = widgets
+    context, growth, sides, strength, style, seed, new_each_time, steps, guidance, *rest = settings
+    negative_prompt, jump_n_sample = rest
+    mask = common.upload(label="Mask", visible=False)
+    picture = gr.State(None)
+    receive, received = arrange_events(widgets, settings)
+
+    gr.on(
+        [go.click, prompt.submit], common.next_seed, [seed, new_each_time], seed, queue=False, **QUIETLY
+    ).then(prepare, [mode, source, editor], mask, **QUIETLY).success(
+        edit_event(pipe),
+        [
+            source,
+            prompt,
+            mode,
+            *sides.values(),
+            strength,
+            style,
+            negative_prompt,
+            steps,
+            guidance,
+            seed,
+            context,
+            jump_n_sample,
+            history,
+            mask,
+            *map(common.old_name, (steps, guidance, jump_n_sample, mask)),
+        ],
+        [result, seed, picture, history],
+        show_progress_on=result,
+        api_name="edit",
+        **MODEL_QUEUE,
+    )
+
     def show(path: str, about: dict[str, str]) -> dict:
         return {result: path, picture: path}
 
@@ -343,15 +401,15 @@ def edit_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.Row]
         "negative_prompt": negative_prompt,
         "seed": seed,
         "new_each_time": new_each_time,
-        "steps": steps,
+        "num_inference_steps": steps,
         "guidance_scale": guidance,
         "task": mode,
         "strength": strength,
         "context": context,
-        "resampling": resampling,
+        "jump_n_sample": jump_n_sample,
         **sides,
     }
-    tab = Tab(fields, picture, show, [result, picture], receive, [*arranged, mode])
+    tab = Tab(fields, picture, show, [result, picture], receive, received)
     return tab, sending
 
 

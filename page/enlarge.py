@@ -73,10 +73,11 @@ def enlarge_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.R
     file = gr.Image(label="Large", type="filepath", format="png", interactive=False, visible=False)
     picture = gr.State(None)
 
+    @common.takes_old_names(steps="num_inference_steps")
     def enlarge(
         image: str | None,
         noise_level: int,
-        steps: int,
+        num_inference_steps: int,
         seed: float | None,
         prompt: str,
         history: list[str],
@@ -93,15 +94,15 @@ def enlarge_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.R
             large = upsampler(
                 prompt or None,
                 image=original,
-                num_inference_steps=steps,
+                num_inference_steps=num_inference_steps,
                 noise_level=noise_level,
                 generator=common.generators([number])[0],
-                callback_on_step_end=common.callback(progress, steps, "Enlarging"),
+                callback_on_step_end=common.callback(progress, num_inference_steps, "Enlarging"),
             ).images[0]
         about = {
             "prompt": prompt,
             "seed": number,
-            "steps": steps,
+            "num_inference_steps": num_inference_steps,
             "noise_level": noise_level,
             "task": "enlarge",
         }
@@ -116,7 +117,7 @@ def enlarge_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.R
 
     go.click(common.next_seed, [seed, new_each_time], seed, queue=False, **QUIETLY).then(
         enlarge,
-        [source, noise_level, steps, seed, prompt, history],
+        [source, noise_level, steps, seed, prompt, history, common.old_name(steps)],
         [file, seed, picture, history],
         show_progress_on=compare,
         api_name="enlarge",
@@ -130,7 +131,7 @@ def enlarge_tab(pipe: TextToImagePipeline, history: gr.State) -> tuple[Tab, gr.R
         "prompt": prompt,
         "seed": seed,
         "new_each_time": new_each_time,
-        "steps": steps,
+        "num_inference_steps": steps,
         "noise_level": noise_level,
     }
     return Tab(fields, picture, show, [compare, picture], lambda path: {source: path}, [source]), sending

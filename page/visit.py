@@ -1,11 +1,15 @@
 """What was drawn in this visit, and settings that come back from a picture."""
 
+import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
-from .common import QUIETLY, Tab, read_settings, split_prompt, user_error
+from pipelines.drawing.png import read_settings
+
+from .common import QUIETLY, Tab, split_prompt, told_plainly, user_error
 
 TABS = {"repaint": "edit", "extend": "edit", "restyle": "edit", "enlarge": "enlarge"}  # of a picture's task
 
@@ -36,9 +40,27 @@ def field_value(name: str, field: Any, text: str | None) -> Any:
     return text
 
 
+def spread(settings: dict[str, str]) -> dict[str, str]:
+    """Settings that have two widgets each, apart. Raises gr.Error if they cannot be read."""
+    try:
+        if "guidance_interval" in settings:
+            low, high = json.loads(settings["guidance_interval"])
+            settings |= {"guidance_from": f"{low:g}", "guidance_to": f"{high if high < math.inf else 0:g}"}
+        if "combined_prompts" in settings:
+            words, weight = next(iter(json.loads(settings["combined_prompts"]).items()))
+            settings |= {"combined_prompt": words, "combined_weight": str(weight)}
+    except (ValueError, TypeError, AttributeError, StopIteration):
+        raise user_error("The picture's settings do not fit this page.") from None
+    return settings
+
+
 def restore(path: str, tabs: dict[str, Tab], model: str) -> tuple[str, dict]:
     """(the tab that a picture was made in, updates of its widgets) from what its PNG says."""
-    settings = {"clip_guidance": "0"} | read_settings(path)  # not said where it was off, whatever it is now
+    with told_plainly():
+        settings = read_settings(path, quiet=True)
+    settings = {"clip_guidance_scale": "0"} | spread(
+        settings
+    )  # not said where it was off, whatever it is now
     name = TABS.get(settings.get("task", ""), "create")
     if name not in tabs:
         raise user_error("This picture was enlarged, and there is no upsampler here.")

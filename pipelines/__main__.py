@@ -1,135 +1,139 @@
-"""`python -m pipelines "a corgi in a party hat"`: draws pictures, as PNG files that say how they were made.
+"""`python -m pipelines draw "a corgi in a party hat"`, and edit, enlarge, classify, train, models.
 
-Arguments are checked before torch is imported, so that a mistake is answered at once: one line, exit code 2.
+Pictures are PNG files that say how they were made. Flags are the arguments of `drawing.request.Request`,
+checked before torch is imported, so that a mistake is answered at once: one line, exit code 2.
 """
 
 import argparse
-import contextlib
-import inspect
 import json
-import math
 import os
 import re
 import secrets
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-DEFAULT_MODEL = Path("models") / "emoji"
-SCHEDULERS = {  # what --scheduler takes: classes of diffusers, but for DDPM, which is ours
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpmpp": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
-# settings that a picture's text has only where they are on, and what they are otherwise
-EXTRAS = {"clip_guidance": 0, "clip_model": None, "classifier_guidance": 0, "class_label": None, "best_of": 1}
-OPTIONS = {  # what the pipeline's arguments are called here
-    "height": "--height",
-    "width": "--width",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "clip_guidance_scale": "--clip-guidance",
-    "clip_guidance": "--clip-guidance",
-    "classifier_guidance_scale": "--classifier-guidance",
-    "class_labels": "--class",
-    "num_candidates": "--best-of",
-}
+from .drawing.request import ARGUMENTS, COUNT, IMAGE, INPAINT, TEXT, UPSCALE, check
+from .family import (
+    SCHEDULERS,
+    check_model,
+    default_model,
+    find_beside,
+    load_guides,
+    load_model,
+    load_upsampler,
+)
+from .flags import Parser, add, add_arguments, flag
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 BATCH_SIZE = 8  # pictures at a time; a picture depends on its own seed alone, so this changes no picture
+SIDES = ("left", "top", "right", "bottom")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m pipelines", description="Draw pictures for a prompt.")
-    own = "default: the model's own"
-    parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
-    parser.add_argument("--num-images", type=int, default=1, metavar="K", help="default: 1")
-    parser.add_argument("--seed", type=int, metavar="N", help="picture i gets N + i; default: a random one")
-    parser.add_argument("--steps", type=int, metavar="N", help=f"denoising steps; {own}")
-    parser.add_argument("--guidance", type=float, metavar="G", help=f"how closely to follow, 1 is off; {own}")
-    clip_scale = "CLIP guidance, 0 is off; default: the model's own, or 0 with --guidance"
-    parser.add_argument("--clip-guidance", type=float, metavar="S", help=clip_scale)
-    clip_help = (
-        "a clean CLIP for --clip-guidance and --best-of: folder or open_clip's name; default: the model's own"
-    )
-    parser.add_argument("--clip-model", metavar="NAME", help=clip_help)
-    beside = "the noised CLIP and the classifier that guide; default: the model's with -guidance added"
-    parser.add_argument("--guides", type=Path, metavar="PATH", help=beside)
-    class_help = "classifier guidance to --class; 0 is off"
-    parser.add_argument("--classifier-guidance", type=float, default=0, metavar="S", help=class_help)
-    class_help = "for --classifier-guidance; of models/emoji-guidance: flat, 3d, food-drink, ..."
-    parser.add_argument("--class", dest="class_label", metavar="NAME", help=class_help)
-    best_help = "draw N for each picture and keep the best, by CLIP and by --class; default: 1"
-    parser.add_argument("--best-of", type=int, default=1, metavar="N", help=best_help)
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="--height and --width in one")
-    parser.add_argument("--height", type=int, metavar="PIXELS", help=own)
-    parser.add_argument("--width", type=int, metavar="PIXELS", help=own)
-    names = ", ".join(SCHEDULERS)
-    parser.add_argument("--scheduler", choices=list(SCHEDULERS), metavar="NAME", help=f"{names}; {own}")
-    parser.add_argument("--model", type=Path, metavar="PATH", help=f"model folder; default: {DEFAULT_MODEL}")
-    larger = "enlarges what is drawn, where the size asks for it; default: the model's with -upsampler added"
-    parser.add_argument("--upsampler", type=Path, metavar="PATH", help=larger)
+def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=COMMANDS[command][1])
+    parser.set_defaults(flags={})
+    model = "model folder; default: models/emoji"
+    if command == "draw":
+        parser.add_argument("prompt", nargs="+", help="what to draw; pictures of each prompt begin at --seed")
+        add_arguments(parser, [TEXT])
+        add(parser, "size", "--height and --width in one", type=int, metavar="PIXELS")
+    elif command == "edit":
+        parser.add_argument("file", type=Path, help="the picture")
+        parser.add_argument("prompt", nargs=1, help="what the result shows")
+        add_arguments(parser, [IMAGE, INPAINT])
+        add(parser, "mask", "repaint where this picture is white", type=Path, metavar="FILE")
+        for side in SIDES:
+            add(parser, side, "extend the canvas by so many pixels", type=int, metavar="N")
+    elif command == "enlarge":
+        parser.add_argument("file", type=Path, help="the picture")
+        parser.add_argument("prompt", nargs="?", help="what it shows, for an upsampler that reads text")
+        add_arguments(parser, [UPSCALE])
+    elif command == "classify":
+        parser.add_argument("file", type=Path, nargs="+", help="pictures")
+        add(parser, "labels", 'what they may show, such as "a dog, a cat"', required=True, metavar="TEXT")
+        add(parser, "template", "a sentence around each label, such as 'a picture of {}'", metavar="TEXT")
+    elif command == "train":
+        parser.add_argument("folder", type=Path, help="captioned pictures; further flags are training's own")
+    if command in ("draw", "edit", "enlarge"):
+        add(parser, "seed", "picture i gets N + i; default: a random one", type=int, metavar="N")
+        add(parser, "out", "default: outputs", type=Path, metavar="DIR")
+        add(
+            parser,
+            "upsampler",
+            "what enlarges; default: what stands beside the model",
+            type=Path,
+            metavar="PATH",
+        )
+    if command in ("draw", "edit"):
+        names = ", ".join(SCHEDULERS)
+        add(
+            parser,
+            "scheduler",
+            f"{names}; default: the model's own",
+            choices=list(SCHEDULERS),
+            metavar="NAME",
+        )
+        beside = "the noised CLIP and the classifier that guide; default: what stands beside the model"
+        add(parser, "guides", beside, type=Path, metavar="PATH")
+    if command in ("draw", "edit", "classify"):
+        clean = "a clean CLIP, for guidance, ranking or classifying: folder, or open_clip's name"
+        add(parser, "clip_guidance_model", clean, metavar="NAME")
+    if command != "models":
+        add(parser, "model", model, type=Path, metavar="PATH")
     return parser
 
 
-def default_model() -> Path:
-    """models/emoji beside this package, or under the current folder where the package is elsewhere."""
-    beside = Path(__file__).resolve().parent.parent / DEFAULT_MODEL
-    return beside if beside.is_dir() else DEFAULT_MODEL
+# ---- what can be checked before a model is loaded
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError with one line of text for whatever a user can get wrong before a model is loaded."""
-    if not args.prompt.strip():
+def check_request(args: argparse.Namespace, task: str) -> dict[str, Any]:
+    """The arguments of the task's call. Raises ValueError for whatever a user can get wrong."""
+    if any(not prompt.strip() for prompt in args.prompt or []):
         raise ValueError("the prompt is empty")
-    for name in ("num_images", "steps", "best_of", "size", "height", "width"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    for name in ("guidance", "clip_guidance", "classifier_guidance"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
-    if (args.classifier_guidance > 0) != (args.class_label is not None):
-        given = f"--class {args.class_label}" if args.class_label else "--classifier-guidance"
-        rule = "--class names one of the classifier's classes (another name is answered with their list)"
-        both = "--classifier-guidance above 0 and --class go together"
-        raise ValueError(f"{both}, got {given} alone; {rule}")
-    if args.seed is not None and not 0 <= args.seed <= 2**63 - args.num_images:
-        raise ValueError(f"--seed must be 0 or more, and the last picture's below 2^63, got {args.seed}")
-    if args.size is not None:
-        if args.height is not None or args.width is not None:
+    if (size := getattr(args, "size", None)) is not None:
+        if hasattr(args, "height") or hasattr(args, "width"):
             raise ValueError("--size takes the place of --height and --width: give one or the others")
-        args.height = args.width = args.size
+        args.height = args.width = size
+        args.flags |= {"height": "--size", "width": "--size"}
+    call = {name: getattr(args, name) for name in ARGUMENTS if name != "prompt" and hasattr(args, name)}
+    for name, value in call.items():
+        only, rule = ARGUMENTS[name].metadata["only"], ARGUMENTS[name].metadata["rule"]
+        if task not in only:
+            raise ValueError(f"`{name}` does not go with this kind of edit")
+        check(name, value, rule.good(value), rule.text)
+        if name in ("height", "width"):
+            check(name, value, COUNT.good(value), COUNT.text)
+    scale, label = call.get("classifier_guidance_scale", 0), call.get("class_labels")
+    if (scale > 0) != (label is not None):
+        given = f"{args.flags['class_labels']} {label}" if label else args.flags["classifier_guidance_scale"]
+        rule = "the first names one of the classifier's classes (another name is answered with their list)"
+        raise ValueError(
+            f"`class_labels` and `classifier_guidance_scale` above 0 go together, got {given} alone; {rule}"
+        )
+    last = call.get("num_images_per_prompt", 1)
+    if args.seed is not None and not 0 <= args.seed <= 2**63 - last:
+        raise ValueError(f"--seed must be 0 or more, and the last picture's below 2^63, got {args.seed}")
+    return call
+
+
+def check_places(args: argparse.Namespace) -> None:
     for name in ("upsampler", "guides"):
-        folder = getattr(args, name)
+        folder = getattr(args, name, None)
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{name} must be a folder, got {folder}")
-    if not args.model.is_dir():
-        raise ValueError(f"there is no model folder {args.model}")
-    index = args.model / "model_index.json"
-    try:
-        if not isinstance(json.loads(index.read_text()), dict):
-            raise ValueError("it is no JSON object")
-    except FileNotFoundError:
-        hint = ""
-        if (args.model / "pipeline" / "model_index.json").is_file():
-            hint = f"; {args.model / 'pipeline'} has one"
-        elif (args.model / "pytorch_lora_weights.safetensors").is_file():
-            hint = ", but adapters, which pipe.load_lora_weights loads into the model they were trained on"
-        raise ValueError(f"{args.model} is no model folder: it has no model_index.json{hint}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {index}: {error}") from None
+    for name in ("file", "mask"):
+        path = getattr(args, name, None)
+        if path is not None and not path.is_file():
+            raise ValueError(f"there is no file {path}")
+    if not (hasattr(args, "noise_level") or args.command == "enlarge"):
+        check_model(args.model)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.out):
@@ -138,81 +142,35 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot write to --out {args.out}: {error.strerror}") from None
 
 
-@contextlib.contextmanager
-def loading(folder: Path) -> Iterator[None]:
-    """No bars of files loaded, for which nobody waits, and one ValueError for whatever goes wrong."""
-    import diffusers
-    import transformers
-
-    bars = diffusers.utils.logging, transformers.utils.logging
-    for library in bars:
-        library.disable_progress_bar()
-    try:
-        yield
-    except Exception as error:  # missing weights, unknown classes, broken files: each raises what it likes
-        raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
-    finally:
-        for library in bars:
-            library.enable_progress_bar()
+# ---- the commands
 
 
-def load_pipeline(folder: Path, scheduler: str | None, clip_model: str | None = None) -> Any:
-    """The folder's pipeline, with its scheduler's settings in another class where one is asked for, and with
-    another clean CLIP."""
-    import diffusers
-    import torch
-
-    import pipelines
-
-    parts: dict[str, Any] = {} if clip_model is None else {"clip_guidance_model": clip_model}
-    with loading(folder):
-        pipe = pipelines.TextToImagePipeline.from_pretrained(folder, **parts)
-    if scheduler is not None:
-        cls = pipelines.DDPMScheduler if scheduler == "ddpm" else getattr(diffusers, SCHEDULERS[scheduler])
-        pipe.scheduler = convert_scheduler(pipe.scheduler, cls)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_upsampler(pipe: Any, model: Path, given: Path | None) -> Any:
-    """The pipeline in `given`; or in the model's folder with -upsampler added; or, for a model of pixels, the
-    shipped one, so that a fine-tuned model has it too. None where there is none."""
-    folder = given or model.resolve().with_name(f"{model.resolve().name}-upsampler")
-    if not folder.is_dir() and pipe.vae is None:
-        folder = default_model().with_name(f"{default_model().name}-upsampler")
-    if not folder.is_dir():
-        return None
-    import torch
-
-    from pipelines.super_resolution import SuperResolutionPipeline
-
-    with loading(folder):
-        pipe = SuperResolutionPipeline.from_pretrained(folder)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_guides(pipe: Any, args: argparse.Namespace) -> None:
-    """Where the call asks for guidance or a ranking that the model has no part for, or the model does by its
-    defaults: --guides, or the folder beside the model, with -guidance added to its name."""
-    folder = args.guides or args.model.resolve().with_name(f"{args.model.resolve().name}-guidance")
-    by_default = args.clip_guidance is None and args.guidance is None and args.clip_model is None
-    by_clip = args.clip_guidance or args.best_of > 1 or by_default and pipe.config.default_clip_guidance_scale
+def load(args: argparse.Namespace, call: dict[str, Any]) -> Any:
+    """The model, and its guides if the call, or the model by its defaults, asks for guidance or a ranking
+    that it has no part for."""
+    pipe = load_model(args.model, args.scheduler, args.clip_guidance_model)
+    scale, own = call.get("clip_guidance_scale"), pipe.config.default_clip_guidance_scale
+    by_default = scale is None and "guidance_scale" not in call and args.clip_guidance_model is None
+    by_default = bool(by_default and own and args.command == "draw")
+    by_clip = scale or call.get("num_candidates", 1) > 1 or by_default
     lacks_clip = by_clip and pipe.noisy_clip is None and pipe.clip_guidance_model is None
-    lacks_classifier = args.classifier_guidance and pipe.noisy_classifier is None
-    if (lacks_clip or lacks_classifier) and folder.is_dir():
-        with loading(folder):
-            pipe.load_guides(folder)
-    elif lacks_clip and by_default and pipe.config.default_clip_guidance_scale:
-        scale = pipe.config.default_clip_guidance_scale
-        print(
-            f"Drawn without the CLIP guidance of {scale:g} that this model asks for: {folder.name} is not "
-            "beside it. --guides PATH names another folder, models/emoji-guidance for a model tuned from "
-            "models/emoji; --clip-guidance 0 does without.",
-            file=sys.stderr,
-        )
+    lacks_classifier = call.get("classifier_guidance_scale") and pipe.noisy_classifier is None
+    if (lacks_clip or lacks_classifier) and not load_guides(pipe, args.model, args.guides):
+        if lacks_clip and by_default:
+            print(
+                f"Drawn without the CLIP guidance of {own:g} that this model asks for: "
+                f"{args.model.resolve().name}-guidance is not beside it. --guides PATH names another folder, "
+                "models/emoji-guidance for a model tuned from models/emoji; --clip-guidance-scale 0 "
+                "does without.",
+                file=sys.stderr,
+            )
+    if args.clip_guidance_model is not None:
+        call.setdefault("clip_guidance", "clean")
+    return pipe
 
 
 def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
-    """A model of pixels draws sensible shapes at the size it was trained at: say so where it will not."""
+    """A model of pixels draws sensible shapes at the size it was trained at: say so if this is another."""
     own = pipe.unet.config.sample_size
     if pipe.vae is not None or not isinstance(own, int):
         return
@@ -229,137 +187,256 @@ def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
         )
 
 
-def convert_scheduler(scheduler: Any, cls: type) -> Any:
-    """`cls.from_config(scheduler.config)`, with clip_sample kept where `cls` has only thresholding, and DDPM
-    with all its noise.
+def write(
+    args: argparse.Namespace, pipe: Any, image: "Image.Image", seed: int, name: str, call: dict[str, Any]
+) -> None:
+    """Writes a picture and prints its path. `call`: all arguments it was drawn with, but for pictures."""
+    from .drawing.png import settings_of, write_picture
 
-    Thresholding with a sample_max_value of 1 is clipping to [-1, 1]. Without it a pixel model that predicts
-    eps divides by a tiny sqrt(abar) at its noisiest steps, and nothing brings the picture back.
-    """
-    config, known = scheduler.config, inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0
-    changes: dict[str, Any] = {"eta": 1.0} if "eta" in known else {}
-    if clips and "clip_sample" not in known and "thresholding" in known:
-        changes |= {"thresholding": True, "sample_max_value": 1.0}
-    return cls.from_config(config, **changes)  # type: ignore[attr-defined]
-
-
-def slug(prompt: str) -> str:
-    """The prompt's words as a file name: letters and digits of any script, at most 80 bytes."""
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
-    return words.encode()[:80].decode(errors="ignore").strip("-") or "picture"
+    settings = settings_of(call) | {"seed": seed, "scheduler": type(pipe.scheduler).__name__}
+    settings |= {"width": image.width, "height": image.height, "Software": "Corgi"}
+    settings["model"] = (
+        Path(pipe.name_or_path).resolve().name
+    )  # a picture gets shared; the path to it does not
+    print(write_picture(image, args.out, f"{name}_seed{seed}", settings), flush=True)
 
 
-def save_png(image: Any, folder: Path, name: str, settings: dict[str, Any]) -> Path:
-    """Writes folder/name.png, or name-1.png and so on where that exists, with `settings` as PNG text.
-
-    The file gets its name only when it is whole, and never another file's: an interrupted run leaves no half
-    picture and two runs at once do not overwrite each other.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
-    for key, value in settings.items():
-        text.add_text(key, str(value))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=text)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it readable to its owner alone
-        for number in range(10**6):
-            path = folder / (f"{name}-{number}.png" if number else f"{name}.png")
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # takes the name, or fails if it is taken
-            except FileExistsError:
-                continue
-            os.replace(temporary, path)
-            return path
-        raise FileExistsError(f"every name like {name}.png is taken")
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def seeds_of(args: argparse.Namespace, call: dict[str, Any]) -> list[int]:
+    first = args.seed if args.seed is not None else secrets.randbelow(2**31)
+    return list(range(first, first + call.pop("num_images_per_prompt", 1)))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def said(args: argparse.Namespace, pipe: Any, call: dict[str, Any], prompt: str | None) -> dict[str, Any]:
+    """The arguments of a call for its PNG, those that were left to the model filled in."""
+    filled = {"prompt": prompt or "", "negative_prompt": "", "guidance_scale": pipe.guidance_scale} | call
+    filled |= {
+        "num_inference_steps": call.get("num_inference_steps", pipe.config.default_num_inference_steps)
+    }
+    filled["clip_guidance_scale"] = pipe.clip_guidance_scale
+    if not pipe.clip_guidance_scale:
+        filled.pop("clip_guidance", None)
+    clip = getattr(args, "clip_guidance_model", None)
+    if clip is not None:
+        filled["clip_guidance_model"] = Path(clip).resolve().name if Path(clip).exists() else clip
+    for name in ("height", "width"):  # the picture's own follow
+        filled.pop(name, None)
+    return filled
 
 
-def draw(args: argparse.Namespace) -> list[Path]:
-    """Draws what checked arguments ask for, printing each path as soon as it is written."""
-    pipe = load_pipeline(args.model, args.scheduler, args.clip_model)
-    if args.height is not None or args.width is not None:
-        pipe.upsampler = load_upsampler(pipe, args.model, args.upsampler)
-        warn_of_size(pipe, args.height, args.width)
-    load_guides(pipe, args)
+def draw(args: argparse.Namespace, _rest: list[str]) -> int:
+    """Draws pictures of prompts."""
+    call = check_request(args, TEXT)
+    check_places(args)
+    pipe = load(args, call)
+    if {"height", "width"} & call.keys():
+        pipe.upsampler = load_upsampler(args.model, args.upsampler, pipe.vae is None)
+        warn_of_size(pipe, call.get("height"), call.get("width"))
     import torch
 
-    first = args.seed if args.seed is not None else secrets.randbelow(2**31)
-    seeds = list(range(first, first + args.num_images))
-    steps = pipe.config.default_num_inference_steps if args.steps is None else args.steps
-    extra = {name: getattr(args, name) for name in EXTRAS}
-    if args.clip_model is not None and Path(args.clip_model).exists():
-        extra["clip_model"] = Path(args.clip_model).resolve().name
-    paths, size = [], BATCH_SIZE if args.best_of == 1 else 1
-    for start in range(0, len(seeds), size):
-        batch = seeds[start : start + size]
-        generators = [torch.Generator().manual_seed(seed) for seed in batch]
-        images = pipe(
-            args.prompt,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=steps,
-            guidance_scale=args.guidance,
-            negative_prompt=args.negative_prompt,
-            num_images_per_prompt=len(batch),
-            generator=generators if args.best_of == 1 else generators[0],  # one draws all its candidates
-            clip_guidance_scale=args.clip_guidance,
-            clip_guidance="noised" if args.clip_model is None else "clean",
-            classifier_guidance_scale=args.classifier_guidance,
-            class_labels=args.class_label,
-            num_candidates=args.best_of,
-        ).images
-        extra["clip_guidance"] = pipe.clip_guidance_scale  # the model's own, where none was asked for
-        for seed, image in zip(batch, images, strict=True):
-            settings = {
-                "prompt": args.prompt,
-                "negative_prompt": args.negative_prompt or "",
-                "seed": seed,
-                "steps": steps,
-                "guidance_scale": pipe.guidance_scale,
-                **{name: value for name, value in extra.items() if value != EXTRAS[name]},
-                "scheduler": type(pipe.scheduler).__name__,
-                "width": image.width,
-                "height": image.height,
-                "model": args.model.resolve().name,  # a picture gets shared; the path to the model does not
-                "Software": "Corgi",
-            }
-            paths.append(save_png(image, args.out, f"{slug(args.prompt)}_seed{seed}", settings))
-            print(paths[-1], flush=True)
-    return paths
+    from .drawing.png import slug
+
+    seeds = seeds_of(args, call)
+    alone = call.get("num_candidates", 1) > 1  # one generator draws all candidates of a picture
+    size = 1 if alone else BATCH_SIZE
+    for prompt in args.prompt:
+        for start in range(0, len(seeds), size):
+            batch = seeds[start : start + size]
+            generators = [torch.Generator().manual_seed(seed) for seed in batch]
+            images = pipe(
+                prompt,
+                num_images_per_prompt=len(batch),
+                generator=generators[0] if alone else generators,
+                **call,
+            ).images
+            for seed, image in zip(batch, images, strict=True):
+                write(args, pipe, image, seed, slug(prompt), said(args, pipe, call, prompt))
+    return len(seeds) * len(args.prompt)
+
+
+def edit(args: argparse.Namespace, _rest: list[str]) -> int:
+    """Draws over a picture; with --mask repaints where that is white; with --left, ... extends the canvas."""
+    sides = {name: getattr(args, name, 0) for name in SIDES}
+    mode = "repaint" if args.mask is not None else "extend" if any(sides.values()) else "restyle"
+    if args.mask is not None and any(sides.values()):
+        raise ValueError("--mask and --left, --top, --right, --bottom are two kinds of edit: give one")
+    for name, pixels in sides.items():
+        check(name, pixels, pixels >= 0, "0 or more")
+    call = check_request(args, IMAGE if mode == "restyle" else INPAINT)
+    for name in ("height", "width"):
+        if name in call:
+            raise ValueError(f"`{name}` is the picture's own in an edit")
+    check_places(args)
+    pipe = load(args, call)
+    import torch
+
+    from . import editing
+    from .drawing.images import to_grey
+    from .drawing.png import open_picture, slug
+    from .image_to_image import ImageToImagePipeline
+    from .inpaint import InpaintPipeline
+
+    upsampler = load_upsampler(args.model, args.upsampler, pipe.vae is None)
+    own_size, pipe = (
+        pipe.sample_size,
+        (ImageToImagePipeline if mode == "restyle" else InpaintPipeline).from_pipe(pipe),
+    )
+    pipe.upsampler = upsampler
+    picture, (prompt,) = open_picture(args.file), args.prompt
+    seeds, padding = seeds_of(args, call), call.pop("padding_mask_crop", max(picture.size))
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        about = {"task": mode}
+        if mode == "repaint":
+            mask = open_picture(args.mask, to_grey)
+            drawn = editing.repaint(pipe, prompt, picture, mask, padding, generator, **call)
+        elif mode == "extend":
+            drawn = editing.extend(pipe, prompt, picture, sides, generator, **call)
+            about |= {name: str(pixels) for name, pixels in sides.items()}
+        else:
+            drawn = editing.restyle(pipe, prompt, picture, own_size, generator, **call)
+        write(args, pipe, drawn, seed, f"{slug(prompt)}_{mode}", said(args, pipe, call, prompt) | about)
+    return len(seeds)
+
+
+def enlarge(args: argparse.Namespace, _rest: list[str]) -> int:
+    """Enlarges a picture."""
+    prompt, args.prompt = args.prompt, [args.prompt] if args.prompt else []
+    call = check_request(args, UPSCALE)
+    check_places(args)
+    upsampler = load_upsampler(args.model, args.upsampler)
+    if upsampler is None:
+        raise ValueError(f"{args.model} has no upsampler beside it: --upsampler PATH names one")
+    import torch
+
+    from .drawing.png import open_picture
+
+    picture, seeds = open_picture(args.file), seeds_of(args, call)
+    for seed in seeds:
+        large = upsampler(
+            prompt, image=picture, generator=torch.Generator().manual_seed(seed), **call
+        ).images[0]
+        about = said(args, upsampler, call, prompt) | {"task": "enlarge"}
+        write(args, upsampler, large, seed, f"{args.file.stem}_enlarged", about)
+    return len(seeds)
+
+
+def classify(args: argparse.Namespace, _rest: list[str]) -> None:
+    """Softmax over the labels of exp(logit_scale) f(picture) . g(label), by a clean CLIP."""
+    labels = [label.strip() for label in args.labels.split(",") if label.strip()]
+    if not labels:
+        raise ValueError("--labels names no label")
+    template = getattr(args, "template", "{}")
+    if "{}" not in template:
+        raise ValueError(f"--template must hold {{}}, where the label goes, got {template!r}")
+    for path in args.file:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+    from .components.guidance_clip import GuidanceCLIP
+    from .drawing.images import read_pictures
+    from .drawing.png import open_picture
+    from .family import loading
+
+    name = args.clip_guidance_model or default_model().with_name("judge")
+    with loading(name):
+        clip = GuidanceCLIP.load(name)
+    for path in args.file:
+        pictures = read_pictures(open_picture(path), (clip.image_size, clip.image_size))
+        logits = clip(pictures, [template.replace("{}", label) for label in labels])
+        shares = zip(logits.softmax(dim=-1)[0].tolist(), labels, strict=True)
+        print(
+            f"{path}: " + ", ".join(f"{label} {share:.1%}" for share, label in sorted(shares, reverse=True))
+        )
+
+
+def train(args: argparse.Namespace, rest: list[str]) -> None:
+    """Fine-tunes a model on a folder of captioned pictures; further flags are those of
+    training.text_to_image."""
+    if not args.folder.is_dir():
+        raise ValueError(f"there is no folder {args.folder}")
+    check_model(args.model)
+    if not any(one.partition("=")[0] in ("--output_dir", "--output-dir") for one in rest):
+        rest = ["--output_dir", str(Path("runs") / args.folder.resolve().name), *rest]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    recipe = ["-m", "training.text_to_image", "--pretrained_model_name_or_path", str(args.model)]
+    home = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(home)}
+    command = [*launch, *recipe, "--train_data_dir", str(args.folder), *rest]
+    sys.exit(subprocess.run(command, env=environment).returncode)
+
+
+def models(_args: argparse.Namespace, _rest: list[str]) -> None:
+    """Lists the model folders in models/: kind, size in pixels, weights, and what stands beside each."""
+    for folder in sorted(default_model().parent.iterdir()):
+        weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
+        if not weights:
+            continue
+        index, parts = (
+            folder / "model_index.json",
+            sorted(path.name for path in folder.iterdir() if path.is_dir()),
+        )
+        kind, size = " and ".join(parts) or "CLIP", ""
+        if index.is_file():
+            name = json.loads(index.read_text())["_class_name"]
+            kind = name[-1] if isinstance(name, list) else name
+            side = json.loads((folder / "unet" / "config.json").read_text()).get("sample_size")
+            size = f", {side} pixels" if "vae" not in parts and side else ""
+        beside = [found.name for kind_ in ("upsampler", "guidance") if (found := find_beside(folder, kind_))]
+        print(
+            f"{folder.name}: {kind}{size}, {weights / 1e6:.0f} MB"
+            + f", beside it {' and '.join(beside)}" * bool(beside)
+        )
+
+
+Command = Callable[[argparse.Namespace, list[str]], int | None]
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "draw": (draw, "Draws pictures of prompts."),
+    "edit": (edit, "Draws over a picture, repaints a part of it (--mask) or extends it (--left, ...)."),
+    "enlarge": (enlarge, "Enlarges a picture."),
+    "classify": (classify, "Says which of the labels fits each picture best, by a clean CLIP."),
+    "train": (train, "Fine-tunes a model; further flags are those of training.text_to_image."),
+    "models": (models, "Lists the models that are there and what stands beside each."),
+}
+
+
+def overview() -> Iterator[str]:
+    yield 'usage: python -m pipelines COMMAND ..., or python -m pipelines "a corgi in a party hat" ...\n'
+    for name, (_, tell) in COMMANDS.items():
+        yield f"  {name:<10}{tell}"
+    yield "\nA first word that is no command is a prompt to draw. --help after a command lists its flags."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; 0 when every picture was written. Errors exit with 2 by SystemExit."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.model = default_model() if args.model is None else args.model
-    start = time.perf_counter()
+    """Runs the command line; 0 if all went well. Errors exit with 2 by SystemExit."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print("\n".join(overview()))
+        return 0
+    named = bool(argv) and argv[0] in COMMANDS
+    command = argv[0] if named else "draw"
+    parser = build_parser(command, f"python -m pipelines{f' {command}' if named else ''}")
+    unset = dict.fromkeys(("seed", "scheduler", "upsampler", "guides", "clip_guidance_model", "mask"))
+    start = argparse.Namespace(command=command, model=default_model(), out=Path("outputs"), **unset)
+    parse = parser.parse_known_args if command == "train" else parser.parse_args
+    parsed: Any = parse(argv[named:], start)
+    args, rest = parsed if command == "train" else (parsed, [])
+    began = time.perf_counter()
     try:
-        check_arguments(args)
-        paths = draw(args)
+        count = COMMANDS[command][0](args, rest)
     except (ValueError, OSError) as error:
-        sides = {"height": "--size", "width": "--size"} if args.size is not None else {}
-        options = {**OPTIONS, **sides}
-        message = str(error).replace(
+        text = str(error).replace(
             "pipe.load_guides(folder) takes those beside", "--guides PATH takes those of"
         )
-        message = message.replace(", by name or number, or a list of 1, one for each prompt", "")
-        parser.error(re.sub(r"`(\w+)`", lambda name: options.get(name[1], name[0]), message))
+        text = text.replace(", by name or number, or a list of 1, one for each prompt", "")
+        parser.error(
+            re.sub(
+                r"`(\w+)`", lambda m: args.flags.get(m[1], flag(m[1]) if m[1] in ARGUMENTS else m[0]), text
+            )
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"{len(paths)} picture{'s' * (len(paths) != 1)} in {time.perf_counter() - start:.1f} s")
+    if count is not None:
+        print(f"{count} picture{'s' * (count != 1)} in {time.perf_counter() - began:.1f} s")
     return 0
 
 

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMix
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from .drawing.loop import Task, draw
-from .drawing.request import Request, check, check_size, takes
+from .drawing.request import Request, TextInputs, check, check_size, takes
 from .drawing.sizes import enlarge, enlargement
-from .drawing.text import TextInputs, encode_for, plain_texts
+from .drawing.text import encode_for, plain_texts
 from .folders.adapters import AdapterMixin
 from .folders.conversion import ConversionMixin
 from .folders.loading import LoadMixin, own_class

@@ -4,18 +4,18 @@
 their names, defaults and ranges from here: a new argument is one line below and one where it acts.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-
-from .text import TextInputs
+if TYPE_CHECKING:
+    import torch
 
 CLIP_FORMS = ("noised", "clean")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -43,13 +43,11 @@ def check(name: str, value: Any, good: bool, rule: str) -> None:
 
 
 def is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
+    return isinstance(value, Integral) and not isinstance(value, bool) and bool(value >= least)
 
 
 def is_number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and not math.isnan(value)
-    )
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _is_interval(value: Any) -> bool:
@@ -63,6 +61,8 @@ def _are_weighted(value: Any) -> bool:
 
 
 def _are_generators(value: Any) -> bool:
+    import torch  # not before a picture is drawn: the command line's --help and errors need none of it
+
     listed = value if isinstance(value, list) else [value]
     return all(isinstance(one, torch.Generator | None) for one in listed)
 
@@ -97,6 +97,17 @@ def argument(
     """A field of `Request`. `only`: the tasks that take it; `kind`: what the command line reads it as, None
     for what can only be passed in Python."""
     return field(default=default, metadata={"rule": rule, "help": help, "only": only, "kind": kind})
+
+
+class TextInputs(NamedTuple):
+    """A call's text arguments, by diffusers' names: prompts, or ready embeddings, a row for each prompt."""
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: torch.Tensor | None = None  # (B, L, D)
+    negative_prompt_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None  # (B, P)
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
 
 
 @dataclass
@@ -210,7 +221,7 @@ class Request:
     guidance_interval: tuple[float, float] | None = argument(
         None, optional(Rule(_is_interval, "noise levels (lo, hi), 0 <= lo < hi")),
         "(lo, hi) in sigma = sqrt((1 - abar) / abar): guidance of any kind is on where lo < sigma <= hi, and "
-        "elsewhere its passes are left out (Kynkaanniemi et al. 2024).",
+        "elsewhere its passes are left out (Kynkaanniemi et al. 2024).", EVERY, tuple,
     )  # fmt: skip
     pooled_prompt_embeds: torch.Tensor | None = argument(
         None, ANYTHING, "(B, P), with `prompt_embeds`, where `requires_pooled_text` is true."
@@ -245,7 +256,7 @@ class Request:
     combined_prompts: dict[str, float] | None = argument(
         None, optional(Rule(_are_weighted, "a dict of prompts and their weights")),
         "Further prompts and their weights w_i, drawn together with each prompt: uncond + s [(cond - uncond) "
-        "+ sum_i w_i (cond_i - uncond)]; w_i < 0 to stay away.",
+        "+ sum_i w_i (cond_i - uncond)]; w_i < 0 to stay away.", EVERY, dict,
     )  # fmt: skip
     num_candidates: int = argument(
         1, COUNT, "Draw this many for each picture, and keep the best by CLIP, and by a class.", EVERY, int
@@ -289,9 +300,8 @@ class Request:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        callback = self.callback_on_step_end
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            self.callback_on_step_end_tensor_inputs = callback.tensor_inputs
+        if hasattr(self.callback_on_step_end, "tensor_inputs"):  # one of diffusers' own callbacks
+            self.callback_on_step_end_tensor_inputs = self.callback_on_step_end.tensor_inputs
         asked = self.callback_on_step_end_tensor_inputs
         asked = self.callback_on_step_end_tensor_inputs = ["latents"] if asked is None else asked
         known = set(asked) <= set(tensor_inputs)

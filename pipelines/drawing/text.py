@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..folders.adapters import text_lora_scaled
+from .request import TextInputs
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +133,6 @@ def plain_texts(prompt: str | list[str] | None) -> list[str]:
     """A call's prompts without their weights; none where it has ready embeddings instead."""
     lines = [prompt] if isinstance(prompt, str) else prompt or []
     return [split_weights(line)[0] for line in lines]
-
-
-class TextInputs(NamedTuple):
-    """A call's text arguments, by diffusers' names: prompts, or ready embeddings, a row for each prompt."""
-
-    prompt: str | list[str] | None = None
-    negative_prompt: str | list[str] | None = None
-    prompt_embeds: torch.Tensor | None = None  # (B, L, D)
-    negative_prompt_embeds: torch.Tensor | None = None
-    pooled_prompt_embeds: torch.Tensor | None = None  # (B, P)
-    negative_pooled_prompt_embeds: torch.Tensor | None = None
 
 
 class TextEmbeddings(NamedTuple):

@@ -14,6 +14,7 @@ from pipelines import TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.drawing.images import to_pil, to_tensor
+from pipelines.family import load_guides
 from pipelines.folders.files import save_png
 from training.data.arrays import content_key, model_key
 from training.data.pictures import PictureCache, cache_pictures, load_pictures
@@ -56,9 +57,9 @@ def load_pipeline(name: str) -> TextToImagePipeline:
 def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") -> TextToImagePipeline:
     """The pipeline with the guides in these folders, where given; else its own, or those in the folder
     MODEL-guidance beside it."""
-    pipe, beside = load_pipeline(model), Path(f"{model.rstrip('/')}-guidance")
-    if (pipe.noisy_clip is None or pipe.noisy_classifier is None) and beside.is_dir():
-        pipe.load_guides(beside)
+    pipe = load_pipeline(model)
+    if pipe.noisy_clip is None or pipe.noisy_classifier is None:
+        load_guides(pipe, model)
     if noisy_clip:
         pipe.register_modules(noisy_clip=NoisyCLIP.from_pretrained(noisy_clip))
     if noisy_classifier:

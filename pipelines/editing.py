@@ -1,13 +1,13 @@
-"""Editing pictures of any size with a model that was made for one: each is brought to the model's size, and
-what comes back is put into the picture at its own, so that pixels to be kept stay as they are.
+"""Editing pictures of any size with a model made for one: the picture is brought to the model's size, and the
+result is put back at the picture's own, so that pixels to be kept stay as they are.
 """
 
 from typing import Any
 
 from PIL import Image
 
-from pipelines.drawing.images import nearest_size
-from pipelines.inpaint import crop_around_mask, put_back
+from .drawing.images import nearest_size
+from .inpaint import crop_around_mask, put_back
 
 
 def enlarged(pipe: Any, image: Image.Image, prompt: str, generator: Any) -> Image.Image:
