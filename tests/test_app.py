@@ -28,6 +28,7 @@ import app
 from page import common, create, edit, visit
 from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from pipelines.drawing.attention_maps import AttentionMaps, draw_attention
+from pipelines.drawing.png import write_picture
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_each_style_says_what_its_training_captions_say(style):
 
 
 def test_each_picture_of_several_can_be_drawn_again_by_its_own_seed(client, pipe):
-    files, seed = generate(client, "a cat", seed=40, num_images=3)
+    files, seed = generate(client, "a cat", seed=40, num_images_per_prompt=3)
     assert seed == 40
     assert len(files) == 3
     for i, file in enumerate(files):
@@ -120,7 +121,7 @@ def test_each_picture_of_several_can_be_drawn_again_by_its_own_seed(client, pipe
 
 
 def test_seeds_after_the_last_begin_again(client, pipe):
-    files, _ = generate(client, "a cat", seed=common.MAX_SEED, num_images=2)
+    files, _ = generate(client, "a cat", seed=common.MAX_SEED, num_images_per_prompt=2)
     assert same_picture(pixels(files[0]), expected(pipe, "a cat", common.MAX_SEED))
     assert same_picture(pixels(files[1]), expected(pipe, "a cat", 0))
 
@@ -134,7 +135,7 @@ def test_a_file_tells_its_picture_and_holds_its_settings(client):
             "prompt": 'A "cat", naïve/… 猫, noto style',
             "negative_prompt": "a dog",
             "seed": "5",
-            "steps": "6",
+            "num_inference_steps": "6",
             "guidance_scale": "3.5",
             "scheduler": "DDPMScheduler",
             "model": "tiny-model",
@@ -152,9 +153,12 @@ def test_a_file_tells_its_picture_and_holds_its_settings(client):
         ({"seed": 2**32}, "whole number"),
         ({"seed": "seven"}, "whole number"),
         ({"style": "Cubist"}, "Cubist"),
-        ({"steps": 0}, "less than minimum"),
-        ({"num_images": 100}, "greater than maximum"),
-        ({"steps": TRAIN_TIMESTEPS + 1}, str(TRAIN_TIMESTEPS)),  # in the slider's reach, not in this model's
+        ({"num_inference_steps": 0}, "less than minimum"),
+        ({"num_images_per_prompt": 100}, "greater than maximum"),
+        (
+            {"num_inference_steps": TRAIN_TIMESTEPS + 1},
+            str(TRAIN_TIMESTEPS),
+        ),  # in the slider's reach, not in this model's
     ],
 )
 def test_what_is_wrong_reaches_the_caller(client, options, message):
@@ -185,8 +189,8 @@ def test_every_advanced_setting_reaches_the_pipeline_and_the_file(client, pipe):
         "combined_weight": -0.5,
         "clip_guidance_scale": 4,
         "classifier_guidance_scale": 6,
-        "class_label": LABELS[1],
-        "best_of": 2,
+        "class_labels": LABELS[1],
+        "num_candidates": 2,
     }
     options = {
         "guidance_rescale": 0.5,
@@ -205,10 +209,17 @@ def test_every_advanced_setting_reaches_the_pipeline_and_the_file(client, pipe):
         assert not same_picture(picture, expected(pipe, "a cat", 11, **fewer)), name
     assert not same_picture(picture, expected(pipe, "a cat", 11, **options | {"class_labels": LABELS[0]}))
     with Image.open(file) as image:
-        written = {key: image.text[key] for key in ("clip_guidance", "classifier_guidance", "best_of")}
-        assert written == {"clip_guidance": "4", "classifier_guidance": "6", "best_of": "2"}
-        assert (image.text["combined_prompt"], image.text["combined_weight"]) == ("a crown", "-0.5")
-        assert (image.text["guidance_from"], image.text["guidance_to"]) == ("1", "9")
+        written = {
+            key: image.text[key]
+            for key in ("clip_guidance_scale", "classifier_guidance_scale", "num_candidates")
+        }
+        assert written == {
+            "clip_guidance_scale": "4",
+            "classifier_guidance_scale": "6",
+            "num_candidates": "2",
+        }
+        assert image.text["combined_prompts"] == '{"a crown": -0.5}'
+        assert json.loads(image.text["guidance_interval"]) == [1, 9]
 
 
 def test_guidance_stands_where_the_model_has_it(pipe, tmp_path):
@@ -221,21 +232,21 @@ def test_guidance_stands_where_the_model_has_it(pipe, tmp_path):
         with app.gr.Blocks():
             tab, _row = create.create_tab(own, app.gr.State([]))
         fields = tab.fields
-        assert (fields["guidance_scale"].value, fields["clip_guidance"].value) == (2.5, shown)
+        assert (fields["guidance_scale"].value, fields["clip_guidance_scale"].value) == (2.5, shown)
         about = {"prompt": "a cat", "Software": "Corgi"}  # a picture of a guidance that was off, so not said
-        file = common.save_png(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
+        file = write_picture(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
         _, updates = visit.restore(str(file), {"create": tab}, "tiny-model")
-        assert updates[fields["clip_guidance"]] == 0
+        assert updates[fields["clip_guidance_scale"]] == 0
 
 
 def test_several_of_the_best_have_a_seed_each(client, pipe):
-    files, _ = generate(client, "a cat", seed=60, num_images=2, best_of=3)
+    files, _ = generate(client, "a cat", seed=60, num_images_per_prompt=2, num_candidates=3)
     for i, file in enumerate(files):
         assert same_picture(pixels(file), expected(pipe, "a cat", 60 + i, num_candidates=3))
 
 
 def test_the_large_size_shows_the_small_picture_first(client, pipe):
-    job = client.submit("a cat", seed=8, num_images=2, size=4 * SIDE, api_name="/generate")
+    job = client.submit("a cat", seed=8, num_images_per_prompt=2, size=4 * SIDE, api_name="/generate")
     job.result()
     small, large = ([Path(item["image"]) for item in pictures] for pictures, _ in job.outputs())
     for i in range(2):
@@ -245,7 +256,9 @@ def test_the_large_size_shows_the_small_picture_first(client, pipe):
 
 
 def test_attention_to_words_is_drawn_beside_the_pictures(client, pipe):
-    files, seed = generate(client, "a cat with a crown", attention_words="crown, cat", num_images=2)
+    files, seed = generate(
+        client, "a cat with a crown", attention_words="crown, cat", num_images_per_prompt=2
+    )
     generators = common.generators([seed, seed + 1])
     with AttentionMaps(pipe, "a cat with a crown", ["cat", "crown"]) as maps:
         images = pipe(
@@ -257,6 +270,72 @@ def test_attention_to_words_is_drawn_beside_the_pictures(client, pipe):
     assert len(files) == len(drawn) == 6
     for file, picture in zip(files, drawn, strict=True):
         assert same_picture(pixels(file), np.asarray(picture))
+
+
+# ---- names of 0.1
+
+
+def test_old_fields_of_generate_work_with_a_warning(client, pipe):
+    old = {"steps": 2, "guidance": 1.5, "class_label": LABELS[2], "best_of": 2, "num_images": 2}
+    job = client.submit("a cat", seed=4, classifier_guidance_scale=6, **old, api_name="/generate")
+    gallery, _ = job.result()
+    options = {"num_inference_steps": 2, "guidance_scale": 1.5, "num_candidates": 2}
+    options |= {"class_labels": LABELS[2], "classifier_guidance_scale": 6}
+    assert len(gallery) == 2
+    for i, item in enumerate(gallery):
+        assert same_picture(pixels(Path(item["image"])), expected(pipe, "a cat", 4 + i, **options))
+    for options in ({"steps": 251}, {"class_label": "cars"}):  # with the limits of the new ones
+        with pytest.raises(AppError, match="251 is greater than maximum|cars"):
+            generate(client, "a cat", **options)
+
+
+def test_old_names_are_told():
+    told = []
+
+    @common.takes_old_names(steps="num_inference_steps")
+    def event(prompt: str, num_inference_steps: int) -> tuple:
+        return prompt, num_inference_steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.gr, "Warning", told.append)
+        assert event("a cat", 6) == event("a cat", 6, None) == ("a cat", 6) and told == []
+        assert event("a cat", 6, 2) == event("a cat", 6, steps=2) == ("a cat", 2)
+    assert told == ["`steps` is now `num_inference_steps`."] * 2
+
+
+def test_positions_are_those_of_before(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    names = {name: [p["parameter_name"] for p in one["parameters"]] for name, one in endpoints.items()}
+    assert (
+        names["/generate"]
+        == (
+            "prompt negative_prompt style num_inference_steps guidance_scale seed num_images_per_prompt size "
+            "guidance_rescale guidance_from guidance_to combined_prompt combined_weight clip_guidance_scale "
+            "clip_guidance classifier_guidance_scale class_labels num_candidates attention_words "
+            "steps guidance num_images class_label best_of"
+        ).split()
+    )
+    assert (
+        names["/edit"]
+        == (
+            "image prompt mode left right top bottom strength style negative_prompt num_inference_steps "
+            "guidance_scale seed context jump_n_sample mask_image steps guidance resampling mask"
+        ).split()
+    )
+    assert names["/enlarge"] == "image noise_level num_inference_steps seed prompt steps".split()
+
+
+def test_old_fields_of_edit_and_enlarge_work(client, photo, tmp_path):
+    mask = mask_file(tmp_path, (SIDE, SIDE), (6, 3, 20, 25))
+    image = handle_file(str(photo[SIDE]))
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "jump_n_sample": 2}
+    new = edited(client, photo[SIDE], mask=mask, seed=4, **settings)
+    old = {"steps": 3, "guidance": 2.0, "resampling": 2, "mask": handle_file(str(mask)), "seed": 4}
+    result, _ = client.predict(image, "a cat", **old, api_name="/edit")
+    assert np.array_equal(picture_of(result), new)
+    assert not np.array_equal(new, edited(client, photo[SIDE], mask=mask, seed=4))
+    result, _ = client.predict(image, steps=1, seed=3, api_name="/enlarge")
+    assert np.array_equal(picture_of(result), enlarged(client, photo[SIDE], num_inference_steps=1, seed=3))
 
 
 # ---- /edit
@@ -289,7 +368,7 @@ def mask_file(folder: Path, size: tuple[int, int], box: tuple[int, int, int, int
 
 def edited(client: Client, image: Path, prompt: str = "a cat", **options) -> np.ndarray:
     if "mask" in options:
-        options["mask"] = handle_file(str(options["mask"]))
+        options["mask_image"] = handle_file(str(options.pop("mask")))
     result, _ = client.predict(handle_file(str(image)), prompt, **options, api_name="/edit")
     return picture_of(result)
 
@@ -297,7 +376,7 @@ def edited(client: Client, image: Path, prompt: str = "a cat", **options) -> np.
 def test_a_part_is_repainted_and_the_rest_stays(client, pipe, photo, tmp_path):
     box = (6, 3, 20, 25)
     mask = mask_file(tmp_path, (SIDE, SIDE), box)
-    result = edited(client, photo[SIDE], mask=mask, seed=4, style="Noto", guidance=2.0, resampling=2)
+    result = edited(client, photo[SIDE], mask=mask, seed=4, style="Noto", guidance_scale=2.0, jump_n_sample=2)
     paint = InpaintPipeline.from_pipe(pipe)
     options = {"jump_n_sample": 2, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(4)}
     with Image.open(photo[SIDE]) as image, Image.open(mask) as white:
@@ -335,7 +414,14 @@ def test_the_canvas_grows_around_the_picture(client, pipe, photo):
 def test_the_canvas_of_a_larger_picture_grows_by_the_pixels_that_were_asked_for(client, photo, sides):
     left, right, top, bottom = sides
     result = edited(
-        client, photo[150], mode="extend", left=left, right=right, top=top, bottom=bottom, steps=2
+        client,
+        photo[150],
+        mode="extend",
+        left=left,
+        right=right,
+        top=top,
+        bottom=bottom,
+        num_inference_steps=2,
     )
     assert result.shape == (90 + top + bottom, 150 + left + right, 3)
     assert np.array_equal(result[top : top + 90, left : left + 150], picture_of(photo[150]))
@@ -360,7 +446,7 @@ def enlarged(client: Client, image: Path, **options) -> np.ndarray:
 
 
 def test_a_picture_is_enlarged_with_its_settings(client, pipe, photo):
-    result = enlarged(client, photo[SIDE], noise_level=150, steps=2, seed=3)
+    result = enlarged(client, photo[SIDE], noise_level=150, num_inference_steps=2, seed=3)
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(3)}
     with Image.open(photo[SIDE]) as image:
         drawn = pipe.upsampler(image=image, noise_level=150, **options).images[0]
@@ -390,7 +476,8 @@ def test_pictures_of_every_mode_are_taken_as_a_person_sees_them(client, photo, t
     (given,) = tmp_path.iterdir()
     Image.fromarray(seen).save(tmp_path / "seen.png")
     assert np.array_equal(
-        enlarged(client, given, seed=1, steps=1), enlarged(client, tmp_path / "seen.png", seed=1, steps=1)
+        enlarged(client, given, seed=1, num_inference_steps=1),
+        enlarged(client, tmp_path / "seen.png", seed=1, num_inference_steps=1),
     )
 
 
@@ -410,7 +497,7 @@ def test_a_picture_of_100_megapixels_is_refused_with_the_limit(client, tmp_path)
         ({}, "Nothing is painted over"),
         ({"mask": (0, 0, 0, 0)}, "is black everywhere"),
         ({"prompt": " "}, "the prompt is empty"),
-        ({"mode": "restyle", "strength": 0.1, "steps": 1}, "strength"),
+        ({"mode": "restyle", "strength": 0.1, "num_inference_steps": 1}, "strength"),
         (
             {"mode": "extend", "left": 65},
             "“Left” must be 0 to 64 pixels for this picture of 32 × 32; it is 65",
@@ -421,7 +508,7 @@ def test_a_picture_of_100_megapixels_is_refused_with_the_limit(client, tmp_path)
             "“Top” must be 0 to 64 pixels for this picture of 32 × 32; it is empty",
         ),
         ({"mode": "cubist"}, "cubist"),
-        ({"mode": "extend", "steps": TRAIN_TIMESTEPS + 1}, str(TRAIN_TIMESTEPS)),
+        ({"mode": "extend", "num_inference_steps": TRAIN_TIMESTEPS + 1}, str(TRAIN_TIMESTEPS)),
     ],
 )
 def test_what_is_wrong_with_an_edit_reaches_the_caller(client, photo, tmp_path, options, message):
@@ -465,15 +552,15 @@ def test_a_mask_is_white_where_half_a_pixel_is_painted():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": "251"}, "steps is 251"),
-        ({"steps": "many"}, "steps is 'many', not a number"),
+        ({"steps": "251"}, "num_inference_steps is 251"),
+        ({"num_inference_steps": "many"}, "num_inference_steps is 'many', not a number"),
         ({"seed": "nan"}, "seed is nan"),
         ({"Software": "Another"}, "carries no settings"),
     ],
 )
 def test_settings_that_the_page_does_not_have_are_told(pipe, tmp_path, settings, message):
     about = {"prompt": "a cat", "Software": "Corgi", **settings}
-    file = common.save_png(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
+    file = write_picture(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
     with app.gr.Blocks():
         tab, _row = create.create_tab(pipe, app.gr.State([]))
     with pytest.raises(app.gr.Error, match=message):
@@ -481,8 +568,13 @@ def test_settings_that_the_page_does_not_have_are_told(pipe, tmp_path, settings,
 
 
 def test_the_queue_turns_people_away_when_it_is_full(client):
-    first = client.submit("a cat", steps=40, num_images=create.MAX_IMAGES, api_name="/generate")
-    jobs = [client.submit("a cat", steps=1, api_name="/generate") for _ in range(app.MAX_WAITING + 5)]
+    first = client.submit(
+        "a cat", num_inference_steps=40, num_images_per_prompt=create.MAX_IMAGES, api_name="/generate"
+    )
+    jobs = [
+        client.submit("a cat", num_inference_steps=1, api_name="/generate")
+        for _ in range(app.MAX_WAITING + 5)
+    ]
     problems = [job.exception() for job in jobs]
     turned_away = [str(problem) for problem in problems if problem is not None]
     assert first.exception() is None

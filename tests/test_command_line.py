@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import DDPMScheduler, TextToImagePipeline
+from pipelines import DDPMScheduler, TextToImagePipeline, family
 from pipelines import __main__ as cli
-from pipelines import family
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.drawing import png

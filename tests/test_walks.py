@@ -12,10 +12,12 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from page import common, create
 from pipelines import TextToImagePipeline
 from training.data.caches import cache_text
 from training.data.pictures import PictureCache, StepBatchSampler
@@ -80,3 +82,23 @@ def test_a_training_step_goes_through_at_most_8_rooms_and_15_moves(
     assert "training/objectives/denoising.py" in rooms and "pipelines/components/conditional_unet.py" in rooms
     assert len(rooms) <= 8, sorted(rooms)
     assert moves.total() <= 15, moves
+
+
+def test_a_request_of_the_page_goes_through_at_most_75_moves(
+    pipeline: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the page's function to the PNG: one picture of 5 steps with classifier-free guidance."""
+    monkeypatch.setattr(common, "get_upload_folder", lambda: str(tmp_path))
+    generate = create.generate_event(pipeline)
+    size = create.sizes(pipeline)[0][1]
+    asked = ("a red heart", "", "Any", 5, 2.0, 3, 1, size, 0, 0, 0, "", 0.7, 0, "noised", 0, None, 1, "", [])
+
+    def request() -> None:
+        list(generate(*asked, progress=lambda *_, **__: None))
+
+    request()
+    rooms, moves = walk(request)
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+    assert "page/create.py" in rooms and "pipelines/drawing/png.py" in rooms
+    assert len(rooms) <= 10, sorted(rooms)
+    assert moves.total() <= 75, moves

@@ -9,7 +9,7 @@ from browser.served import SIDE, expected, same_picture
 from PIL import Image
 
 from pipelines import ImageToImagePipeline
-from pipelines.__main__ import save_png
+from pipelines.drawing.png import write_picture
 
 pytestmark = pytest.mark.browser
 
@@ -43,7 +43,9 @@ def ask(page, prompt=PROMPT, seed=None, **numbers):
     if seed is not None:
         page.get_by_label("New seed each time").uncheck()
         fill_in(page.locator("#seed input"), seed)
-    if {"steps", "guidance"} & numbers.keys() and not page.locator("#steps").is_visible():
+    if {"num_inference_steps", "guidance_scale"} & numbers.keys() and not page.locator(
+        "#num_inference_steps"
+    ).is_visible():
         page.get_by_role("button", name="Advanced").click()
     for name, value in numbers.items():
         fill_in(page.locator(f"#{name} input[type=number]"), value)
@@ -152,7 +154,7 @@ def test_the_seed_used_is_shown_and_can_be_kept(open_page, pipe):
 
 def test_the_settings_reach_the_picture(open_page, pipe, screenshots):
     page = open_page()
-    ask(page, seed=11, steps=8, guidance=2.5)
+    ask(page, seed=11, num_inference_steps=8, guidance_scale=2.5)
     fill_in(page.locator("#negative_prompt textarea"), "a dog")
     page.locator("#style input").click()
     page.get_by_role("option", name="Noto").click()
@@ -171,7 +173,7 @@ def test_an_example_fills_the_prompt_in(open_page):
 @pytest.mark.parametrize(("count", "columns"), [(4, 2), (9, 3)])
 def test_several_pictures_share_the_frame(open_page, pipe, screenshots, count, columns):
     page = open_page()
-    ask(page, seed=20, num_images=count)
+    ask(page, seed=20, num_images_per_prompt=count)
     pictures = draw(page, count)
     page.screenshot(path=screenshots / f"{count}_pictures.png")
     for i, picture in enumerate(pictures):
@@ -184,7 +186,7 @@ def test_several_pictures_share_the_frame(open_page, pipe, screenshots, count, c
 
 def test_progress_shows_and_an_impatient_person_gets_one_picture(open_page, screenshots):
     page = open_page()
-    ask(page, seed=1, steps=100, num_images=2)
+    ask(page, seed=1, num_inference_steps=100, num_images_per_prompt=2)
     requests = []
     page.on(
         "request",
@@ -238,7 +240,7 @@ def test_a_phone_shows_everything_in_its_width(open_page, pipe, screenshots, wid
 
 def test_dark_mode_is_dark(open_page, screenshots):
     page = open_page(color_scheme="dark")
-    ask(page, seed=2, num_images=4)
+    ask(page, seed=2, num_images_per_prompt=4)
     draw(page, 4)
     page.screenshot(path=screenshots / "dark.png")
 
@@ -354,12 +356,12 @@ def test_a_saved_picture_dropped_back_restores_its_settings(open_page, pipe, pho
         "prompt": "a cat, noto style",
         "negative_prompt": "a dog",
         "seed": 21,
-        "steps": 8,
+        "num_inference_steps": 8,
         "guidance_scale": 2.5,
         "guidance_rescale": 0.5,
         "Software": "Corgi",
     }
-    saved = save_png(Image.new("RGB", (4 * SIDE, 4 * SIDE)), tmp_path, "cat", settings)
+    saved = write_picture(Image.new("RGB", (4 * SIDE, 4 * SIDE)), tmp_path, "cat", settings)
     page = open_page()
     drop(page, "#restore", photo)
     page.get_by_text("carries no settings").wait_for()
