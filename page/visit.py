@@ -9,7 +9,8 @@ import gradio as gr
 
 from pipelines.drawing.png import read_settings
 
-from .common import QUIETLY, Tab, split_prompt, told_plainly, user_error
+from .requests import split_prompt, told_plainly, user_error
+from .widgets import QUIETLY, Tab
 
 TABS = {"repaint": "edit", "extend": "edit", "restyle": "edit", "enlarge": "enlarge"}  # of a picture's task
 
