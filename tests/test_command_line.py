@@ -449,14 +449,17 @@ OLD = {
 def test_old_flags_work_with_one_line_that_names_the_new_one(old, capsys):
     """Both are stored as the same; numbers of --clip-guidance alone are the old kind."""
     new, value = OLD[old]
-    parser = cli.build_parser("draw", "draw")
-    before = vars(parser.parse_args(["x", old, str(value)]))
+
+    def parse(*words: str) -> dict:
+        return vars(cli.build_parser("draw", "draw").parse_args(["x", *words]))
+
+    before = parse(old, str(value))
     assert capsys.readouterr().err.splitlines() == [f"{old} is now {new}"]
-    after = vars(parser.parse_args(["x", new, str(value)]))
+    after = parse(new, str(value))
     assert capsys.readouterr().err == ""
     assert before.pop("flags") != after.pop("flags") and before == after
     assert after[new[2:].replace("-", "_")] == value
-    assert vars(parser.parse_args(["x", "--clip-guidance", "clean"]))["clip_guidance"] == "clean"
+    assert parse("--clip-guidance", "clean")["clip_guidance"] == "clean"
     assert capsys.readouterr().err == ""
 
 

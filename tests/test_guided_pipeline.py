@@ -666,19 +666,28 @@ def test_the_command_line_guides_and_keeps_the_best(guided, tmp_path, capsys):
 
     guided.save_pretrained(tmp_path / "model")
     arguments = ["a cat", "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--seed", "5"]
-    options = ["--clip-guidance", "40", "--classifier-guidance", "60", "--class", "food", "--best-of", "3"]
+    options = [
+        "--clip-guidance-scale",
+        "40",
+        "--classifier-guidance-scale",
+        "60",
+        "--class-labels",
+        "food",
+        "--num-candidates",
+        "3",
+    ]
     main([*arguments, *options, "--num-images", "2"])
     call = {"prompt": "a cat", "output_type": "pt", **NOISED, **CLASS, "num_candidates": 3}
     for seed in (5, 6):
         image = Image.open(tmp_path / f"a-cat_seed{seed}.png")
         expected = guided(generator=seeded(seed), **call).images
         assert (to_tensor(image) / 2 + 0.5 - expected).abs().max() < 1 / 255
-        assert {"clip_guidance": "40.0", "class_label": "food", "best_of": "3"}.items() <= image.text.items()
+        assert {"clip_guidance_scale": "40.0", "class_labels": "food", "num_candidates": "3"}.items() <= image.text.items()
     for wrong, named in (
-        (["--class", "food"], "--class go together"),
-        (["--best-of", "0"], "--best-of must be 1 or more"),
-        (["--clip-guidance", "-1"], "--clip-guidance must be 0 or more"),
-        (["--classifier-guidance", "2", "--class", "cars"], "--class must be one"),
+        (["--class-labels", "food"], "go together"),
+        (["--num-candidates", "0"], "--num-candidates must be a whole number above 0"),
+        (["--clip-guidance-scale", "-1"], "--clip-guidance-scale must be 0 (off) or more"),
+        (["--classifier-guidance-scale", "2", "--class-labels", "cars"], "--class-labels must be one"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, *wrong])

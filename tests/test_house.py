@@ -120,10 +120,15 @@ def test_imports_run_down() -> None:
     assert not wrong, "\n".join(sorted(shown))
 
 
+# what the command line reads before torch; what they import late is below them, and no file below imports them
+LATE = ("pipelines/__main__.py", "pipelines/family.py")
+
+
 def test_no_import_of_ours_hides_in_a_function() -> None:
     hidden = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in files()
+        if path.relative_to(ROOT).as_posix() not in LATE
         for function in ast.walk(tree_of(path))
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
