@@ -312,6 +312,31 @@ def test_old_names_are_told_once(monkeypatch):
     assert told == ["`steps` is now `num_inference_steps`; `guidance` is now `guidance_scale`."]
 
 
+def test_an_old_field_is_told_to_the_caller(client, served):
+    """Gradio's client keeps what it is told to itself, so the queue is asked."""
+    dependencies = client.config["dependencies"]
+    index = next(i for i, one in enumerate(dependencies) if one["api_name"] == "generate")
+    parameters = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/generate"]
+    values = {one["parameter_name"]: one["parameter_default"] for one in parameters["parameters"]}
+    asked = list((values | {"prompt": "a cat", "steps": 2, "guidance": 1.5}).values())
+    asked.insert(len(create.ORDER.split()), None)  # the history
+    body = json.dumps({"data": asked, "fn_index": dependencies[index]["id"], "session_hash": "told"})
+    headers = {"Content-Type": "application/json"}
+    join = urllib.request.Request(f"{served.url}/gradio_api/queue/join", body.encode(), headers)
+    urllib.request.urlopen(join, timeout=20).close()
+    told = []
+    with urllib.request.urlopen(f"{served.url}/gradio_api/queue/data?session_hash=told", timeout=60) as lines:
+        for line in lines:
+            message = json.loads(line.removeprefix(b"data:")) if line.strip() else {"msg": ""}
+            if message["msg"] == "log":
+                told.append((message["level"], message["log"]))
+            if message["msg"] == "process_completed":
+                assert message["success"]
+                break
+    said = "`num_inference_steps`; `guidance` is now `guidance_scale`."
+    assert told == [("warning", f"`steps` is now {said}")]
+
+
 def test_positions_are_those_of_before(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     names = {name: [p["parameter_name"] for p in one["parameters"]] for name, one in endpoints.items()}
@@ -447,6 +472,47 @@ def test_restyling_is_image_to_image(client, pipe, photo):
     assert same_picture(result, np.asarray(drawn))
     large = edited(client, photo[150], mode="restyle")  # drawn within 32 x 32, enlarged by 4
     assert large.shape == (76, 128, 3)
+
+
+@pytest.mark.parametrize("mode", ["repaint", "restyle"])
+def test_every_advanced_setting_reaches_an_edit_and_its_file(client, pipe, photo, tmp_path, mode):
+    mask = mask_file(tmp_path, (SIDE, SIDE), (6, 3, 20, 25))
+    asked = {"guidance_from": 1, "guidance_to": 9, "combined_prompt": "a crown", "combined_weight": -0.5}
+    options = {
+        "guidance_rescale": 0.5, "clip_guidance_scale": 4, "classifier_guidance_scale": 6,
+        "class_labels": LABELS[1], "num_candidates": 2,
+    }  # fmt: skip
+    file, _ = client.predict(
+        handle_file(str(photo[SIDE])), "a cat", mode, seed=11, strength=1, **asked, **options,
+        mask_image=handle_file(str(mask)), api_name="/edit",
+    )  # fmt: skip
+    options |= {"guidance_interval": (1, 9), "combined_prompts": {"a crown": -0.5}}
+    call = {"mask_image": Image.open(mask)} if mode == "repaint" else {"strength": 1.0}
+    other = (InpaintPipeline if mode == "repaint" else ImageToImagePipeline).from_pipe(pipe)
+
+    def drawn(**options) -> np.ndarray:
+        given = {"image": Image.open(photo[SIDE]), "generator": torch.Generator().manual_seed(11)}
+        return np.asarray(other("a cat", **given, **call, **options).images[0])
+
+    picture = picture_of(file)
+    assert same_picture(picture, drawn(**options))
+    for name in options.keys() - {"class_labels", "classifier_guidance_scale"}:  # each of them shows
+        fewer = {key: value for key, value in options.items() if key != name}
+        assert not same_picture(picture, drawn(**fewer)), name
+    assert not same_picture(picture, drawn(**options | {"class_labels": LABELS[0]}))
+    with Image.open(file) as image:
+        text = image.text
+    assert (text["task"], text["num_candidates"], text["class_labels"]) == (mode, "2", LABELS[1])
+    assert (text["clip_guidance_scale"], text["guidance_rescale"]) == ("4", "0.5")
+    assert json.loads(text["combined_prompts"]) == {"a crown": -0.5}
+
+
+def test_positions_of_an_edit_are_those_of_before(client, photo):
+    sides, settings = (0, 0, 0, 0), {"style": "Noto", "negative_prompt": "a dog", "seed": 4, "strength": 0.5}
+    new = edited(client, photo[SIDE], mode="restyle", num_inference_steps=4, guidance_scale=2.0, **settings)
+    old = ("a cat", "restyle", *sides, 0.5, "Noto", "a dog", 4, 2.0, 4, 100, 1, None)
+    result, _ = client.predict(handle_file(str(photo[SIDE])), *old, api_name="/edit")
+    assert np.array_equal(picture_of(result), new)
 
 
 # ---- /enlarge, and pictures of every kind
