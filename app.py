@@ -20,12 +20,12 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read while gradio 
 
 import gradio as gr
 
-from page.common import Tab
 from page.create import create_tab
 from page.edit import edit_tab
 from page.enlarge import enlarge_tab, missing_tab
 from page.looks import CSS, HEAD, HEADER, THEME
 from page.visit import send_button, visit_strip
+from page.widgets import Tab
 from pipelines import TextToImagePipeline
 from pipelines.family import default_model, load_guides, load_model, load_upsampler
 
@@ -44,19 +44,18 @@ def build_demo(pipe: TextToImagePipeline) -> gr.Blocks:
         gr.HTML(HEADER, padding=False)
         history = gr.State([])
         tabs: dict[str, Tab] = {}
-        sending: dict[str, gr.Row] = {}
         with gr.Tabs(elem_id="tabs") as shown:
             with gr.Tab("Create", id="create"):
-                tabs["create"], sending["create"] = create_tab(pipe, history)
+                tabs["create"] = create_tab(pipe, history)
             with gr.Tab("Edit", id="edit"):
-                tabs["edit"], sending["edit"] = edit_tab(pipe, history)
+                tabs["edit"] = edit_tab(pipe, history)
             with gr.Tab("Enlarge", id="enlarge"):
                 if pipe.upsampler is None:
                     missing_tab()
                 else:
-                    tabs["enlarge"], sending["enlarge"] = enlarge_tab(pipe, history)
+                    tabs["enlarge"] = enlarge_tab(pipe.upsampler, history)
         for name, tab in tabs.items():
-            with sending[name]:
+            with tab.sending:
                 send_button("Edit this picture", tab, "edit", tabs["edit"], shown, f"{name}_to_edit")
                 if "enlarge" in tabs:
                     send_button("Enlarge it", tab, "enlarge", tabs["enlarge"], shown, f"{name}_to_enlarge")

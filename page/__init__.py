@@ -1,1 +1,1 @@
-"""What `app.py` serves: a file for each tab, what they share in `common.py`, the looks in `looks.py`."""
+"""What `app.py` serves: a file for each tab, the widgets that they share, and `requests.py`, which draws."""

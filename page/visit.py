@@ -9,7 +9,8 @@ import gradio as gr
 
 from pipelines.drawing.png import read_settings
 
-from .common import QUIETLY, Tab, split_prompt, told_plainly, user_error
+from .requests import split_prompt, told_plainly, user_error
+from .widgets import QUIETLY, Tab
 
 TABS = {"repaint": "edit", "extend": "edit", "restyle": "edit", "enlarge": "enlarge"}  # of a picture's task
 
@@ -57,10 +58,8 @@ def spread(settings: dict[str, str]) -> dict[str, str]:
 def restore(path: str, tabs: dict[str, Tab], model: str) -> tuple[str, dict]:
     """(the tab that a picture was made in, updates of its widgets) from what its PNG says."""
     with told_plainly():
-        settings = read_settings(path, quiet=True)
-    settings = {"clip_guidance_scale": "0"} | spread(
-        settings
-    )  # not said where it was off, whatever it is now
+        settings = spread(read_settings(path, quiet=True))
+    settings.setdefault("clip_guidance_scale", "0")  # not said where it was off, whatever it is now
     name = TABS.get(settings.get("task", ""), "create")
     if name not in tabs:
         raise user_error("This picture was enlarged, and there is no upsampler here.")
@@ -80,24 +79,16 @@ def visit_strip(history: gr.State, tabs: dict[str, Tab], shown: gr.Tabs, model: 
         with gr.Column(scale=4, min_width=300):
             gr.HTML("<h2>This visit</h2>", padding=False)
             pictures = gr.Gallery(
-                show_label=False,
-                format="png",
-                columns=8,
-                height=108,
-                object_fit="contain",
-                allow_preview=False,
-                buttons=[],
-                interactive=False,
-                elem_id="history",
-            )
+                show_label=False, format="png", columns=8, height=108, object_fit="contain",
+                allow_preview=False, buttons=[], interactive=False, elem_id="history",
+            )  # fmt: skip
         with gr.Column(scale=1, min_width=240):
             gr.HTML("<h2>Reopen a saved picture</h2>", padding=False)
             dropped = gr.File(show_label=False, file_types=["image"], height=128, elem_id="restore")
     history.change(lambda paths: paths, history, pictures, **QUIETLY)
 
-    outputs = list(
-        dict.fromkeys([shown, *(w for tab in tabs.values() for w in (*tab.fields.values(), *tab.shown))])
-    )
+    updated = [one for tab in tabs.values() for one in (*tab.fields.values(), *tab.shown)]
+    outputs = list(dict.fromkeys([shown, *updated]))
 
     def bring_back(path: str) -> dict:
         name, updates = restore(path, tabs, model)

@@ -25,7 +25,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
-from page import common, create, edit, visit
+from page import create, edit, requests, visit, widgets
 from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from pipelines.drawing.attention_maps import AttentionMaps, draw_attention
 from pipelines.drawing.png import write_picture
@@ -104,12 +104,12 @@ def test_every_setting_reaches_the_pipeline(client, pipe):
     assert not same_picture(picture, expected(pipe, "a cat, noto style", 123, **options))
 
 
-@pytest.mark.parametrize("style", common.STYLE_PHRASES)
+@pytest.mark.parametrize("style", requests.STYLE_PHRASES)
 def test_each_style_says_what_its_training_captions_say(style):
     from training.data.emoji import STYLES
 
-    assert common.full_prompt("a red heart", style) == f"a red heart, {common.STYLE_PHRASES[style]}"
-    assert common.STYLE_PHRASES[style].removesuffix(" style") in STYLES.values()
+    assert requests.full_prompt("a red heart", style) == f"a red heart, {requests.STYLE_PHRASES[style]}"
+    assert requests.STYLE_PHRASES[style].removesuffix(" style") in STYLES.values()
 
 
 def test_each_picture_of_several_can_be_drawn_again_by_its_own_seed(client, pipe):
@@ -121,8 +121,8 @@ def test_each_picture_of_several_can_be_drawn_again_by_its_own_seed(client, pipe
 
 
 def test_seeds_after_the_last_begin_again(client, pipe):
-    files, _ = generate(client, "a cat", seed=common.MAX_SEED, num_images_per_prompt=2)
-    assert same_picture(pixels(files[0]), expected(pipe, "a cat", common.MAX_SEED))
+    files, _ = generate(client, "a cat", seed=requests.MAX_SEED, num_images_per_prompt=2)
+    assert same_picture(pixels(files[0]), expected(pipe, "a cat", requests.MAX_SEED))
     assert same_picture(pixels(files[1]), expected(pipe, "a cat", 0))
 
 
@@ -230,7 +230,7 @@ def test_guidance_stands_where_the_model_has_it(pipe, tmp_path):
             **parts, noisy_clip=noisy_clip, default_guidance_scale=2.5, default_clip_guidance_scale=1.5
         )
         with app.gr.Blocks():
-            tab, _row = create.create_tab(own, app.gr.State([]))
+            tab = create.create_tab(own, app.gr.State([]))
         fields = tab.fields
         assert (fields["guidance_scale"].value, fields["clip_guidance_scale"].value) == (2.5, shown)
         about = {"prompt": "a cat", "Software": "Corgi"}  # a picture of a guidance that was off, so not said
@@ -259,7 +259,7 @@ def test_attention_to_words_is_drawn_beside_the_pictures(client, pipe):
     files, seed = generate(
         client, "a cat with a crown", attention_words="crown, cat", num_images_per_prompt=2
     )
-    generators = common.generators([seed, seed + 1])
+    generators = requests.generators([seed, seed + 1])
     with AttentionMaps(pipe, "a cat with a crown", ["cat", "crown"]) as maps:
         images = pipe(
             "a cat with a crown", num_images_per_prompt=2, generator=generators, callback_on_step_end=maps
@@ -289,18 +289,52 @@ def test_old_fields_of_generate_work_with_a_warning(client, pipe):
             generate(client, "a cat", **options)
 
 
-def test_old_names_are_told():
+def test_old_names_are_told_once(monkeypatch):
     told = []
 
-    @common.takes_old_names(steps="num_inference_steps")
-    def event(prompt: str, num_inference_steps: int) -> tuple:
-        return prompt, num_inference_steps
+    def draw(pipe, asked, history, progress):
+        yield pipe, asked, history
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.gr, "Warning", told.append)
-        assert event("a cat", 6) == event("a cat", 6, None) == ("a cat", 6) and told == []
-        assert event("a cat", 6, 2) == event("a cat", 6, steps=2) == ("a cat", 2)
-    assert told == ["`steps` is now `num_inference_steps`."] * 2
+    monkeypatch.setattr(requests.gr, "Warning", told.append)
+    fields, renamed = (
+        ("prompt", "num_inference_steps", "guidance_scale"),
+        {
+            "steps": "num_inference_steps",
+            "guidance": "guidance_scale",
+        },
+    )
+    run = requests.event(draw, "pipe", fields, renamed)
+    new = {"prompt": "a cat", "num_inference_steps": 6, "guidance_scale": 2.0}
+    assert list(run(*new.values(), ["visit"], None, None, None)) == [("pipe", new, ["visit"])]
+    assert told == []
+    changed = new | {"num_inference_steps": 2, "guidance_scale": 0}
+    assert list(run(*new.values(), [], 2, 0, None)) == [("pipe", changed, [])]
+    assert told == ["`steps` is now `num_inference_steps`; `guidance` is now `guidance_scale`."]
+
+
+def test_an_old_field_is_told_to_the_caller(client, served):
+    """Gradio's client keeps what it is told to itself, so the queue is asked."""
+    dependencies = client.config["dependencies"]
+    index = next(i for i, one in enumerate(dependencies) if one["api_name"] == "generate")
+    parameters = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/generate"]
+    values = {one["parameter_name"]: one["parameter_default"] for one in parameters["parameters"]}
+    asked = list((values | {"prompt": "a cat", "steps": 2, "guidance": 1.5}).values())
+    asked.insert(len(create.ORDER.split()), None)  # the history
+    body = json.dumps({"data": asked, "fn_index": dependencies[index]["id"], "session_hash": "told"})
+    headers = {"Content-Type": "application/json"}
+    join = urllib.request.Request(f"{served.url}/gradio_api/queue/join", body.encode(), headers)
+    urllib.request.urlopen(join, timeout=20).close()
+    told = []
+    with urllib.request.urlopen(f"{served.url}/gradio_api/queue/data?session_hash=told", timeout=60) as lines:
+        for line in lines:
+            message = json.loads(line.removeprefix(b"data:")) if line.strip() else {"msg": ""}
+            if message["msg"] == "log":
+                told.append((message["level"], message["log"]))
+            if message["msg"] == "process_completed":
+                assert message["success"]
+                break
+    said = "`num_inference_steps`; `guidance` is now `guidance_scale`."
+    assert told == [("warning", f"`steps` is now {said}")]
 
 
 def test_positions_are_those_of_before(client):
@@ -319,7 +353,9 @@ def test_positions_are_those_of_before(client):
         names["/edit"]
         == (
             "image prompt mode left right top bottom strength style negative_prompt num_inference_steps "
-            "guidance_scale seed context jump_n_sample mask_image steps guidance resampling mask"
+            "guidance_scale seed context jump_n_sample mask_image guidance_rescale guidance_from guidance_to "
+            "combined_prompt combined_weight clip_guidance_scale clip_guidance num_candidates "
+            "classifier_guidance_scale class_labels steps guidance resampling mask"
         ).split()
     )
     assert names["/enlarge"] == "image noise_level num_inference_steps seed prompt steps".split()
@@ -438,6 +474,47 @@ def test_restyling_is_image_to_image(client, pipe, photo):
     assert large.shape == (76, 128, 3)
 
 
+@pytest.mark.parametrize("mode", ["repaint", "restyle"])
+def test_every_advanced_setting_reaches_an_edit_and_its_file(client, pipe, photo, tmp_path, mode):
+    mask = mask_file(tmp_path, (SIDE, SIDE), (6, 3, 20, 25))
+    asked = {"guidance_from": 1, "guidance_to": 9, "combined_prompt": "a crown", "combined_weight": -0.5}
+    options = {
+        "guidance_rescale": 0.5, "clip_guidance_scale": 4, "classifier_guidance_scale": 6,
+        "class_labels": LABELS[1], "num_candidates": 2,
+    }  # fmt: skip
+    file, _ = client.predict(
+        handle_file(str(photo[SIDE])), "a cat", mode, seed=11, strength=1, **asked, **options,
+        mask_image=handle_file(str(mask)), api_name="/edit",
+    )  # fmt: skip
+    options |= {"guidance_interval": (1, 9), "combined_prompts": {"a crown": -0.5}}
+    call = {"mask_image": Image.open(mask)} if mode == "repaint" else {"strength": 1.0}
+    other = (InpaintPipeline if mode == "repaint" else ImageToImagePipeline).from_pipe(pipe)
+
+    def drawn(**options) -> np.ndarray:
+        given = {"image": Image.open(photo[SIDE]), "generator": torch.Generator().manual_seed(11)}
+        return np.asarray(other("a cat", **given, **call, **options).images[0])
+
+    picture = picture_of(file)
+    assert same_picture(picture, drawn(**options))
+    for name in options.keys() - {"class_labels", "classifier_guidance_scale"}:  # each of them shows
+        fewer = {key: value for key, value in options.items() if key != name}
+        assert not same_picture(picture, drawn(**fewer)), name
+    assert not same_picture(picture, drawn(**options | {"class_labels": LABELS[0]}))
+    with Image.open(file) as image:
+        text = image.text
+    assert (text["task"], text["num_candidates"], text["class_labels"]) == (mode, "2", LABELS[1])
+    assert (text["clip_guidance_scale"], text["guidance_rescale"]) == ("4", "0.5")
+    assert json.loads(text["combined_prompts"]) == {"a crown": -0.5}
+
+
+def test_positions_of_an_edit_are_those_of_before(client, photo):
+    sides, settings = (0, 0, 0, 0), {"style": "Noto", "negative_prompt": "a dog", "seed": 4, "strength": 0.5}
+    new = edited(client, photo[SIDE], mode="restyle", num_inference_steps=4, guidance_scale=2.0, **settings)
+    old = ("a cat", "restyle", *sides, 0.5, "Noto", "a dog", 4, 2.0, 4, 100, 1, None)
+    result, _ = client.predict(handle_file(str(photo[SIDE])), *old, api_name="/edit")
+    assert np.array_equal(picture_of(result), new)
+
+
 # ---- /enlarge, and pictures of every kind
 
 
@@ -533,8 +610,8 @@ def test_what_cannot_be_enlarged_is_told(client, tmp_path):
 
 
 def test_words_and_style_come_apart_as_they_were_put_together():
-    for style in [common.ANY_STYLE, *common.STYLE_PHRASES]:
-        assert common.split_prompt(common.full_prompt("a red heart, big", style)) == (
+    for style in [requests.ANY_STYLE, *requests.STYLE_PHRASES]:
+        assert requests.split_prompt(requests.full_prompt("a red heart, big", style)) == (
             "a red heart, big",
             style,
         )
@@ -562,14 +639,14 @@ def test_settings_that_the_page_does_not_have_are_told(pipe, tmp_path, settings,
     about = {"prompt": "a cat", "Software": "Corgi", **settings}
     file = write_picture(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
     with app.gr.Blocks():
-        tab, _row = create.create_tab(pipe, app.gr.State([]))
+        tab = create.create_tab(pipe, app.gr.State([]))
     with pytest.raises(app.gr.Error, match=message):
         visit.restore(str(file), {"create": tab}, "tiny-model")
 
 
 def test_the_queue_turns_people_away_when_it_is_full(client):
     first = client.submit(
-        "a cat", num_inference_steps=40, num_images_per_prompt=create.MAX_IMAGES, api_name="/generate"
+        "a cat", num_inference_steps=40, num_images_per_prompt=widgets.MAX_IMAGES, api_name="/generate"
     )
     jobs = [
         client.submit("a cat", num_inference_steps=1, api_name="/generate")

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from page import common, create
+from page import requests
 from pipelines import TextToImagePipeline
 from training.data.caches import cache_text
 from training.data.pictures import PictureCache, StepBatchSampler
@@ -84,22 +84,26 @@ def test_a_training_step_goes_through_at_most_8_rooms_and_15_moves(
     assert moves.total() <= 15, moves
 
 
-def test_a_request_of_the_page_goes_through_at_most_13_rooms_and_75_moves(
+def test_a_request_of_the_page_to_the_png(
     pipeline: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the page's function to the PNG: one picture of 5 steps with classifier-free guidance."""
-    monkeypatch.setattr(common, "get_upload_folder", lambda: str(tmp_path))
-    pipeline.register_to_config(_name_or_path="tiny")
-    generate = create.generate_event(pipeline)
-    size = create.sizes(pipeline)[0][1]
-    asked = ("a red heart", "", "Any", 5, 2.0, 3, 1, size, 0, 0, 0, "", 0.7, 0, "noised", 0, None, 1, "", [])
+    """From the function behind /generate: one picture of 5 steps with classifier-free guidance."""
+    monkeypatch.setattr(requests, "get_upload_folder", lambda: str(tmp_path))
+    asked: dict[str, Any] = {"prompt": "a red heart", "num_inference_steps": 5, "guidance_scale": 2.0}
+    asked |= {"style": "Any", "seed": 3, "size": pipeline.sample_size[0], "num_images_per_prompt": 1}
+    asked |= {"clip_guidance": "noised", "class_labels": None, "num_candidates": 1, "combined_weight": 0.7}
+    numbers = "guidance_rescale guidance_from guidance_to clip_guidance_scale classifier_guidance_scale"
+    asked |= dict.fromkeys(numbers.split(), 0)
+    asked |= dict.fromkeys(("negative_prompt", "combined_prompt", "attention_words"), "")
+    generate = requests.event(requests.generate, pipeline, asked, {})
 
     def request() -> None:
-        list(generate(*asked, progress=lambda *_, **__: None))
+        list(generate(**asked, history=[], progress=lambda *_, **__: None))
 
     request()
     rooms, moves = walk(request)
     assert len(list(tmp_path.rglob("*.png"))) == 2
-    assert "page/create.py" in rooms and "pipelines/drawing/png.py" in rooms
-    assert len(rooms) <= 13, sorted(rooms)
-    assert moves.total() <= 75, moves
+    assert [room for room in rooms if room.startswith("page")] == ["page/requests.py"]
+    assert "pipelines/drawing/png.py" in rooms and "pipelines/drawing/loop.py" in rooms
+    assert len(rooms) <= 12, sorted(rooms)
+    assert moves.total() <= 60, moves

@@ -68,7 +68,7 @@ def open_page(chromium, served):
 
         page.on("request", watch)
         page.goto(served.url)
-        page.locator("#draw").wait_for()
+        page.locator("#go").wait_for()
         return page
 
     yield open_at

@@ -228,7 +228,7 @@ def test_a_phone_shows_everything_in_its_width(open_page, pipe, screenshots, wid
     page.screenshot(path=screenshots / f"phone_{width}.png", full_page=True)
     assert same_picture(picture, expected(pipe, PROMPT, used_seed(page)))
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for part in ("#prompt", "#draw", "#gallery", "#style", "#seed", "#more"):
+    for part in ("#prompt", "#go", "#gallery", "#style", "#seed", "#more"):
         left, _, right, _ = box(page.locator(part))
         assert left >= 0, part
         assert right <= width, part
