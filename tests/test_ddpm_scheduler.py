@@ -483,6 +483,21 @@ def test_p_mean_variance_takes_a_timestep_per_sample(variance: str) -> None:
         torch.testing.assert_close(result.pred_original_sample, both.pred_x0)
 
 
+def test_get_variance_has_diffusers_values_and_units() -> None:
+    for variance in VARIANCES:
+        ours, theirs = DDPMScheduler(variance_type=variance), Diffusers(variance_type=variance)
+        v = torch.tensor([-1.0, 0.3, 1.0])
+        for steps in (None, 7):
+            if steps:
+                ours.set_timesteps(steps)
+                theirs.set_timesteps(steps)
+            for t in theirs.timesteps[:: 1 if steps else 97]:
+                if t > 0 or variance != "learned_range":
+                    torch.testing.assert_close(
+                        ours._get_variance(t, v), theirs._get_variance(t, v), rtol=1e-5, atol=0
+                    )
+
+
 def test_gradients_reach_the_model_through_mean_variance_and_x0() -> None:
     """Guidance differentiates pred_x0, the hybrid loss the log-variance: both against their closed form."""
     scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)

@@ -16,14 +16,17 @@ from ..chain.equations import (
     FIXED_VARIANCES,
     LEARNED_VARIANCES,
     PREDICTION_TYPES,
+    SMALLEST_VARIANCE,
     TIMESTEP_SPACINGS,
     ReverseStep,
     invalid,
     make_betas,
     p_mean_variance,
+    posterior_variance,
     q_sample,
     require,
     rescale_to_zero_terminal_snr,
+    reverse_variance,
     spaced_timesteps,
     velocity,
 )
@@ -241,6 +244,22 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = self.alphas_cumprod.to(like.device)  # moves once
         abar = self.alphas_cumprod[t.clamp(min=0)].to(torch.promote_types(like.dtype, torch.float32))
         return torch.where(t < 0, torch.ones_like(abar), abar)
+
+    def _get_variance(
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """For callers of diffusers' method of this name, in its units: sigma^2 for fixed_small, fixed_large;
+        sigma for fixed_small_log; log sigma^2 for the rest. Elsewhere use `p_mean_variance`."""
+        kind = variance_type or self.config.variance_type or "fixed_small"
+        like = self.betas if predicted_variance is None else predicted_variance
+        abar_t, abar_prev = self.abar(t, like), self.abar(self.previous_timestep(t), like)
+        small = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
+        if kind in ("fixed_small", "fixed_small_log"):
+            return small.sqrt() if kind == "fixed_small_log" else small
+        last = [self.abar(step, like) for step in self.timesteps[-2:]]
+        stand_in = posterior_variance(*last) if len(last) == 2 else 1 - abar_t
+        variance, log_variance = reverse_variance(kind, abar_t, abar_prev, stand_in, predicted_variance)
+        return variance if kind == "fixed_large" else log_variance
 
     def _forward_abar(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """abar of shape (B,) or (1,), once shapes are known to fit; B noises may share one picture."""

@@ -176,8 +176,7 @@ def takes_variance(scheduler: Any) -> bool:
     """
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     knows = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    ancestral = hasattr(scheduler, "p_mean_variance") or hasattr(scheduler, "_get_variance")
-    return learned and knows and ancestral
+    return learned and knows and hasattr(scheduler, "_get_variance")
 
 
 def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
