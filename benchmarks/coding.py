@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from pipelines.coding.coding_model import best_end
 from pipelines.coding.progressive_coding import decode, encode, to_picture
-from pipelines.drawing.images import image_grid
+from pipelines.drawing.images import image_grid, save_png
 from pipelines.drawing.text import NULL_PROMPT
-from pipelines.folders.files import save_png, write_file
+from pipelines.folders.files import write_file
 from training.evaluation.bits_per_dim import BitsPerDimConfig, held_out_pictures, load_pixel_pipeline
 from training.evaluation.figures import chart, finish
 

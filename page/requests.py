@@ -16,7 +16,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from pipelines import TextToImagePipeline, editing
-from pipelines.drawing import png
+from pipelines.drawing import images as png
 from pipelines.drawing.attention_maps import AttentionMaps, draw_attention
 from pipelines.drawing.images import to_grey, to_pil, to_rgb
 from pipelines.drawing.masks import repaint_order

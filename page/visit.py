@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from pipelines.drawing.png import read_settings
+from pipelines.drawing.images import read_settings
 
 from .requests import split_prompt, told_plainly, user_error
 from .widgets import QUIETLY, Tab

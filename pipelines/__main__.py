@@ -191,7 +191,7 @@ def write(
     args: argparse.Namespace, pipe: Any, image: "Image.Image", seed: int, name: str, call: dict[str, Any]
 ) -> None:
     """Writes a picture and prints its path. `call`: all arguments it was drawn with, but for pictures."""
-    from .drawing.png import settings_of, write_picture
+    from .drawing.images import settings_of, write_picture
 
     settings = settings_of(call) | {"seed": seed, "scheduler": type(pipe.scheduler).__name__}
     settings |= {"width": image.width, "height": image.height, "Software": "Corgi"}
@@ -233,7 +233,7 @@ def draw(args: argparse.Namespace, _rest: list[str]) -> int:
         warn_of_size(pipe, call.get("height"), call.get("width"))
     import torch
 
-    from .drawing.png import slug
+    from .drawing.images import slug
 
     seeds = seeds_of(args, call)
     alone = call.get("num_candidates", 1) > 1  # one generator draws all candidates of a picture
@@ -270,8 +270,7 @@ def edit(args: argparse.Namespace, _rest: list[str]) -> int:
     import torch
 
     from . import editing
-    from .drawing.images import to_grey
-    from .drawing.png import open_picture, slug
+    from .drawing.images import open_picture, slug, to_grey
     from .image_to_image import ImageToImagePipeline
     from .inpaint import InpaintPipeline
 
@@ -308,7 +307,7 @@ def enlarge(args: argparse.Namespace, _rest: list[str]) -> int:
         raise ValueError(f"{args.model} has no upsampler beside it: --upsampler PATH names one")
     import torch
 
-    from .drawing.png import open_picture
+    from .drawing.images import open_picture
 
     picture, seeds = open_picture(args.file), seeds_of(args, call)
     for seed in seeds:
@@ -332,8 +331,7 @@ def classify(args: argparse.Namespace, _rest: list[str]) -> None:
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
     from .components.guidance_clip import GuidanceCLIP
-    from .drawing.images import read_pictures
-    from .drawing.png import open_picture
+    from .drawing.images import open_picture, read_pictures
     from .family import loading
 
     name = args.clip_guidance_model or default_model().with_name("judge")

@@ -28,7 +28,7 @@ import app
 from page import create, edit, requests, visit, widgets
 from pipelines import ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
 from pipelines.drawing.attention_maps import AttentionMaps, draw_attention
-from pipelines.drawing.png import write_picture
+from pipelines.drawing.images import write_picture
 
 
 @pytest.fixture(scope="module")

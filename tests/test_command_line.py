@@ -18,7 +18,7 @@ from pipelines import DDPMScheduler, TextToImagePipeline, family
 from pipelines import __main__ as cli
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
-from pipelines.drawing import png
+from pipelines.drawing import images as png
 from pipelines.drawing.request import ARGUMENTS, IMAGE, TEXT
 from pipelines.super_resolution import SuperResolutionPipeline
 

@@ -14,8 +14,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 from pipelines import TextToImagePipeline
-from pipelines.drawing.images import to_pil
-from pipelines.folders.files import save_png
+from pipelines.drawing.images import save_png, to_pil
 from training import evaluate
 from training.data.emoji import STYLES
 from training.data.words import TEMPLATES

@@ -104,6 +104,6 @@ def test_a_request_of_the_page_to_the_png(
     rooms, moves = walk(request)
     assert len(list(tmp_path.rglob("*.png"))) == 2
     assert [room for room in rooms if room.startswith("page")] == ["page/requests.py"]
-    assert "pipelines/drawing/png.py" in rooms and "pipelines/drawing/loop.py" in rooms
-    assert len(rooms) <= 12, sorted(rooms)
+    assert "pipelines/drawing/images.py" in rooms and "pipelines/drawing/loop.py" in rooms
+    assert len(rooms) <= 10, sorted(rooms)
     assert moves.total() <= 60, moves

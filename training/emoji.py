@@ -19,7 +19,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.folders.files import png_bytes, read_json, written_aside
+from pipelines.drawing.images import png_bytes
+from pipelines.folders.files import read_json, written_aside
 from training.data.emoji import (
     PACKAGE_VERSIONS,
     SHARE_ALIKE,

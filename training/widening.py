@@ -28,7 +28,8 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.folders.files import png_bytes, written_aside
+from pipelines.drawing.images import png_bytes
+from pipelines.folders.files import written_aside
 from training.data.emoji import TONES, unit_hash, with_article
 from training.data.pictures import load_pictures, open_picture
 from training.data.words import (

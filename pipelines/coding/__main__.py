@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ..chain.equations import require
+from ..drawing.images import save_png
 from ..drawing.text import NULL_PROMPT
-from ..folders.files import save_png, write_file, written_aside
+from ..folders.files import write_file, written_aside
 from ..text_to_image import TextToImagePipeline
 from .progressive_coding import Decoded, decode, encode
 

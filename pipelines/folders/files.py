@@ -1,6 +1,5 @@
 """Files that are written whole or not at all, and what they hold: text, JSON, PNG."""
 
-import io
 import json
 import os
 import shutil
@@ -8,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 INDEX, CARD = "model_index.json", "README.md"  # of a model folder
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -75,15 +72,3 @@ def read_text(path: Path, errors: str = "surrogateescape") -> str | None:
     """A text file's content, or None if there is no file. `errors` says what becomes of bytes that are not
     UTF-8; surrogates can be written back as the same bytes."""
     return path.read_bytes().decode("utf-8", errors) if path.is_file() else None
-
-
-def png_bytes(image: Image.Image, **options: Any) -> bytes:
-    """`options` are Pillow's, such as `pnginfo`."""
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", **options)
-    return stream.getvalue()
-
-
-def save_png(image: Image.Image, path: str | Path, **options: Any) -> None:
-    """As PNG whatever the file's suffix is; `options` are Pillow's, such as `pnginfo`."""
-    write_file(path, png_bytes(image, **options))

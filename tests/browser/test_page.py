@@ -9,7 +9,7 @@ from browser.served import SIDE, expected, same_picture
 from PIL import Image
 
 from pipelines import ImageToImagePipeline
-from pipelines.drawing.png import write_picture
+from pipelines.drawing.images import write_picture
 
 pytestmark = pytest.mark.browser
 

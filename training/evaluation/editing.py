@@ -18,9 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines import InpaintPipeline
-from pipelines.drawing.images import image_grid, to_pil
+from pipelines.drawing.images import image_grid, save_png, to_pil
 from pipelines.drawing.masks import crop_region
-from pipelines.folders.files import save_png
 from training.evaluation.judge import Judge
 from training.evaluation.samples import call, load_pipeline_as, read_pictures
 from training.evaluation.settings import JudgeSettings, SplitSettings, StepsSettings

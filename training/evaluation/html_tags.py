@@ -5,8 +5,7 @@ import html
 
 from torch import Tensor
 
-from pipelines.drawing.images import to_pil
-from pipelines.folders.files import png_bytes
+from pipelines.drawing.images import png_bytes, to_pil
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em;

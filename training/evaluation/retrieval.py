@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.coding.likelihood import chain_of
-from pipelines.drawing.images import image_grid, to_pil
-from pipelines.folders.files import save_png
+from pipelines.drawing.images import image_grid, save_png, to_pil
 from training.data.emoji import STYLES
 from training.data.words import SPLITS
 from training.evaluation.judge import Judge, embed_concepts, recall

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from pipelines import TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
-from pipelines.drawing.images import to_pil, to_tensor
+from pipelines.drawing.images import save_png, to_pil, to_tensor
 from pipelines.family import load_guides
-from pipelines.folders.files import save_png
 from training.data.arrays import content_key, model_key
 from training.data.pictures import PictureCache, cache_pictures, load_pictures
 from training.run.settings import DataSettings

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pipelines.components.noisy_classifier import NoisyClassifier
-from pipelines.drawing.images import image_grid, to_pil
-from pipelines.folders.files import save_png, write_file
+from pipelines.drawing.images import image_grid, save_png, to_pil
+from pipelines.folders.files import write_file
 from training.data.pictures import load_pictures
 from training.evaluation.html_tags import document, heading, note, pair_tags, table_tag
 from training.evaluation.judge import Judge, embed_concepts, embed_pictures

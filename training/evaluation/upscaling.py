@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.drawing.images import image_grid, to_pil, to_tensor
-from pipelines.folders.files import save_png
+from pipelines.drawing.images import image_grid, save_png, to_pil, to_tensor
 from pipelines.super_resolution import SuperResolutionPipeline
 from training.data.pairs import load_pairs
 from training.evaluation.judge import Judge
