@@ -261,7 +261,7 @@ def test_text_information_by_hand(make_model, dataset_folder, tmp_path, monkeypa
 
 def test_a_model_that_ignores_its_text_has_no_information(make_model, dataset_folder, tmp_path, monkeypatch):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    folder = make_model({}, **blocks, mid_block_type=None)
+    folder = make_model({}, **blocks, mid_block_type="UNetMidBlock2D")
     command(
         monkeypatch, "text-information", "--model", folder, "--dataset", dataset_folder, "--num_pictures", 3,
         "--cache_dir", tmp_path, "--json", tmp_path / "bits.json",

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines import TextToImagePipeline
-from pipelines.components.conditional_unet import lora_scaled
-from pipelines.folders.adapters import text_lora_scaled
+from pipelines.components.lora import lora_scaled
 
 PROMPT = "a corgi in a party hat"
 RANK = 2
@@ -330,20 +329,15 @@ def test_adapters_are_not_carried_into_another_class(both):
     assert close(draw(TextToImagePipeline.from_pipe(theirs)), draw(theirs))
 
 
-@pytest.mark.parametrize("where", ["unet", "text"])
 @pytest.mark.parametrize("scale", [0.5, 0.0])
-def test_a_calls_scale_holds_for_that_call_alone(where, scale):
+def test_a_calls_scale_holds_for_that_call_alone(scale):
     """Also after an error, and after 0, by which nothing can be divided back."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"]), model)
-    block = {
-        "unet": lambda: lora_scaled(model, {"scale": scale}),
-        "text": lambda: text_lora_scaled(model, scale),
-    }[where]
-    with pytest.raises(RuntimeError, match="midway"), block():
+    with pytest.raises(RuntimeError, match="midway"), lora_scaled(model, scale):
         assert model[0].scaling == {"default": 3 * scale}
         raise RuntimeError("midway")
     assert model[0].scaling == {"default": 3.0}
-    with block():
+    with lora_scaled(model, scale):
         assert model[0].scaling == {"default": 3 * scale}
     assert model[0].scaling == {"default": 3.0}
