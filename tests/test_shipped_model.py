@@ -4,18 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from safetensors import safe_open
 
 from pipelines import TextToImagePipeline
 from training.evaluation.judge import Judge
 
-MODELS = Path(__file__).parent.parent / "models"
+MODELS = ROOT / "models"
 # Of the concepts that tests/data/emoji64 shows
 NAMES = [
     "cat face", "crown", "dog face", "fire", "grinning face", "house", "pizza", "red apple", "red heart",

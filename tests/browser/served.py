@@ -1,6 +1,6 @@
 """The page as people get it: `python app.py` in a process of its own, with a tiny model of random weights.
 
-Imported by tests/test_app.py (gradio's client) and tests/browser/ (a real browser).
+Imported by tests/page/test_app.py (gradio's client) and tests/browser/ (a real browser).
 """
 
 import json

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from places import ROOT
 
 from pipelines.components import conditional_unet
 from training.autoencoder import AutoencoderConfig
@@ -18,7 +19,6 @@ from training.export import ExportConfig
 from training.run.settings import parse_config, require, run_command
 from training.text_to_image import TextToImageConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "training" / "configs"
 
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from disks import small_disk
 from PIL import Image
 from tars import write_tars
-from test_data import FP16, GOOD, B, G, channels, tiny_dataset, write_folder
+from tiny_pictures import FP16, GOOD, B, G, channels, tiny_dataset, write_folder
 
 from pipelines.drawing.text import encode_text
 from training.data.caches import cache_latents, cache_text, memory_map

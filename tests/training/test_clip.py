@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_words import FREQUENCY, write_npm, write_wordnet
+from tiny_wordnet import FREQUENCY, write_npm, write_wordnet
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import BertConfig, BertModel, CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling

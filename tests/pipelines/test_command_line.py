@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 
 from pipelines import DDPMScheduler, TextToImagePipeline, family
 from pipelines import __main__ as cli
@@ -21,8 +22,6 @@ from pipelines.components.noisy_clip import NoisyCLIP
 from pipelines.drawing import images as png
 from pipelines.drawing.request import ARGUMENTS, IMAGE, TEXT
 from pipelines.super_resolution import SuperResolutionPipeline
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from places import ROOT
 from safetensors.torch import load_file
 
 from training import text_to_image
 from training.run.settings import RunSettings, Settings, parse_config, setting
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = ROOT / "tests" / "data"
 RECORD = json.loads((DATA / "settings.json").read_text(encoding="utf-8"))  # of version 0, by class
 
 

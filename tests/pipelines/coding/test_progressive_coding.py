@@ -7,13 +7,13 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 from scipy.stats import kstest, norm
 
 from pipelines import DDPMScheduler, TextToImagePipeline
@@ -24,7 +24,6 @@ from pipelines.coding.file_format import MAGIC, unpack
 from pipelines.coding.likelihood import vlb_terms
 from pipelines.coding.progressive_coding import decode, encode
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDE = 8
 CAPTION = "a corgi in a party hat"
 

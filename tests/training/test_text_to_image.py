@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler as DiffusersDDPM
 from diffusers.training_utils import compute_snr
 from PIL import Image
+from places import ROOT
 from safetensors.torch import load_file
 
 from pipelines import (
@@ -42,7 +43,6 @@ from training.objectives.denoising import (
 from training.run.building import as_mapping, compile_blocks, widen_input
 from training.text_to_image import TextToImageConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 EMOJI64 = ROOT / "tests" / "data" / "emoji64"
 KINDS = ["epsilon", "sample", "v_prediction"]
 

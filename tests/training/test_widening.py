@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from test_words import write_wordnet
+from tiny_wordnet import write_wordnet
 
 from training.data.words import WordNet, read_wordnet
 from training.widening import (

@@ -1,20 +1,20 @@
 """The recipe of the autoencoder: what it minimises, and that it learns to give pictures back."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
+from places import ROOT
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from training import autoencoder
 from training.autoencoder import Autoencoder, reconstruction_loss
 from training.data.pictures import cache_pictures, load_pictures
 
-EMOJI = Path(__file__).parent / "data" / "emoji64"
+EMOJI = ROOT / "tests" / "data" / "emoji64"
 SMALL = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,

@@ -4,7 +4,6 @@ import io
 import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from places import ROOT
+from tiny_pictures import FP16, GOOD, B, G, K, R, W, channels, tiny_dataset, write_folder
 
 from pipelines.drawing.images import decode_latents
 from pipelines.drawing.text import encode_text
@@ -27,8 +28,7 @@ from training.data.pictures import (
     to_pixels,
 )
 
-EMOJI64 = Path(__file__).resolve().parent / "data" / "emoji64"
-FP16 = {"rtol": 2**-10, "atol": 1e-6}  # half precision rounds to 11 bits; the rest is float32's
+EMOJI64 = ROOT / "tests" / "data" / "emoji64"
 
 
 def take(sampler: StepBatchSampler, count: int) -> list[list[int]]:
@@ -113,16 +113,8 @@ def saved(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
     return Image.open(file)
 
 
-def channels(*rows: list[tuple[int, ...]]) -> np.ndarray:
-    """Rows of (r, g, b) -> (3, H, W)."""
-    return np.array(rows, dtype=np.uint8).transpose(2, 0, 1)
-
-
 def grey(*rows: list[int]) -> np.ndarray:
     return np.array([rows] * 3, dtype=np.uint8)
-
-
-R, G, B, W, K = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
 
 def test_pixels_of_plain_modes():
@@ -229,18 +221,6 @@ def test_resizing_is_lanczos(size, resolution):
 # ------------------------------------------------------------ folders and saved data sets
 
 
-def write_folder(folder: Path, *lines: str, pictures: tuple[str, ...] = ("a.png", "b.png")) -> Path:
-    folder.mkdir()
-    for number, name in enumerate(pictures):
-        Image.new("RGB", (4, 4), (10 * number, 0, 0)).save(folder / name)
-    if lines:
-        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-GOOD = '{"file_name": "a.png", "text": "a cat"}'
-
-
 @pytest.mark.parametrize(
     "lines, message",
     [
@@ -294,19 +274,6 @@ def test_the_committed_pictures_may_be_passed_on():
     for row in rows:
         (cells,) = [cells for cells in table if row["style"] in cells[1].replace(",", " ").split()]
         assert row["licence"] in cells[4]
-
-
-def tiny_dataset(value: int, count: int = 3, **columns) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    rows = []
-    for number in range(count):
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8), (value, number, 0)).save(file, format="PNG")
-        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "caption": f"picture {number}"})
-    made = datasets.Dataset.from_list(rows, features=features)
-    for name, values in columns.items():
-        made = made.add_column(name, values)
-    return made
 
 
 def test_data_sets_saved_to_disk(tmp_path):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 
 from pipelines import NoisyClassifier, NoisyCLIP, SuperResolutionPipeline, TextToImagePipeline
 
-SAVED = Path(__file__).parent / "data" / "saved_before"
+SAVED = ROOT / "tests" / "data" / "saved_before"
 GUIDED = {"clip_guidance_scale": 2.0, "class_labels": ["dog"], "classifier_guidance_scale": 2.0}
 # a picture to enlarge: 8 x 8, any
 PIXELS = (np.arange(8 * 8 * 3).reshape(8, 8, 3) * 37 % 256).astype(np.uint8)

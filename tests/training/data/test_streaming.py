@@ -4,19 +4,19 @@ import io
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 from tars import write_tars
 
 from training.data.pictures import PictureCache, cache_pictures, load_pictures, to_pixels
 from training.data.streaming import PictureStream
 
-EMOJI64 = Path(__file__).resolve().parent / "data" / "emoji64"
+EMOJI64 = ROOT / "tests" / "data" / "emoji64"
 
 
 @pytest.fixture
