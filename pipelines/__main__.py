@@ -368,21 +368,19 @@ def models(_args: argparse.Namespace, _rest: list[str]) -> None:
         weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
         if not weights:
             continue
-        index, parts = (
-            folder / "model_index.json",
-            sorted(path.name for path in folder.iterdir() if path.is_dir()),
-        )
-        kind, size = " and ".join(parts) or "CLIP", ""
-        if index.is_file():
+        parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        kind, size = " and ".join(parts), ""
+        if (index := folder / "model_index.json").is_file():
             name = json.loads(index.read_text())["_class_name"]
             kind = name[-1] if isinstance(name, list) else name
             side = json.loads((folder / "unet" / "config.json").read_text()).get("sample_size")
             size = f", {side} pixels" if "vae" not in parts and side else ""
+        elif (config := folder / "config.json").is_file():
+            about = json.loads(config.read_text())
+            kind = about.get("_class_name") or " ".join(about.get("architectures") or ["unknown"])
         beside = [found.name for kind_ in ("upsampler", "guidance") if (found := find_beside(folder, kind_))]
-        print(
-            f"{folder.name}: {kind}{size}, {weights / 1e6:.0f} MB"
-            + f", beside it {' and '.join(beside)}" * bool(beside)
-        )
+        told = f", beside it {' and '.join(beside)}" if beside else ""
+        print(f"{folder.name}: {kind}{size}, {weights / 1e6:.0f} MB{told}")
 
 
 Command = Callable[[argparse.Namespace, list[str]], int | None]
