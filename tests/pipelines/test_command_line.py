@@ -610,7 +610,8 @@ def test_models_lists_what_is_there(capsys):
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     beside = "beside it emoji-upsampler and emoji-guidance"
     assert lines["emoji"].startswith("TextToImagePipeline, 64 pixels, ") and lines["emoji"].endswith(beside)
-    assert lines["judge"].startswith("CLIPModel, ") and lines["style-classifier"].startswith("NoisyClassifier, ")
+    assert lines["judge"].startswith("CLIPModel, ")
+    assert lines["style-classifier"].startswith("NoisyClassifier, ")
 
 
 def test_the_first_word_is_a_command_or_a_prompt(capsys):
