@@ -84,6 +84,21 @@ def test_a_training_step_goes_through_at_most_8_rooms_and_15_moves(
     assert moves.total() <= 15, moves
 
 
+def test_a_picture_of_five_steps_goes_through_at_most_9_rooms_and_45_moves() -> None:
+    """The shipped model, which sees its own guess of x0, with classifier-free guidance."""
+    pipe = TextToImagePipeline.from_pretrained(ROOT + "models/emoji")
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> None:
+        pipe("a corgi in a party hat", num_inference_steps=5, guidance_scale=2.0)
+
+    rooms, moves = walk(draw)
+    crossed = "pipelines/drawing/loop.py", "pipelines/components/conditional_unet.py"
+    assert moves[crossed] == 5  # a pass a step, both halves of guidance in it
+    assert len(rooms) <= 9, sorted(rooms)
+    assert moves.total() <= 45, moves
+
+
 def test_a_request_of_the_page_to_the_png(
     pipeline: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
