@@ -30,10 +30,10 @@ from training.evaluation.samples import (
     read_pictures,
 )
 from training.evaluation.settings import CountSettings, ModelSettings, PassSettings
+from training.objectives.denoising import BUCKETS
 from training.run.settings import Rule, require, setting
 
 VARIANCES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
-BUCKETS = 20  # of timesteps, in the figures
 FOR_AN_ERROR = Rule(lambda count: count >= 2, "at least 2, for a standard error")
 
 
@@ -244,7 +244,7 @@ def draw_terms(terms: VLBTerms, path: str) -> None:
 
 
 def draw_savings(timesteps: Tensor, savings: dict[str, Tensor], path: str) -> None:
-    """Bits a picture in each of twenty stretches of the chain, with two standard errors on either side."""
+    """Bits a picture in each of BUCKETS stretches of the chain, with two standard errors on either side."""
     titles = {"unconditional": "what the caption saves", "shuffled": "what another's caption costs"}
     places = [float(part.double().mean()) for part in timesteps.tensor_split(BUCKETS) if len(part)]
     width = 0.8 * float(timesteps[-1] + 1) / len(places)
