@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines.folders.files import write_json
+from pipelines.folders.saving import clean_config
 
 PROMPT = "a corgi in a party hat"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -310,6 +312,16 @@ def test_no_path_of_this_machine_is_saved(pipeline, tmp_path):
     TextToImagePipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     for path in (tmp_path / "second").rglob("*"):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_configs_lose_a_machines_paths_and_nothing_else(tmp_path):
+    """Those of libraries that write more than the installed ones do, too; transformers' are told float32."""
+    paths = dict.fromkeys(("_name_or_path", "name_or_path", "special_tokens_map_file"), "/home/me/model")
+    for own in ({"pad": 1, "_class_name": "A"}, {"dtype": "float16", "transformers_version": "4"}):
+        write_json(tmp_path / "config.json", own | paths)
+        clean_config(tmp_path / "config.json")
+        expected = own | ({"dtype": "float32"} if "transformers_version" in own else {})
+        assert read(tmp_path / "config.json") == expected
 
 
 # ---- variants, shards and saving over what is there ----
