@@ -617,6 +617,12 @@ def test_what_cannot_be_enlarged_is_told(client, tmp_path):
 # ---- without a server
 
 
+def test_a_visit_is_remembered_newest_first():
+    assert requests.remember(["a"], ["b", "c"]) == ["c", "b", "a"]
+    many = [str(i) for i in range(requests.MAX_VISIT)]
+    assert requests.remember(many, ["x"]) == ["x", *many[:-1]]
+
+
 def test_words_and_style_come_apart_as_they_were_put_together():
     for style in [requests.ANY_STYLE, *requests.STYLE_PHRASES]:
         assert requests.split_prompt(requests.full_prompt("a red heart, big", style)) == (
