@@ -477,3 +477,20 @@ def test_a_judge_that_guides_is_refused(folder, model, judge, tmp_path):
         frontier.frontier(FrontierConfig(**shared, forms=["noised_clip"]))
     with pytest.raises(ValueError, match="forms must be some of"):
         FrontierConfig(forms=["best"]).check()
+
+
+def test_augmented_pictures_by_hand():
+    """Each moved by its own offset over white, under noise of its own deviation."""
+    x, shift, noise = torch.rand(5, 3, 6, 7, generator=torch.Generator().manual_seed(1)), 2, 0.3
+    found = augment(x, shift, noise, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(0, 2 * shift + 1, (5, 2), generator=generator)
+    deviations = noise * torch.rand(5, generator=generator)
+    eps = torch.randn(x.shape, generator=generator)
+    for i, (down, right) in enumerate((offsets - shift).tolist()):
+        expected = torch.ones(3, 6, 7)
+        for row in range(max(0, -down), min(6, 6 - down)):
+            for column in range(max(0, -right), min(7, 7 - right)):
+                expected[:, row, column] = x[i, :, row + down, column + right]
+        torch.testing.assert_close(found[i], expected + deviations[i] * eps[i])
+    assert len(set(deviations.tolist())) == 5
