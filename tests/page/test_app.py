@@ -595,6 +595,14 @@ def test_what_is_wrong_with_an_edit_reaches_the_caller(client, photo, tmp_path, 
         edited(client, photo[SIDE], **options)
 
 
+def test_a_long_picture_of_few_pixels_is_enlarged(client, pipe, tmp_path):
+    """The limit is of pixels in all, not of a side."""
+    pattern = np.random.default_rng(0).integers(0, 256, (SIDE, 520, 3), dtype=np.uint8)
+    Image.fromarray(pattern).save(tmp_path / "long.png")
+    result = enlarged(client, tmp_path / "long.png", num_inference_steps=1, seed=0)
+    assert result.shape == (SIDE * pipe.upsampler.scale, 520 * pipe.upsampler.scale, 3)
+
+
 def test_what_cannot_be_enlarged_is_told(client, tmp_path):
     (tmp_path / "words.png").write_text("no picture")
     Image.new("RGB", (513, 512)).save(tmp_path / "large.png")
@@ -607,6 +615,12 @@ def test_what_cannot_be_enlarged_is_told(client, tmp_path):
 
 
 # ---- without a server
+
+
+def test_a_visit_is_remembered_newest_first():
+    assert requests.remember(["a"], ["b", "c"]) == ["c", "b", "a"]
+    many = [str(i) for i in range(requests.MAX_VISIT)]
+    assert requests.remember(many, ["x"]) == ["x", *many[:-1]]
 
 
 def test_words_and_style_come_apart_as_they_were_put_together():
@@ -624,6 +638,32 @@ def test_a_mask_is_white_where_half_a_pixel_is_painted():
     columns = np.asarray(edit.painted([layer], (32, 32))).max(axis=0)
     assert np.flatnonzero(columns).tolist() == list(range(6, 19))
     assert set(np.unique(edit.painted([layer], (700, 300)))) == {0, 255}
+
+
+@pytest.mark.parametrize(("interval", "ends"), [("[1, 9]", (1, 9)), ("[2.5, Infinity]", (2.5, 0))])
+def test_a_pictures_settings_come_back_into_their_widgets(pipe, tmp_path, interval, ends):
+    """Each from the PNG; what it does not hold at its first value; an interval without an end ends at 0."""
+    about = {
+        "prompt": "a cat, noto style", "negative_prompt": "a dog", "num_inference_steps": "7",
+        "guidance_scale": "2.5", "seed": "5", "guidance_interval": interval, "num_candidates": "3",
+        "combined_prompts": '{"a crown": -0.5}', "attention_words": "cat", "Software": "Corgi",
+        "width": str(SIDE), "height": str(SIDE),
+    }  # fmt: skip
+    file = write_picture(Image.new("RGB", (SIDE, SIDE)), tmp_path, "cat", about)
+    with app.gr.Blocks():
+        tab = create.create_tab(pipe, app.gr.State([]))
+    name, updates = visit.restore(str(file), {"create": tab}, "tiny-model")
+    assert name == "create"
+    low, high = ends
+    back = {
+        "prompt": "a cat", "style": "Noto", "negative_prompt": "a dog", "num_inference_steps": 7,
+        "guidance_scale": 2.5, "seed": 5, "guidance_from": low, "guidance_to": high, "num_candidates": 3,
+        "combined_prompt": "a crown", "combined_weight": -0.5, "attention_words": "cat", "size": SIDE,
+        "new_each_time": False, "clip_guidance_scale": 0,
+    }  # fmt: skip
+    for key, field in tab.fields.items():
+        assert updates[field] == back.get(key, field.value), key
+    assert back.keys() <= tab.fields.keys() and updates[tab.picture] == str(file)
 
 
 @pytest.mark.parametrize(

@@ -430,6 +430,34 @@ def test_converted_schedulers_keep_the_schedule_and_the_clipping(name):
     torch.testing.assert_close(x0, expected, atol=2e-2, rtol=0)
 
 
+def test_what_stands_beside_is_found_from_within_and_through_a_link(tmp_path, monkeypatch):
+    for name in ("mine", "mine-upsampler", "mine-guidance"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path / "models" / "mine")
+    for model in (".", tmp_path / "link", "../mine/"):
+        for kind in ("upsampler", "guidance"):
+            assert family.find_beside(model, kind) == (tmp_path / "models" / f"mine-{kind}").resolve()
+    assert family.find_beside("../mine-guidance", "guidance") is None
+
+
+def test_ddpm_by_name_keeps_all_of_its_noise():
+    """Whatever eta the model's own has: x_{t-1} is that of eta = 1."""
+    settings = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "clip_sample": True}
+    torch.manual_seed(0)
+    x, eps = torch.randn(2, 2, 3, 8, 8)
+    drawn = []
+    for scheduler in (
+        family.convert_scheduler(DDPMScheduler(eta=0.4, **settings), DDPMScheduler),
+        DDPMScheduler(eta=1.0, **settings),
+        DDPMScheduler(eta=0.4, **settings),
+    ):
+        scheduler.set_timesteps(5)
+        generator = torch.Generator().manual_seed(1)
+        drawn.append(scheduler.step(eps, scheduler.timesteps[1], x, generator=generator).prev_sample)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[1], drawn[2], atol=1e-2)
+
+
 # ---- flags and files of 0.1
 
 OLD = {

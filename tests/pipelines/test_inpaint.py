@@ -13,7 +13,7 @@ from diffusers import RePaintScheduler, StableDiffusionInpaintPipeline, UNet2DCo
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFilter
 
-from pipelines import DDPMScheduler, ImageToImagePipeline, InpaintPipeline, TextToImagePipeline
+from pipelines import DDPMScheduler, ImageToImagePipeline, InpaintPipeline, TextToImagePipeline, editing
 from pipelines.drawing.images import MAX_PIXELS, encode_pictures, to_tensor
 from pipelines.drawing.masks import (
     crop_region,
@@ -386,6 +386,21 @@ def test_fitting_in_and_filling_are_diffusers(size):
     assert differ[0][:-1].max() <= 1 and differ[1][:-1].max() <= 1
     filled = np.asarray(grow_to_fill(image, 32, 32))
     assert np.array_equal(filled, np.asarray(processor._resize_and_crop(image, 32, 32)))
+
+
+@pytest.mark.parametrize(("size", "enlarges"), [((64, 12), True), ((12, 64), True), ((12, 12), False)])
+def test_a_region_that_outgrows_the_model_on_one_side_is_enlarged(make_inpaint, monkeypatch, size, enlarges):
+    """As the upsampler would: here it makes all of it red."""
+    pipe, grown = make_inpaint(), []
+    monkeypatch.setattr(editing, "enlarged", lambda *given: grown.append(given[1].size) or red)
+    picture, red = Image.new("RGB", size, "blue"), Image.new("RGB", (64, 64), "red")
+    mask = Image.new("L", size)
+    mask.paste(255, (1, 1, size[0] - 1, size[1] - 1))
+    call = {"num_inference_steps": 1}
+    drawn = np.asarray(editing.repaint(pipe, "a cat", picture, mask, 0, torch.Generator(), **call))
+    assert grown == [pipe.sample_size] * enlarges
+    inside, kept = drawn[1:-1, 1:-1], np.asarray(mask) == 0
+    assert (inside == (255, 0, 0)).all() == enlarges and (drawn[kept] == (0, 0, 255)).all()
 
 
 @pytest.mark.parametrize("size", [(300, 64), (64, 129), (200, 170), (64, 64), (65, 300)])

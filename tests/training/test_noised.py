@@ -17,11 +17,14 @@ from pipelines import DDPMScheduler, TextToImagePipeline
 from pipelines.components.noisy_classifier import NoisyClassifier
 from pipelines.components.noisy_clip import NoisyCLIP
 from training import classifier, clip
+from training.data.augmentation import augment
+from training.data.pictures import seed_for
 from training.data.words import TEMPLATES
 from training.evaluation import frontier
 from training.evaluation.frontier import FrontierConfig, diversity
 from training.evaluation.noised_accuracy import NoisedAccuracyConfig, noised_accuracy
 from training.objectives import noised
+from training.objectives.denoising import draw_noise
 from training.run import loop
 from training.run.checkpoints import Checkpoints
 
@@ -199,6 +202,34 @@ def test_the_noised_readers_are_told_t(folder, model, judge, tmp_path):
             others.append(shares(x_t, 0))
     for column, mine in enumerate((figures["noised CLIP"]["R@1"], figures["classifier"]["accuracy"])):
         assert mine != pytest.approx([pair[column] for pair in others])  # told t = 0 they say something else
+
+
+def test_two_processes_share_a_batch_of_noised_pictures(folder, model, tmp_path):
+    """eps and t of the global batch in slices, flips and shifts of each process's own seed."""
+    pipe = TextToImagePipeline.from_pretrained(model)
+    pictures = noised.NoisedPictures(pipe, str(folder), "train", str(tmp_path / "cache"))
+    seed, step, half, indices = 3, 5, 8, list(range(8, 24))
+    whole = pictures.data.images(indices)
+    total = len(pictures.chain)
+    eps, t = draw_noise(seed, step, tuple(whole.shape), total, 0, 1)
+    flips = []
+    for rank in range(2):
+        mine = indices[rank * half :][:half]
+        x0, zeros = pictures.batch(mine, seed, step, rank, 2, flip=True, noised=False)
+        generator = torch.Generator().manual_seed(seed_for(seed, "flip", step, rank))
+        flips.append((torch.rand(half, generator=generator) < 0.5).tolist())
+        own = whole[rank * half :][:half]
+        expected = [x.flip(-1) if flip else x for x, flip in zip(own, flips[-1], strict=True)]
+        assert torch.equal(x0, torch.stack(expected)) and not zeros.any()
+
+        generator = torch.Generator().manual_seed(seed_for(seed, "shift", step, rank))
+        moved = augment(own, 2, 0.0, generator)
+        x_t, times = pictures.batch(mine, seed, step, rank, 2, shift=2)
+        slice_ = slice(rank * half, (rank + 1) * half)
+        abar = pictures.chain.alphas_cumprod[t[slice_]].view(-1, 1, 1, 1)
+        assert torch.equal(times, t[slice_])
+        torch.testing.assert_close(x_t, abar.sqrt() * moved + (1 - abar).sqrt() * eps[slice_])
+    assert flips[0] != flips[1] and len({*flips[0], *flips[1]}) == 2
 
 
 def test_they_are_components_of_the_pipeline_they_were_trained_for(run, model):
@@ -446,3 +477,20 @@ def test_a_judge_that_guides_is_refused(folder, model, judge, tmp_path):
         frontier.frontier(FrontierConfig(**shared, forms=["noised_clip"]))
     with pytest.raises(ValueError, match="forms must be some of"):
         FrontierConfig(forms=["best"]).check()
+
+
+def test_augmented_pictures_by_hand():
+    """Each moved by its own offset over white, under noise of its own deviation."""
+    x, shift, noise = torch.rand(5, 3, 6, 7, generator=torch.Generator().manual_seed(1)), 2, 0.3
+    found = augment(x, shift, noise, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(0, 2 * shift + 1, (5, 2), generator=generator)
+    deviations = noise * torch.rand(5, generator=generator)
+    eps = torch.randn(x.shape, generator=generator)
+    for i, (down, right) in enumerate((offsets - shift).tolist()):
+        expected = torch.ones(3, 6, 7)
+        for row in range(max(0, -down), min(6, 6 - down)):
+            for column in range(max(0, -right), min(7, 7 - right)):
+                expected[:, row, column] = x[i, :, row + down, column + right]
+        torch.testing.assert_close(found[i], expected + deviations[i] * eps[i])
+    assert len(set(deviations.tolist())) == 5

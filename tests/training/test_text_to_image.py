@@ -29,6 +29,7 @@ from pipelines import (
     SuperResolutionPipeline,
     TextToImagePipeline,
 )
+from pipelines.drawing.images import image_grid
 from pipelines.drawing.text import encode_text
 from training import export, text_to_image
 from training.data.caches import cache_text
@@ -852,3 +853,16 @@ def test_training_learns_what_the_words_mean(clip_folder, tmp_path):
         for prompt, image in zip(prompts, images, strict=True):
             assert np.abs(255 * image.mean((0, 1)) - COLOURS[prompt]).max() < 15, prompt
             assert 255 * image.std((0, 1)).max() < 15  # and flat
+
+
+def test_the_sheet_of_validation_has_a_seed_for_each_prompt(make_pipeline, tmp_path):
+    pipe, prompts = make_pipeline(), ["a cat", "a cat", "a dog"]
+    text_to_image.save_sheet(pipe, prompts, tmp_path / "samples" / "1.png", seed=3)
+    single = [
+        pipe(prompt, num_inference_steps=25, generator=torch.Generator().manual_seed(3 + i)).images[0]
+        for i, prompt in enumerate(prompts)
+    ]
+    with Image.open(tmp_path / "samples" / "1.png") as sheet:
+        drawn, expected = (np.asarray(one, dtype=int) for one in (sheet, image_grid(single, columns=8)))
+    assert np.abs(drawn - expected).max() <= 1
+    assert np.abs(np.asarray(single[0], dtype=int) - np.asarray(single[1])).mean() > 5

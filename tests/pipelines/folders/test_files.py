@@ -51,6 +51,19 @@ def test_a_folder_is_not_lost_where_a_process_was_killed_between_the_renames(tmp
     assert (tmp_path / "target" / "file").read_text() == "old" and os.listdir(tmp_path) == ["target"]
 
 
+def test_two_processes_may_write_one_file_at_a_time(tmp_path, monkeypatch):
+    """Each beside it under a name of its own; the one that ends last stays."""
+    target = tmp_path / "picture.png"
+    with written_aside(target, many_writers=True) as first:
+        first.write_text("first")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: 1)
+            with written_aside(target, many_writers=True) as second:
+                second.write_text("second")
+        assert target.read_text() == "second"
+    assert target.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")

@@ -1,7 +1,9 @@
 """Model folders: what saving writes, what loading makes of it, and what neither does."""
 
+import contextlib
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from transformers import (
 )
 
 from pipelines import ConditionalUNet, DDPMScheduler, TextToImagePipeline
+from pipelines.folders import saving
+from pipelines.folders.files import write_json
 
 PROMPT = "a corgi in a party hat"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -312,6 +316,16 @@ def test_no_path_of_this_machine_is_saved(pipeline, tmp_path):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
 
 
+def test_configs_lose_a_machines_paths_and_nothing_else(tmp_path):
+    """Those of libraries that write more than the installed ones do, too; transformers' are told float32."""
+    paths = dict.fromkeys(("_name_or_path", "name_or_path", "special_tokens_map_file"), "/home/me/model")
+    for own in ({"pad": 1, "_class_name": "A"}, {"dtype": "float16", "transformers_version": "4"}):
+        write_json(tmp_path / "config.json", own | paths)
+        saving.clean_config(tmp_path / "config.json")
+        expected = own | ({"dtype": "float32"} if "transformers_version" in own else {})
+        assert read(tmp_path / "config.json") == expected
+
+
 # ---- variants, shards and saving over what is there ----
 
 
@@ -345,6 +359,31 @@ def test_saving_over_shards_leaves_none_of_the_old_weights(make_pipeline, make_u
         assert np.array_equal(draw(TextToImagePipeline.from_pretrained(tmp_path)), draw(pipe))
     assert len(list((tmp_path / "unet").glob("*.safetensors*"))) == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_index_is_renamed_into_place_last(tmp_path, monkeypatch):
+    """Wherever a save is killed, a folder with an index has all that it names."""
+    places = ["README.md", "a.py", "model_index.json", "unet/config.json", "vae/model.safetensors", "z.txt"]
+    replace, left = os.replace, 0
+
+    def killed(*paths):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(saving.os, "replace", killed)
+    for count in range(len(places) + 1):
+        staging, folder = tmp_path / f"from{count}", tmp_path / f"to{count}"
+        for place in places:
+            (staging / place).parent.mkdir(parents=True, exist_ok=True)
+            (staging / place).write_text(place)
+        left = count
+        with pytest.raises(KeyboardInterrupt) if count < len(places) else contextlib.nullcontext():
+            saving.move_into(staging, folder, None)
+        there = [place for place in places if (folder / place).is_file()]
+        assert len(there) == count and ("model_index.json" in there) == (count == len(places))
 
 
 def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(make_pipeline, make_unet, tmp_path):

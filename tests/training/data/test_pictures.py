@@ -1,5 +1,6 @@
 """Captioned pictures: batches, weights, pixels, folders and caches."""
 
+import copy
 import io
 import json
 import math
@@ -439,6 +440,14 @@ def test_the_text_cache_knows_its_captions_and_weights(tokenizer, make_text_enco
         pooled = encode_text(tokenizer, encoder, captions)[1]
     found = cache_text(captions, tokenizer, encoder, tmp_path).lookup(torch.arange(3))[1]
     torch.testing.assert_close(found, pooled, **FP16)
+
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = tokenizer.convert_ids_to_tokens(5)
+    with torch.no_grad():
+        other = encode_text(padded, encoder, captions)[0]
+    assert not torch.allclose(other, states, atol=1e-2)
+    found = cache_text(captions, padded, encoder, tmp_path).lookup(torch.arange(3))[0]
+    torch.testing.assert_close(found, other, **FP16)
 
 
 def test_cached_latents_are_the_scaled_mode(tmp_path):

@@ -60,3 +60,7 @@ def test_each_picture_is_redrawn_once(pipe, dataset_folder, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(redrawn, "redraw", None)
         assert np.array_equal(cache_redrawn(pictures, pipe, tmp_path), rows)
+    pipe.unet.conv_in.weight.data += 0.1  # another model's are its own
+    other = cache_redrawn(pictures, pipe, tmp_path)
+    assert np.array_equal(other[:20], redraw(pipe, pictures.images(range(20)), 0))
+    assert not np.array_equal(other, rows)

@@ -8,7 +8,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from training.run import optimizers
-from training.run.optimizers import Muon, add_decay, make_optimizer, orthogonalize
+from training.run.optimizers import Muon, add_decay, make_adamw, make_optimizer, orthogonalize
 
 SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
 
@@ -120,3 +120,17 @@ def test_the_last_steps_fall_to_nothing():
         rates.append([group["lr"] for group in optimizer.param_groups])
     expected = torch.tensor([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
     torch.testing.assert_close(torch.tensor(rates), torch.stack([expected, 0.5 * expected], dim=1))
+
+
+def test_vectors_do_not_decay_in_the_guides_adamw():
+    """Without a gradient's push a matrix shrinks by 1 - lr decay, and biases and scales stay."""
+    torch.manual_seed(4)
+    net = Net()
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    optimizer = make_adamw(net, learning_rate=0.1, weight_decay=0.5)
+    for weight in net.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    for name, value in net.named_parameters():
+        shrinks = value.ndim > 1 and not name.startswith("frozen")
+        torch.testing.assert_close(value, before[name] * (0.95 if shrinks else 1))
