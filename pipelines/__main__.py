@@ -67,7 +67,7 @@ def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
         add(
             parser,
             "upsampler",
-            "what enlarges; default: what stands beside the model",
+            "the upsampler's folder; default: the one beside the model",
             type=Path,
             metavar="PATH",
         )
@@ -80,7 +80,7 @@ def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
             choices=list(SCHEDULERS),
             metavar="NAME",
         )
-        beside = "the noised CLIP and the classifier that guide; default: what stands beside the model"
+        beside = "folder of the noised CLIP and the classifier that guide; default: the one beside the model"
         add(parser, "guides", beside, type=Path, metavar="PATH")
     if command in ("draw", "edit", "classify"):
         clean = "a clean CLIP, for guidance, ranking or classifying: folder, or open_clip's name"
@@ -363,7 +363,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def models(_args: argparse.Namespace, _rest: list[str]) -> None:
-    """Lists the model folders in models/: kind, size in pixels, weights, and what stands beside each."""
+    """Lists the model folders in models/: kind, size in pixels, weights, and what lies beside each."""
     for folder in sorted(default_model().parent.iterdir()):
         weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
         if not weights:
@@ -392,7 +392,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "enlarge": (enlarge, "Enlarges a picture."),
     "classify": (classify, "Says which of the labels fits each picture best, by a clean CLIP."),
     "train": (train, "Fine-tunes a model; further flags are those of training.text_to_image."),
-    "models": (models, "Lists the models that are there and what stands beside each."),
+    "models": (models, "Lists the available models and what lies beside each."),
 }
 
 
@@ -400,7 +400,7 @@ def overview() -> Iterator[str]:
     yield 'usage: python -m pipelines COMMAND ..., or python -m pipelines "a corgi in a party hat" ...\n'
     for name, (_, tell) in COMMANDS.items():
         yield f"  {name:<10}{tell}"
-    yield "\nA first word that is no command is a prompt to draw. --help after a command lists its flags."
+    yield "\nA first word that is not a command is a prompt to draw. --help after a command lists its flags."
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""A model and what stands beside it: NAME-upsampler, and NAME-guidance with the models that guide."""
+"""A model and the folders beside it: NAME-upsampler, and NAME-guidance with the models that guide."""
 
 import contextlib
 import inspect
