@@ -1,16 +1,16 @@
-"""The Gradio page: type a few words, get a picture; edit it, enlarge it.
+"""The Gradio page: type a few words and get a picture, edit it, enlarge it.
 
     make app                                   # or: python app.py
     CORGI_MODEL=path/or/hub-name python app.py
 
-CORGI_UPSAMPLER and CORGI_GUIDANCE name the folders of what enlarges and of what guides; without them the
-model's folder with -upsampler and -guidance added to its name, where these are there. CORGI_CLIP is a clean
-CLIP, by folder or by open_clip's name. Host and port come from Gradio's own GRADIO_SERVER_NAME and
-GRADIO_SERVER_PORT. The same page is an API:
+CORGI_UPSAMPLER and CORGI_GUIDANCE name the folders of the upsampler and of the guides. By default these are
+the model's folder with -upsampler and -guidance added to its name, if they exist. CORGI_CLIP is a clean CLIP,
+by folder or by open_clip's name. Host and port come from Gradio's own GRADIO_SERVER_NAME and
+GRADIO_SERVER_PORT. The page is also an API:
 
     gradio_client.Client("http://127.0.0.1:7860").predict("a red heart", seed=7, api_name="/generate")
 
-Widgets and events are in `page/`, the drawing in `pipelines/`; here they are put together.
+Widgets and events are in `page/` and the drawing is in `pipelines/`; this file puts them together.
 """
 
 import os
@@ -34,12 +34,12 @@ UPSAMPLER = os.environ.get("CORGI_UPSAMPLER")
 GUIDANCE = os.environ.get("CORGI_GUIDANCE")
 CLIP = os.environ.get("CORGI_CLIP")
 
-MAX_WAITING = 20  # people in the queue; the next one is told to come back later
+MAX_WAITING = 20  # requests in the queue; the next one is told to come back later
 KEEP_FILES = (3600, 24 * 3600)  # every hour, delete pictures older than a day
 
 
 def build_demo(pipe: TextToImagePipeline) -> gr.Blocks:
-    """The whole page around a loaded pipeline, with what it has: `upsampler`, models that guide."""
+    """The whole page around a loaded pipeline, with its `upsampler` and guides, if it has them."""
     with gr.Blocks(title="Corgi", fill_width=True, delete_cache=KEEP_FILES) as demo:
         gr.HTML(HEADER, padding=False)
         history = gr.State([])
@@ -64,8 +64,8 @@ def build_demo(pipe: TextToImagePipeline) -> gr.Blocks:
 
 
 def launch(demo: gr.Blocks, **options) -> tuple:
-    """Serve the page with its looks; the options are Gradio's. A port that was asked for is taken or is an
-    error: Gradio alone would go on to the next."""
+    """Serve the page with its looks; the options are Gradio's. A requested port that is not free is an error:
+    Gradio alone would try the next one."""
     if port := os.environ.get("GRADIO_SERVER_PORT"):
         if not port.isdecimal() or not 0 < int(port) < 2**16:
             raise SystemExit(f"app.py: GRADIO_SERVER_PORT must be 1 to 65535, got {port!r}")
@@ -74,7 +74,7 @@ def launch(demo: gr.Blocks, **options) -> tuple:
 
 
 def load() -> TextToImagePipeline:
-    """The model with its upsampler and its guides. Raises OSError or ValueError for what cannot be loaded."""
+    """The model with its upsampler and guides. Raises OSError or ValueError if anything cannot be loaded."""
     for name, folder in (("CORGI_GUIDANCE", GUIDANCE), ("CORGI_UPSAMPLER", UPSAMPLER)):
         if folder and not Path(folder).is_dir():
             raise ValueError(f"{name} must be a folder, got {folder}")

@@ -1,1 +1,1 @@
-"""What `app.py` serves: a file for each tab, the widgets that they share, and `requests.py`, which draws."""
+"""What `app.py` serves: a file for each tab, the widgets that tabs share, and `requests.py`, which draws."""

@@ -22,9 +22,9 @@ EXAMPLES = [
     "a blue rocket",
 ]  # fmt: skip
 NO_UPSAMPLER = (
-    "Larger pictures need an upsampler: set CORGI_UPSAMPLER to its folder, and start the page again."
+    "Larger pictures need an upsampler: set CORGI_UPSAMPLER to the folder of one and restart the page."
 )
-# Fields of the API, in the order of 0.1, and the names that some had there
+# Fields of the API, in the order of 0.1, and the old names of some
 ORDER = (
     "prompt negative_prompt style num_inference_steps guidance_scale seed num_images_per_prompt size "
     "guidance_rescale guidance_from guidance_to combined_prompt combined_weight clip_guidance_scale "
@@ -40,7 +40,7 @@ RENAMED = {
 
 
 def size_widget(pipe: TextToImagePipeline) -> gr.Radio:
-    """The sizes that the model draws, alone and with its upsampler, by their width."""
+    """The sizes that the model draws, alone and with its upsampler; the values are widths."""
     width, height = pipe.sample_size
     factors = [1] if pipe.upsampler is None else [1, pipe.upsampler.scale]
     choices = [(f"{width * factor} × {height * factor}", width * factor) for factor in factors]

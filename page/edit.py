@@ -28,7 +28,7 @@ MODES = [("Repaint a part", "repaint"), ("Extend the canvas", "extend"), ("Resty
 VERBS = {value: name.split()[0] for name, value in MODES}  # what the button says
 CANVAS = 512  # pixels of the longer side of what is painted on, whatever the picture's own size
 BRUSH = "rgb(255, 92, 0)"
-# Fields of the API, in the order of 0.1; those that it has got since follow
+# Fields of the API, in the order of 0.1; newer ones follow
 ORDER = (
     "image prompt mode left right top bottom strength style negative_prompt num_inference_steps "
     "guidance_scale seed context jump_n_sample mask_image"
@@ -47,7 +47,7 @@ HINTS = {
 
 
 def canvas_of(picture: Image.Image) -> Image.Image:
-    """The picture at the size that it is painted on: of small ones one sees the pixels."""
+    """The picture at the size at which it is painted on; a small one shows its pixels."""
     scale = CANVAS / max(picture.size)
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     return picture.resize([max(1, round(side * scale)) for side in picture.size], how)
@@ -64,7 +64,7 @@ def painted(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:
 
 
 def frame_around(picture: Image.Image, left: int, right: int, top: int, bottom: int) -> Image.Image:
-    """What the extended canvas will look like: the picture in its place, hatched what is to be drawn."""
+    """What the extended canvas will look like: the picture in its place, the part to be drawn hatched."""
     width, height = picture.width + left + right, picture.height + top + bottom
     scale = CANVAS / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -78,7 +78,7 @@ def frame_around(picture: Image.Image, left: int, right: int, top: int, bottom: 
 
 
 def prepare(mode: str, image: str | None, value: dict | None) -> Image.Image | None:
-    """The mask that was painted, of the picture's own size."""
+    """The painted mask, at the picture's own size."""
     if mode != "repaint" or image is None:
         return None
     mask = painted((value or {}).get("layers") or [], read_picture(image).size)
@@ -88,7 +88,7 @@ def prepare(mode: str, image: str | None, value: dict | None) -> Image.Image | N
 
 
 def growth(values: tuple[int | None, ...]) -> dict[str, int]:
-    """What the fields of the sides say; one that was cleared counts as 0."""
+    """The values of the fields for the sides; a cleared field counts as 0."""
     return dict(zip(SIDES, (max(0, value or 0) for value in values), strict=True))
 
 
@@ -96,7 +96,7 @@ def growth(values: tuple[int | None, ...]) -> dict[str, int]:
 
 
 def picture_widgets() -> Fields:
-    """What is worked on, by the mode: the picture, or what is painted on, or the new canvas."""
+    """What is worked on, depending on the mode: the picture, the editor to paint in, or the new canvas."""
     source = square("Picture", "edit_source", upload)
     editor = square(
         "Paint over what is to change", "edit_mask", gr.ImageEditor, type="pil", image_mode="RGBA",
@@ -123,11 +123,12 @@ def side_widgets() -> tuple[gr.Row, dict[str, gr.Number]]:
 
 
 def arrange_events(by: dict[str, Any], sides: dict[str, gr.Number]) -> tuple[Callable[[str], dict], list]:
-    """Each mode shows its own widgets. Returns (path -> updates, to work on it; the widgets updated)."""
+    """Makes each mode show its own widgets. Returns a function, path -> updates that load this picture, and
+    the widgets that it updates."""
     source, editor, frame = by["image"], by["editor"], by["frame"]
 
     def arrange(mode: str, image: str | None) -> dict:
-        """Which of the widgets this mode has."""
+        """Show the widgets that this mode has."""
         there = image is not None
         shown = {
             "image": not there or mode == "restyle",
@@ -143,7 +144,7 @@ def arrange_events(by: dict[str, Any], sides: dict[str, gr.Number]) -> tuple[Cal
         return updates | {by["go"]: gr.Button(VERBS[mode])}
 
     def take(path: str | None, mode: str, *added: int) -> dict:
-        """A new picture, ready to be worked on; None takes the old one away."""
+        """Load a new picture to work on; None removes the old one."""
         updates = arrange(mode, path)
         if path is None:
             return updates | {source: gr.Image(None, visible=True), editor: None, frame: None}

@@ -1,4 +1,4 @@
-"""The tab that enlarges a picture by the upsampler."""
+"""The tab that enlarges a picture with the upsampler."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from .widgets import (
 
 MISSING = (
     "There is no upsampler, so nothing can be enlarged here: set CORGI_UPSAMPLER to the folder of one, or "
-    "put it beside the model's folder with “-upsampler” added to its name, and start the page again."
+    "put it beside the model's folder with “-upsampler” added to its name, and restart the page."
 )
 RENAMED = {"steps": "num_inference_steps"}  # a field of the API in 0.1
 
@@ -62,7 +62,7 @@ def enlarge_tab(upsampler: Any, history: gr.State) -> Tab:
     picture = gr.State(None)
 
     def before_and_after(path: str) -> tuple[Image.Image, str]:
-        """The large picture beside the small one, which it shrinks to, with its pixels showing."""
+        """The small picture, to which the large one shrinks, with its pixels showing; and the large one."""
         with Image.open(path) as large:
             small = large.resize([side // scale for side in large.size], Image.Resampling.BOX)
             return small.resize(large.size, Image.Resampling.NEAREST), path

@@ -1,4 +1,4 @@
-"""What the page is asked for: from the values of its widgets to files of pictures with their settings."""
+"""Requests to the page: from the values of its widgets to picture files that carry their settings."""
 
 import functools
 import inspect
@@ -29,13 +29,13 @@ STYLE_PHRASES = {
 }
 ANY_STYLE = "Any"
 
-NEW_SEED, MAX_SEED = -1, 2**32 - 1  # -1 asks for a seed that nobody has to think of,
-NEW_SEEDS = 10**6  # one below this, short enough to read out
-MAX_VISIT = 60  # pictures of a visit that are kept to be seen again
+NEW_SEED, MAX_SEED = -1, 2**32 - 1  # -1 asks for a random seed
+NEW_SEEDS = 10**6  # random seeds are below this, short enough to read out
+MAX_VISIT = 60  # how many pictures of a visit are kept
 SIDES = ("left", "right", "top", "bottom")
 JUMP_LENGTH: int = Request.jump_length  # steps that resampling goes back
 MAX_GROWTH = 2  # times the picture's longer side, on each side
-MAX_AREA = 512 * 512  # pixels of a picture that is to be enlarged: half a minute on one core
+MAX_AREA = 512 * 512  # pixels of a picture to be enlarged: half a minute on one core
 
 Event = Callable[[Any, dict[str, Any], list[str], gr.Progress], Iterator[Any]]
 
@@ -65,7 +65,7 @@ def full_prompt(prompt: str, style: str) -> str:
 
 
 def split_prompt(words: str) -> tuple[str, str]:
-    """(prompt, style) of which `full_prompt` makes these words."""
+    """(prompt, style) from which `full_prompt` makes these words."""
     for style, phrase in STYLE_PHRASES.items():
         if words.endswith(f", {phrase}"):
             return words.removesuffix(f", {phrase}"), style
@@ -88,7 +88,7 @@ def whole_seed(seed: float | None) -> int:
 
 
 def next_seed(seed: float | None, new_each_time: bool) -> float | None:
-    """What the seed field shows from now on: its own value, or a new seed when the box is ticked."""
+    """What the seed field shows from now on: its own value, or a new seed if the box is ticked."""
     return secrets.randbelow(NEW_SEEDS) if new_each_time else seed
 
 
@@ -104,9 +104,9 @@ def event(
 ) -> Callable[..., Iterator[Any]]:
     """`function(pipe, asked, history, progress)` as Gradio calls it and as the API describes it.
 
-    Its parameters are the names of `fields`, whose values are `asked`, then the history, then the names of
-    0.1 in `renamed`, old: new. Of the fields only the first `required` must be given. Values under old names
-    go to the new ones, with a warning to the caller.
+    Its parameters are the names of `fields`, whose values become `asked`, then the history, then the names
+    from 0.1 in `renamed`, old: new. Only the first `required` fields must be given. Values under old names
+    are passed on under the new ones, with a warning to the caller.
     """
 
     @functools.wraps(function)
@@ -136,7 +136,7 @@ def event(
 
 
 def arguments_of(asked: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a pipeline's call that the widgets behind "Advanced" stand for."""
+    """The arguments of a pipeline's call, from the widgets under "Advanced"."""
     names = (
         "num_inference_steps guidance_scale guidance_rescale clip_guidance_scale clip_guidance "
         "classifier_guidance_scale class_labels num_candidates"
@@ -155,7 +155,7 @@ def arguments_of(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def callback(progress: gr.Progress, total: int, desc: str = "Drawing") -> Callable[..., dict]:
-    """A pipeline's `callback_on_step_end` that counts up to `total` steps, and then from the start again."""
+    """A pipeline's `callback_on_step_end` that counts up to `total` steps, then starts over."""
     done = 0
     progress((0, total), desc=desc)
 
@@ -177,7 +177,7 @@ def read_picture(path: str | None, convert: Callable[[Image.Image], Image.Image]
 
 
 def save_picture(image: Image.Image, pipe: Any, name: str, settings: dict[str, Any]) -> str:
-    """Writes a PNG that carries its settings, where Gradio serves it from; its path."""
+    """Writes a PNG that carries its settings into a folder that Gradio serves. Returns its path."""
     folder = Path(get_upload_folder()) / uuid.uuid4().hex
     folder.mkdir(parents=True)
     model, scheduler = Path(pipe.name_or_path or "").name, type(pipe.scheduler).__name__
@@ -186,7 +186,7 @@ def save_picture(image: Image.Image, pipe: Any, name: str, settings: dict[str, A
 
 
 def remember(history: list[str], paths: list[str]) -> list[str]:
-    """The visit's pictures, newest first."""
+    """The history with new paths added, newest first."""
     return [*reversed(paths), *history][:MAX_VISIT]
 
 
@@ -196,7 +196,7 @@ def remember(history: list[str], paths: list[str]) -> list[str]:
 def generate(
     pipe: TextToImagePipeline, asked: dict[str, Any], history: list[str], progress: gr.Progress
 ) -> Iterator[tuple[list[tuple[str, str]], int, list[str], str, list[str]]]:
-    """Draw pictures of a prompt. Picture number i (from 0) uses the returned seed + i."""
+    """Draw pictures of a prompt. Picture i, counted from 0, uses the returned seed + i."""
     words, first_seed = full_prompt(asked["prompt"], asked["style"]), whole_seed(asked["seed"])
     looked_at = [word.strip() for word in asked["attention_words"].split(",") if word.strip()]
     if looked_at and asked["num_candidates"] > 1:
@@ -242,10 +242,10 @@ def draw_all(
     report: Callable[..., dict],
     call: dict[str, Any],
 ) -> tuple[list[Any], Any]:
-    """(pictures of `call`'s output type, the AttentionMaps of `looked_at`), a call for each of `sources`.
+    """(pictures of `call`'s output type, the AttentionMaps of `looked_at`), by a call for each of `sources`.
 
-    sources: what each call draws its noise from, a list with a generator for each picture, or a generator for
-    all candidates of one.
+    sources: what each call draws its noise from: a list with a generator for each picture, or one generator
+    for all candidates of a picture.
     """
     attention = AttentionMaps(pipe, plain_texts(words)[0], looked_at) if looked_at else nullcontext()
     images: list[Any] = []
@@ -266,8 +266,8 @@ def draw_all(
 def enlarge_all(
     pipe: TextToImagePipeline, words: str, sources: list[Any], images: list[torch.Tensor]
 ) -> list[Image.Image]:
-    """Small pictures (3, h, w) in [0, 1] to large ones. Each of `sources` goes on where `draw_all` left it,
-    so that they are those of `pipe(words, height, width)` with the same seeds."""
+    """Small pictures (3, h, w) in [0, 1] -> large ones. Each of `sources` continues where `draw_all` left it,
+    so that the results are those of `pipe(words, height, width)` with the same seeds."""
     large, rest = [], images
     for source in sources:
         count = len(source) if isinstance(source, list) else 1
@@ -283,7 +283,7 @@ def enlarge_all(
 def edit(
     pipes: dict[str, Any], asked: dict[str, Any], history: list[str], progress: gr.Progress
 ) -> Iterator[tuple[str, int, str, list[str]]]:
-    """Repaint where the mask is white, extend the canvas by pixels, or restyle the whole picture."""
+    """Repaint where the mask is white, extend the canvas, or restyle the whole picture."""
     original, mode = read_picture(asked["image"]), asked["mode"]
     words, seed = full_prompt(asked["prompt"], asked["style"]), whole_seed(asked["seed"])
     pipe, steps, call = pipes[mode], asked["num_inference_steps"], arguments_of(asked)
@@ -317,7 +317,7 @@ def edit(
 
 
 def check_growth(picture: Image.Image, sides: dict[str, int]) -> None:
-    """Raises gr.Error unless the picture can grow by so many pixels."""
+    """Raises gr.Error unless the picture can grow by this many pixels on each side."""
     limit = MAX_GROWTH * max(picture.size)
     for name, pixels in sides.items():
         if pixels is None or not 0 <= pixels <= limit:
@@ -335,7 +335,7 @@ def check_growth(picture: Image.Image, sides: dict[str, int]) -> None:
 def enlarge(
     upsampler: Any, asked: dict[str, Any], history: list[str], progress: gr.Progress
 ) -> Iterator[tuple[str, int, str, list[str]]]:
-    """Enlarge a picture, with details of the model's own."""
+    """Enlarge a picture; the model adds details."""
     original, seed = read_picture(asked["image"]), whole_seed(asked["seed"])
     if original.width * original.height > MAX_AREA:
         raise user_error(

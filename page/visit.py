@@ -1,4 +1,4 @@
-"""What was drawn in this visit, and settings that come back from a picture."""
+"""The pictures of this visit, and restoring settings from a picture."""
 
 import json
 import math
@@ -16,9 +16,9 @@ TABS = {"repaint": "edit", "extend": "edit", "restyle": "edit", "enlarge": "enla
 
 
 def field_value(name: str, field: Any, text: str | None) -> Any:
-    """What a widget shows for a setting of a PNG; its first value where the PNG has not this setting.
+    """What a widget shows for a setting in a PNG; its initial value if the PNG does not have this setting.
 
-    Raises gr.Error for what the widget could not be set to by hand.
+    Raises gr.Error for a value to which the widget could not be set by hand.
     """
     if text is None:
         return field.value
@@ -42,7 +42,7 @@ def field_value(name: str, field: Any, text: str | None) -> Any:
 
 
 def spread(settings: dict[str, str]) -> dict[str, str]:
-    """Settings that have two widgets each, apart. Raises gr.Error if they cannot be read."""
+    """Splits settings that have two widgets each. Raises gr.Error if they cannot be read."""
     try:
         if "guidance_interval" in settings:
             low, high = json.loads(settings["guidance_interval"])
@@ -56,10 +56,10 @@ def spread(settings: dict[str, str]) -> dict[str, str]:
 
 
 def restore(path: str, tabs: dict[str, Tab], model: str) -> tuple[str, dict]:
-    """(the tab that a picture was made in, updates of its widgets) from what its PNG says."""
+    """(the tab that made a picture, updates of that tab's widgets), from the settings in its PNG."""
     with told_plainly():
         settings = spread(read_settings(path, quiet=True))
-    settings.setdefault("clip_guidance_scale", "0")  # not said where it was off, whatever it is now
+    settings.setdefault("clip_guidance_scale", "0")  # a PNG leaves it out if it was off
     name = TABS.get(settings.get("task", ""), "create")
     if name not in tabs:
         raise user_error("This picture was enlarged, and there is no upsampler here.")
@@ -74,7 +74,7 @@ def restore(path: str, tabs: dict[str, Tab], model: str) -> tuple[str, dict]:
 
 
 def visit_strip(history: gr.State, tabs: dict[str, Tab], shown: gr.Tabs, model: str) -> None:
-    """The pictures of the visit below the tabs, and where a PNG can be dropped."""
+    """The pictures of the visit, below the tabs, and a place to drop a PNG."""
     with gr.Row(elem_id="visit"):
         with gr.Column(scale=4, min_width=300):
             gr.HTML("<h2>This visit</h2>", padding=False)
@@ -105,7 +105,7 @@ def visit_strip(history: gr.State, tabs: dict[str, Tab], shown: gr.Tabs, model: 
 
 
 def send_button(text: str, tab: Tab, to: str, target: Tab, shown: gr.Tabs, elem_id: str) -> None:
-    """A button that hands the picture of one tab to another, and goes there."""
+    """A button that sends the picture of one tab to another, and switches to that tab."""
     receive: Callable[[str], dict] | None = target.receive
     assert receive is not None
 

@@ -1,4 +1,4 @@
-"""The widgets: a table of those that are settings, and what the tabs build alike."""
+"""The widgets: a table of those that are settings, and the parts that several tabs build."""
 
 from abc import ABCMeta
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from pipelines.drawing.request import ARGUMENTS
 
 from .requests import ANY_STYLE, NEW_SEED, STYLE_PHRASES, next_seed
 
-MAX_STEPS, MAX_GUIDANCE, MAX_IMAGES = 250, 15.0, 9  # the model's folder knows the defaults
+MAX_STEPS, MAX_GUIDANCE, MAX_IMAGES = 250, 15.0, 9  # the defaults are in the model's folder
 NO_CLIP = (
-    "CLIP guidance and best of n need a CLIP, which this model has not: set CORGI_GUIDANCE to a folder "
-    "with a noisy_clip in it, or CORGI_CLIP to a CLIP's own folder, and start the page again."
+    "CLIP guidance and best of n need a CLIP, which this model does not have: set CORGI_GUIDANCE to a folder "
+    "with a noisy_clip in it, or CORGI_CLIP to a CLIP's own folder, and restart the page."
 )
 NO_CLASSIFIER = (
-    "Classifier guidance needs a classifier, which this model has not: set CORGI_GUIDANCE to a folder with a "
-    "noisy_classifier in it, and start the page again."
+    "Classifier guidance needs a classifier, which this model does not have: set CORGI_GUIDANCE to a folder "
+    "with a noisy_classifier in it, and restart the page."
 )
 
 # Whatever draws waits its turn: one picture at a time, from whichever tab.
@@ -29,13 +29,13 @@ Fields = dict[str, gr.components.Component]  # widgets by the names of their set
 
 
 class Tab(NamedTuple):
-    """What the rest of the page needs to know of a tab."""
+    """What the rest of the page needs to know about a tab."""
 
     fields: Fields  # the widget of each setting, by its name in a PNG
-    picture: gr.State  # path of the picture that it shows, or None
+    picture: gr.State  # path of the picture that the tab shows, or None
     show: Callable[[str, dict[str, str]], dict]  # (path, settings of its PNG) -> updates, to show it again
     shown: list  # the widgets that `show` updates
-    sending: gr.Row  # where buttons go that send the picture to other tabs
+    sending: gr.Row  # holds the buttons that send the picture to other tabs
     receive: Callable[[str], dict] | None = None  # path -> updates, to work on it
     received: list = []  # the widgets that `receive` updates
 
@@ -44,7 +44,7 @@ class Tab(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A widget: its class, what it says, and its options."""
+    """A widget: its class, its texts, and its options."""
 
     kind: type[gr.components.Component]
     label: str
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
 
 
 WHOLE = {"step": 1, "precision": 0}
-# Sliders take their ends and their first value from the argument's rule and default unless these are given.
+# Sliders take their ends and initial value from the argument's rule and default unless these are given.
 SETTINGS = {
     "style": Setting(
         gr.Dropdown, "Style", None, {"choices": [ANY_STYLE, *STYLE_PHRASES], "value": ANY_STYLE}
@@ -67,7 +67,7 @@ SETTINGS = {
         {"minimum": 1, "maximum": MAX_GUIDANCE, "step": 0.1},
     ),
     "guidance_rescale": Setting(
-        gr.Slider, "Guidance rescale", "Against colours that strong guidance overdoes; 0 is off.",
+        gr.Slider, "Guidance rescale", "Tones down colours that strong guidance overdoes; 0 is off.",
         {"step": 0.05},
     ),
     "negative_prompt": Setting(
@@ -75,11 +75,11 @@ SETTINGS = {
         {"value": "", "placeholder": "a hat"},
     ),
     "guidance_from": Setting(
-        gr.Number, "Guide above noise level", "Guidance rests where there is less noise; 0 is no limit.",
+        gr.Number, "Guide above noise level", "Guidance is off where there is less noise; 0 is no limit.",
         {"value": 0, "minimum": 0, "step": 0.1},
     ),
     "guidance_to": Setting(
-        gr.Number, "Guide up to noise level", "It rests where there is more; 0 is no limit.",
+        gr.Number, "Guide up to noise level", "Guidance is off where there is more; 0 is no limit.",
         {"value": 0, "minimum": 0, "step": 0.1},
     ),
     "combined_prompt": Setting(
@@ -87,7 +87,7 @@ SETTINGS = {
         {"value": "", "placeholder": "a crown"},
     ),
     "combined_weight": Setting(
-        gr.Slider, "Weight of the second prompt", "The first prompt's is 1; below 0 keeps away.",
+        gr.Slider, "Weight of the second prompt", "The first prompt's is 1; below 0 steers away.",
         {"minimum": -2, "maximum": 2, "value": 0.7, "step": 0.1},
     ),
     "attention_words": Setting(
@@ -102,7 +102,7 @@ SETTINGS = {
         gr.Radio, "By which CLIP", "One trained on noised pictures, or a clean one."
     ),
     "num_candidates": Setting(
-        gr.Slider, "Best of", "Draws so many for each picture; CLIP, and a kind, keep the best.",
+        gr.Slider, "Best of", "Draws this many for each picture; keeps the best by CLIP and kind.",
         {"maximum": 9, **WHOLE, "min_width": 240},  # narrower, a phone would break the help at every word
     ),
     "classifier_guidance_scale": Setting(
@@ -110,7 +110,7 @@ SETTINGS = {
         "Pulls towards a kind of picture, at 2 to 8, or a style, at 300; 0 is off.",
         {"maximum": 300, "step": 1},
     ),
-    "class_labels": Setting(gr.Dropdown, "Kind of picture", "What the classifier is to see."),
+    "class_labels": Setting(gr.Dropdown, "Kind of picture", "What the classifier should see."),
     "strength": Setting(
         gr.Slider, "Strength", "How far it may go from the picture; 1 keeps almost nothing.",
         {"minimum": 0.05, "value": 0.7, "step": 0.05},
@@ -121,11 +121,11 @@ SETTINGS = {
     ),
     "jump_n_sample": Setting(
         gr.Slider, "Resampling",
-        "Goes back and forth so often, which fits new and old together; takes as much longer.",
+        "Repeats steps this often to fit new and old together; takes that much longer.",
         {"maximum": 10, **WHOLE},
     ),
     "noise_level": Setting(
-        gr.Slider, "Noise level", "More makes more up: for pictures that have faults of their own.", WHOLE
+        gr.Slider, "Noise level", "More invents more: for pictures that have faults of their own.", WHOLE
     ),
 }  # fmt: skip
 ADVANCED = (
@@ -138,7 +138,7 @@ ADVANCED = (
 
 
 def widget(name: str, prefix: str = "", **options: Any) -> Any:
-    """The widget of a setting, with further options; its elem_id is the name after `prefix`."""
+    """The widget of a setting, with further options; its elem_id is `prefix` and the name."""
     kind, label, info, known = SETTINGS[name]
     if kind is gr.Slider and name in ARGUMENTS:
         rule, default = ARGUMENTS[name].metadata["rule"], ARGUMENTS[name].default
@@ -153,9 +153,9 @@ def default_steps(pipe: Any) -> dict[str, Any]:
 
 
 def advanced_widgets(pipe: TextToImagePipeline, last: str, prefix: str = "") -> Fields:
-    """What is behind "Advanced" in a tab, with one setting, `last`, that only this tab has.
+    """The widgets under "Advanced" in a tab, with one setting, `last`, that only this tab has.
 
-    Guidance and ranking by other networks are hidden if the pipeline has none.
+    Guidance and ranking by other networks are hidden if the pipeline has no such networks.
     """
     clips = [("noised", pipe.noisy_clip), ("clean", pipe.clip_guidance_model)]
     forms = [form for form, clip in clips if clip is not None]
@@ -207,7 +207,7 @@ def prompt_row(
 
 
 def first_the_seed(triggers: list[Any], fields: Fields) -> Any:
-    """The event at whose end the field holds the seed to draw with."""
+    """An event after which the field holds the seed to draw with."""
     inputs = [fields["seed"], fields["new_each_time"]]
     return gr.on(triggers, next_seed, inputs, fields["seed"], queue=False, **QUIETLY)
 
@@ -223,7 +223,7 @@ class NoStubs(type(gr.Image)):  # type: ignore[misc]
 
 
 class Upload(gr.Image, metaclass=NoStubs):
-    """gr.Image that hands over the file as it came, for `read_picture` to say what is wrong with it."""
+    """gr.Image that passes the file on as it is, so that `read_picture` can say what is wrong with it."""
 
     is_template = True  # for Gradio: drawn as gr.Image, not a component with code of its own
 
@@ -241,7 +241,7 @@ def square(label: str, elem_id: str, kind: Any = gr.Image, **options: Any) -> An
     return kind(label=label, show_label=False, elem_id=elem_id, elem_classes="square", **options)
 
 
-# ---- events, and the names that fields of the API had in 0.1
+# ---- fields for the names that the API had in 0.1
 
 
 def old_field(new: gr.components.Component) -> gr.components.Component:

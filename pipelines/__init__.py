@@ -1,6 +1,6 @@
 """Everything needed to draw a picture; nothing here imports `training`.
 
-The names load on first use, so that `python -m pipelines --help` and argument errors answer at once.
+The names load on first use, so that `python -m pipelines --help` and argument errors appear at once.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .super_resolution import SuperResolutionPipeline
     from .text_to_image import TextToImagePipeline
 
-__version__ = "0.2.0"  # the one place; CHANGELOG.md tells what each version brought
+__version__ = "0.2.0"  # the only place; CHANGELOG.md lists the changes in each version
 
 __all__ = [
     "ConditionalUNet",

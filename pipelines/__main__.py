@@ -1,7 +1,7 @@
 """`python -m pipelines draw "a corgi in a party hat"`, and edit, enlarge, classify, train, models.
 
 Pictures are PNG files that say how they were made. Flags are the arguments of `drawing.request.Request`,
-checked before torch is imported, so that a mistake is answered at once: one line, exit code 2.
+checked before torch is imported, so that a mistake is reported at once, in one line, with exit code 2.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
     parser.set_defaults(flags={})
     model = "model folder; default: models/emoji"
     if command == "draw":
-        parser.add_argument("prompt", nargs="+", help="what to draw; pictures of each prompt begin at --seed")
+        parser.add_argument("prompt", nargs="+", help="what to draw; each prompt's seeds begin at --seed")
         add_arguments(parser, [TEXT])
         add(parser, "size", "--height and --width in one", type=int, metavar="PIXELS")
     elif command == "edit":
@@ -50,7 +50,7 @@ def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
         add_arguments(parser, [IMAGE, INPAINT])
         add(parser, "mask", "repaint where this picture is white", type=Path, metavar="FILE")
         for side in SIDES:
-            add(parser, side, "extend the canvas by so many pixels", type=int, metavar="N")
+            add(parser, side, "extend the canvas by N pixels", type=int, metavar="N")
     elif command == "enlarge":
         parser.add_argument("file", type=Path, help="the picture")
         parser.add_argument("prompt", nargs="?", help="what it shows, for an upsampler that reads text")
@@ -67,7 +67,7 @@ def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
         add(
             parser,
             "upsampler",
-            "what enlarges; default: what stands beside the model",
+            "the upsampler's folder; default: the one beside the model",
             type=Path,
             metavar="PATH",
         )
@@ -80,7 +80,7 @@ def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
             choices=list(SCHEDULERS),
             metavar="NAME",
         )
-        beside = "the noised CLIP and the classifier that guide; default: what stands beside the model"
+        beside = "folder of the noised CLIP and the classifier that guide; default: the one beside the model"
         add(parser, "guides", beside, type=Path, metavar="PATH")
     if command in ("draw", "edit", "classify"):
         clean = "a clean CLIP, for guidance, ranking or classifying: folder, or open_clip's name"
@@ -94,7 +94,7 @@ def build_parser(command: str, prog: str) -> argparse.ArgumentParser:
 
 
 def check_request(args: argparse.Namespace, task: str) -> dict[str, Any]:
-    """The arguments of the task's call. Raises ValueError for whatever a user can get wrong."""
+    """The arguments of the task's call. Raises ValueError for anything that a user can get wrong."""
     if any(not prompt.strip() for prompt in args.prompt or []):
         raise ValueError("the prompt is empty")
     if (size := getattr(args, "size", None)) is not None:
@@ -146,8 +146,8 @@ def check_places(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    """The model, and its guides if the call, or the model by its defaults, asks for guidance or a ranking
-    that it has no part for."""
+    """The model, and its guides if the call or the model's defaults need guidance or ranking for which the
+    model itself lacks a component."""
     pipe = load_model(args.model, args.scheduler, args.clip_guidance_model)
     scale, own = call.get("clip_guidance_scale"), pipe.config.default_clip_guidance_scale
     by_default = scale is None and "guidance_scale" not in call and args.clip_guidance_model is None
@@ -170,7 +170,7 @@ def load(args: argparse.Namespace, call: dict[str, Any]) -> Any:
 
 
 def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
-    """A model of pixels draws sensible shapes at the size it was trained at: say so if this is another."""
+    """Warns if a pixel model is asked for a size that it was not trained at, where its shapes break."""
     own = pipe.unet.config.sample_size
     if pipe.vae is not None or not isinstance(own, int):
         return
@@ -190,7 +190,7 @@ def warn_of_size(pipe: Any, height: int | None, width: int | None) -> None:
 def write(
     args: argparse.Namespace, pipe: Any, image: "Image.Image", seed: int, name: str, call: dict[str, Any]
 ) -> None:
-    """Writes a picture and prints its path. `call`: all arguments it was drawn with, but for pictures."""
+    """Writes a picture and prints its path. `call`: all arguments it was drawn with, except pictures."""
     from .drawing.images import settings_of, write_picture
 
     settings = settings_of(call) | {"seed": seed, "scheduler": type(pipe.scheduler).__name__}
@@ -207,7 +207,7 @@ def seeds_of(args: argparse.Namespace, call: dict[str, Any]) -> list[int]:
 
 
 def said(args: argparse.Namespace, pipe: Any, call: dict[str, Any], prompt: str | None) -> dict[str, Any]:
-    """The arguments of a call for its PNG, those that were left to the model filled in."""
+    """The arguments of a call for its PNG, with those that were left to the model filled in."""
     filled = {"prompt": prompt or "", "negative_prompt": "", "guidance_scale": pipe.guidance_scale} | call
     filled |= {
         "num_inference_steps": call.get("num_inference_steps", pipe.config.default_num_inference_steps)
@@ -218,7 +218,7 @@ def said(args: argparse.Namespace, pipe: Any, call: dict[str, Any], prompt: str 
     clip = getattr(args, "clip_guidance_model", None)
     if clip is not None:
         filled["clip_guidance_model"] = Path(clip).resolve().name if Path(clip).exists() else clip
-    for name in ("height", "width"):  # the picture's own follow
+    for name in ("height", "width"):  # the picture's own are added later
         filled.pop(name, None)
     return filled
 
@@ -254,7 +254,7 @@ def draw(args: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def edit(args: argparse.Namespace, _rest: list[str]) -> int:
-    """Draws over a picture; with --mask repaints where that is white; with --left, ... extends the canvas."""
+    """Draws over a picture, repaints where --mask is white, or extends the canvas by --left, ..."""
     sides = {name: getattr(args, name, 0) for name in SIDES}
     mode = "repaint" if args.mask is not None else "extend" if any(sides.values()) else "restyle"
     if args.mask is not None and any(sides.values()):
@@ -320,7 +320,7 @@ def enlarge(args: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def classify(args: argparse.Namespace, _rest: list[str]) -> None:
-    """Softmax over the labels of exp(logit_scale) f(picture) . g(label), by a clean CLIP."""
+    """Prints the softmax over labels of exp(logit_scale) f(picture) . g(label), by a clean CLIP."""
     labels = [label.strip() for label in args.labels.split(",") if label.strip()]
     if not labels:
         raise ValueError("--labels names no label")
@@ -363,7 +363,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def models(_args: argparse.Namespace, _rest: list[str]) -> None:
-    """Lists the model folders in models/: kind, size in pixels, weights, and what stands beside each."""
+    """Lists the model folders in models/: kind, size in pixels, weights, and what lies beside each."""
     for folder in sorted(default_model().parent.iterdir()):
         weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
         if not weights:
@@ -390,7 +390,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "enlarge": (enlarge, "Enlarges a picture."),
     "classify": (classify, "Says which of the labels fits each picture best, by a clean CLIP."),
     "train": (train, "Fine-tunes a model; further flags are those of training.text_to_image."),
-    "models": (models, "Lists the models that are there and what stands beside each."),
+    "models": (models, "Lists the available models and what lies beside each."),
 }
 
 
@@ -398,11 +398,11 @@ def overview() -> Iterator[str]:
     yield 'usage: python -m pipelines COMMAND ..., or python -m pipelines "a corgi in a party hat" ...\n'
     for name, (_, tell) in COMMANDS.items():
         yield f"  {name:<10}{tell}"
-    yield "\nA first word that is no command is a prompt to draw. --help after a command lists its flags."
+    yield "\nA first word that is not a command is a prompt to draw. --help after a command lists its flags."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; 0 if all went well. Errors exit with 2 by SystemExit."""
+    """Runs the command line and returns 0 on success. Errors raise SystemExit with code 2."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["-h"], ["--help"]):
         print("\n".join(overview()))

@@ -1,5 +1,5 @@
-"""Editing pictures of any size with a model made for one: the picture is brought to the model's size, and the
-result is put back at the picture's own, so that pixels to be kept stay as they are.
+"""Editing pictures of any size with a model made for one size: the picture is resized to the model's size and
+the result is put back at the picture's own, so that pixels to be kept do not change.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from .inpaint import crop_around_mask, put_back
 
 
 def enlarged(pipe: Any, image: Image.Image, prompt: str, generator: Any) -> Image.Image:
-    """By `pipe.upsampler`, where there is one; else the picture as it is."""
+    """The picture, enlarged by `pipe.upsampler` if there is one."""
     upsampler = pipe.upsampler
     if upsampler is None:
         return image
@@ -27,9 +27,9 @@ def repaint(
     generator: Any,
     **call: Any,
 ) -> Image.Image:
-    """InpaintPipeline's `padding_mask_crop`, with the upsampler in it where the region outgrows the model.
+    """InpaintPipeline's `padding_mask_crop`, with the upsampler for a region larger than what is drawn.
 
-    Black pixels of the mask come back to the last bit. Raises ValueError as the pipeline does.
+    Pixels where the mask is black come back bit for bit. Raises ValueError as the pipeline does.
     """
     box, whole, grey, part, part_mask = crop_around_mask(pipe, picture, mask, None, None, padding)
     part = part / 2 + 0.5  # [-1, 1] -> [0, 1]
@@ -47,10 +47,10 @@ def extend(
     generator: Any,
     **call: Any,
 ) -> Image.Image:
-    """`InpaintPipeline.outpaint` at the model's scale: a larger picture is shrunk into the model's size
-    first, and pasted into the enlarged result.
+    """`InpaintPipeline.outpaint` at the model's scale: a larger picture is first shrunk to the model's size,
+    and finally pasted into the enlarged result.
 
-    sides: how many pixels of the picture to add, by "left", "top", "right" and "bottom".
+    sides: how many of the picture's pixels to add, by "left", "top", "right" and "bottom".
     """
     scale = max(a / b for a, b in zip(picture.size, pipe.sample_size, strict=True))
     if scale <= 1:
@@ -82,7 +82,7 @@ def restyle(
     generator: Any,
     **call: Any,
 ) -> Image.Image:
-    """Image to image within the model's `size`, in the picture's shape; enlarged where that is larger."""
+    """Image to image within the model's `size`, in the picture's shape, enlarged if the picture is larger."""
     scale = min(a / b for a, b in zip(size, picture.size, strict=True))
     unit = pipe.vae_scale_factor * pipe.unet.config.get("patch_size", 1)
     height, width = nearest_size(round(picture.height * scale), round(picture.width * scale), unit)

@@ -1,4 +1,4 @@
-"""A model and what stands beside it: NAME-upsampler, and NAME-guidance with the models that guide."""
+"""A model and the folders beside it: NAME-upsampler, and NAME-guidance with the models that guide."""
 
 import contextlib
 import inspect
@@ -22,13 +22,13 @@ SCHEDULERS = {  # short names; all are diffusers' classes except DDPM, which is 
 
 
 def default_model() -> Path:
-    """models/emoji next to this package, or in the current folder if the package is installed elsewhere."""
+    """models/emoji next to this package, or in the current folder if this package is installed elsewhere."""
     beside = Path(__file__).resolve().parent.parent / DEFAULT_MODEL
     return beside if beside.is_dir() else DEFAULT_MODEL
 
 
 def find_beside(model: str | Path, kind: Literal["upsampler", "guidance"]) -> Path | None:
-    """The folder of the model's name with -upsampler or -guidance added, if there is one."""
+    """The folder with the model's name and -upsampler or -guidance added, if there is one."""
     folder = Path(model).resolve()
     folder = folder.with_name(f"{folder.name}-{kind}")
     return folder if folder.is_dir() else None
@@ -55,7 +55,7 @@ def check_model(folder: Path) -> None:
 
 @contextlib.contextmanager
 def loading(folder: str | Path) -> Iterator[None]:
-    """Hides the progress bars of loading, and turns whatever goes wrong into one ValueError."""
+    """Hides progress bars while loading, and turns whatever goes wrong into one ValueError."""
     import diffusers
     import transformers
 
@@ -64,7 +64,7 @@ def loading(folder: str | Path) -> Iterator[None]:
         library.disable_progress_bar()
     try:
         yield
-    except Exception as error:  # missing weights, unknown classes, broken files: each raises what it likes
+    except Exception as error:  # missing weights, unknown classes, broken files: each raises another kind
         raise ValueError(f"cannot load {folder}: {type(error).__name__}: {error}") from error
     finally:
         for library in bars:
@@ -82,7 +82,7 @@ def load_model(
 ) -> "TextToImagePipeline":
     """The pipeline of a folder or a Hub name, on the GPU if there is one.
 
-    scheduler: a key of SCHEDULERS, which takes over the settings of the model's own.
+    scheduler: a key of SCHEDULERS; it takes over the settings of the model's own scheduler.
     Raises ValueError if anything cannot be loaded.
     """
     import diffusers
@@ -102,8 +102,8 @@ def load_model(
 def load_upsampler(
     model: str | Path, given: str | Path | None = None, in_pixels: bool = True
 ) -> "SuperResolutionPipeline | None":
-    """The pipeline in `given`, or the one beside the model; for a model of pixels without one, the one beside
-    the default model, so that a fine-tuned model has it too. None if there is none."""
+    """The pipeline in `given`, or else the one beside the model. A pixel model without one gets that of the
+    default model, so that fine-tuned models have one too. None if there is none."""
     folder = Path(given) if given else find_beside(model, "upsampler")
     if folder is None and in_pixels:
         folder = find_beside(default_model(), "upsampler")
@@ -117,7 +117,7 @@ def load_upsampler(
 
 
 def load_guides(pipe: Any, model: str | Path, given: str | Path | None = None) -> bool:
-    """Gives `pipe` the noisy_clip and noisy_classifier in `given`, or else those beside the model. Returns
+    """Loads noisy_clip and noisy_classifier into `pipe`, from `given` or else from beside the model. Returns
     False if there is no such folder."""
     folder = Path(given) if given else find_beside(model, "guidance")
     if folder is None:
@@ -128,11 +128,11 @@ def load_guides(pipe: Any, model: str | Path, given: str | Path | None = None) -
 
 
 def convert_scheduler(scheduler: Any, cls: type) -> Any:
-    """`cls.from_config(scheduler.config)`; clip_sample becomes thresholding if `cls` has only that, and DDPM
-    keeps all of its noise.
+    """`cls.from_config(scheduler.config)`, but clip_sample becomes thresholding if `cls` has only that, and
+    our DDPM gets eta = 1.
 
-    Thresholding with a sample_max_value of 1 is clipping to [-1, 1]. Without it a pixel model that predicts
-    eps divides by a tiny sqrt(abar) at its noisiest steps, and nothing brings the picture back.
+    Thresholding with a sample_max_value of 1 clips to [-1, 1]. Without it, a pixel model that predicts eps
+    divides by a tiny sqrt(abar) at its noisiest steps, and the picture never recovers.
     """
     config, known = scheduler.config, inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     clips = config.get("clip_sample") and config.get("clip_sample_range", 1.0) == 1.0

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Store(argparse.Action):
-    """Stores a value, and in `flags` the flag that gave it, for errors. Old flags are told their new form."""
+    """Stores a value and, in `flags`, the flag that gave it, for errors. Old flags print their new name."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None
@@ -49,7 +49,7 @@ class Store(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) -> None:
-    """A flag for each argument of these tasks, and for the old names of some."""
+    """Adds a flag for each argument of these tasks, and for the old names of some."""
     for name, known in ARGUMENTS.items():
         kind, only = known.metadata["kind"], known.metadata["only"]
         if kind is None or not set(only) & set(tasks):

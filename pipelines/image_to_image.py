@@ -1,4 +1,4 @@
-"""Image to image: `ImageToImagePipeline` draws over a picture's noised self (SDEdit, Meng et al. 2021)."""
+"""Image to image: `ImageToImagePipeline` starts from a noised picture (SDEdit, Meng et al. 2021)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .text_to_image import TextToImagePipeline
 
 
 class ImageToImage(Task):
-    """x_t ~ q(x_t | picture) at the timestep that `strength` says, then the rest of the chain."""
+    """x_t ~ q(x_t | picture) at the timestep that `strength` sets, then the rest of the chain."""
 
     pictures: torch.Tensor  # (1 or prompts, 3, H, W) in [-1, 1]; latents where `is_latent`
     is_latent = False
@@ -29,8 +29,8 @@ class ImageToImage(Task):
         self.height, self.width = (side * unit for side in self.pictures.shape[-2:])
 
     def read_images(self, image: Any) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1], at `height` x `width` where these are given. ValueError for a size that
-        the model cannot draw."""
+        """(B, 3, H, W) in [-1, 1], at `height` x `width` if these are given. Raises ValueError for a size
+        that the model cannot draw."""
         height, width = self.request.height, self.request.width
         if (height is None) != (width is None):
             raise ValueError(f"`height` and `width` go together, got {height} and {width}.")
@@ -47,7 +47,7 @@ class ImageToImage(Task):
         return prompts
 
     def visit(self, device: Any) -> tuple[torch.Tensor, int]:
-        """The last int(strength * n) of n steps. ValueError where none is left."""
+        """The last int(strength * n) of n steps. Raises ValueError if none is left."""
         visited, steps = super().visit(device)
         scheduler, strength = self.pipe.scheduler, self.request.strength
         left_out = steps - min(int(steps * strength), steps)
@@ -66,9 +66,9 @@ class ImageToImage(Task):
         return self.pipe.scheduler.add_noise(latents, noise, visited[:1].repeat(pictures))
 
     def encode(self, images: torch.Tensor, count: int, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Latents of `count` pictures, those of one repeated in neighbouring rows.
+        """Latents for `count` pictures; repeats of one picture are in neighbouring rows.
 
-        With a list of generators each row's draw from the posterior comes from its own.
+        With a list of generators, each row is drawn from the encoder's posterior by its own.
         """
         generator = self.request.generator
         if isinstance(generator, list):
@@ -78,7 +78,7 @@ class ImageToImage(Task):
 
 
 class ImageToImagePipeline(TextToImagePipeline):
-    """Draws prompts over a picture. The parts are TextToImagePipeline's, and any folder of it loads here."""
+    """Draws prompts over a picture. The components are TextToImagePipeline's, whose folders load here."""
 
     @torch.no_grad()
     @takes(
@@ -92,11 +92,11 @@ class ImageToImagePipeline(TextToImagePipeline):
     def __call__(self, request: Request) -> Any:
         """Draws `num_images_per_prompt` pictures for each prompt, starting from a picture.
 
-        A tensor with the channels of the VAE's latents is taken as latents. int(strength *
-        num_inference_steps) steps are run, at least one. `height` and `width`, both, resize the picture;
-        without them it keeps its size, and one that the model cannot draw is an error that names the nearest
-        (diffusers cuts its sides to multiples). With several prompts, pictures and `num_images_per_prompt`,
-        picture i stays with prompt i.
+        A tensor with as many channels as the VAE's latents is taken as latents. int(strength *
+        num_inference_steps) steps are run, at least one. `height` and `width`, which go together, resize the
+        picture. Without them it keeps its size; a size that the model cannot draw raises an error that names
+        the nearest one (diffusers cuts the sides to multiples). With several prompts, pictures and
+        `num_images_per_prompt`, picture i stays with prompt i.
 
         Returns images and nsfw_content_detected (None without a safety checker).
         Raises ValueError for arguments that make no sense, before any work.
@@ -110,5 +110,5 @@ def check_rows(name: str, rows: torch.Tensor, prompts: int) -> None:
 
 
 def for_each(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` rows of fewer, each repeated in its place: [a, b] -> [a, a, b, b]."""
+    """Repeat rows in place until there are `count`: [a, b] -> [a, a, b, b]."""
     return rows.repeat_interleave(count // len(rows), dim=0)

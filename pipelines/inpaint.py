@@ -1,8 +1,8 @@
 """Inpainting and outpainting: `InpaintPipeline` repaints where a mask is white and leaves the rest alone.
 
-Two kinds of U-Net, one call. Any text-to-image model: the known region, noised to the level of each step, is
-merged into the latents (Lugmayr et al. 2022, "RePaint", with its resampling as an option). A model trained
-for it, as GLIDE was: it sees the mask and the masked picture as further input channels.
+It takes two kinds of U-Net. With any text-to-image model, the known region, noised to the level of each step,
+is merged into the latents (Lugmayr et al. 2022, "RePaint", with its resampling as an option). A model trained
+for inpainting, as GLIDE was, sees the mask and the masked picture as further input channels.
 """
 
 from collections.abc import Sequence
@@ -34,13 +34,13 @@ from .image_to_image import ImageToImage, ImageToImagePipeline, check_rows, for_
 
 
 class Inpaint(ImageToImage):
-    """The masked part is drawn, the known region is kept: by merging it in, or by a U-Net that sees it."""
+    """Draws the masked part and keeps the known region, by merging it in or by a U-Net that sees it."""
 
-    soft: torch.Tensor  # the mask as it was given, (1 or prompts, 1, H, W) in [0, 1]
+    soft: torch.Tensor  # the mask as given, (1 or prompts, 1, H, W) in [0, 1]
     binary: torch.Tensor  # 1 where it is 1/2 or more
-    box: Box | None = None  # the region that is repainted of a larger picture
+    box: Box | None = None  # with `padding_mask_crop`, the region of a larger picture that is repainted
     whole: Image.Image  # that picture, in RGB
-    grey: Image.Image  # and its mask
+    grey: Image.Image  # its mask
 
     def read(self) -> None:
         request, sees_mask = self.request, self.pipe.sees_mask
@@ -59,7 +59,7 @@ class Inpaint(ImageToImage):
                 request.width,
                 request.padding_mask_crop,
             )
-            self.soft = mask  # what comes back is blended into the whole, at its size
+            self.soft = mask  # the result is blended into the whole picture, at its size
         else:
             self.pictures = self.read_images(request.image)
             size = (self.pictures.shape[2], self.pictures.shape[3])
@@ -92,7 +92,7 @@ class Inpaint(ImageToImage):
         return repaint_order(count, self.request.jump_length, self.request.jump_n_sample)
 
     def start(self, pictures: int, visited: torch.Tensor, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Encode the picture, noise it, and encode what the mask leaves of it: draws in diffusers' order."""
+        """Encode the picture, noise it, and encode its unmasked part; draws are in diffusers' order."""
         request, scheduler = self.request, self.pipe.scheduler
         merges = not self.pipe.sees_mask
         picture = None
@@ -117,7 +117,7 @@ class Inpaint(ImageToImage):
         return torch.cat([x_t, *self.tensors.values()], dim=1)  # (B, 2C + 1, H, W)
 
     def before(self, latents: torch.Tensor, k: int, last: int | None) -> torch.Tensor:
-        """Where resampling goes back: from where step `last` left the latents to step k's noise level."""
+        """If resampling goes back: noise the latents that step `last` left to step k's noise level."""
         if last is None or k > last:
             return latents
         abar = self.pipe.scheduler.alphas_cumprod.double().cpu()[self.visited.cpu()].tolist() + [1.0]
@@ -125,7 +125,7 @@ class Inpaint(ImageToImage):
         return renoise(latents, z, abar[last + 1], abar[k])
 
     def after(self, latents: torch.Tensor, k: int) -> torch.Tensor:
-        """The known region, noised to the level that step k leaves, in place of what was drawn there."""
+        """Replace what was drawn in the known region by the picture, noised to the level after step k."""
         if self.known is None:
             return latents
         if self.request.jump_n_sample > 1:
@@ -136,7 +136,7 @@ class Inpaint(ImageToImage):
         return (1 - mask) * known + mask * latents
 
     def finish(self, pictures: torch.Tensor, kept: torch.Tensor) -> Any:
-        """Put back what was to be kept."""
+        """Put back the pixels that were to be kept."""
         if self.box is not None:
             drawn = super().finish(pictures, kept)
             return [put_back(one, self.whole, self.grey, self.box) for one in drawn]
@@ -146,10 +146,10 @@ class Inpaint(ImageToImage):
 
 
 class InpaintPipeline(ImageToImagePipeline):
-    """Repaints the masked part of a picture by a prompt. The parts are TextToImagePipeline's, and any folder
-    of it loads here, with a U-Net of either kind.
+    """Repaints the masked part of a picture from a prompt. The components are TextToImagePipeline's, whose
+    folders load here, with a U-Net of either kind.
 
-    With C channels of latents (3 in pixels), a U-Net of C input channels is a text-to-image model; one of
+    With C channels of latents (3 in pixels), a U-Net with C input channels is a text-to-image model; one with
     2C + 1 was trained for inpainting and sees [x_t, mask, masked picture's latents].
     """
 
@@ -163,7 +163,7 @@ class InpaintPipeline(ImageToImagePipeline):
 
     @property
     def num_channels_latents(self) -> int:
-        """C: channels of the latents that are drawn, without those that a U-Net made for inpainting adds."""
+        """C: channels of the drawn latents, without the further inputs of a U-Net made for inpainting."""
         return 3 if self.vae is None else self.vae.config.latent_channels
 
     @property
@@ -185,23 +185,24 @@ class InpaintPipeline(ImageToImagePipeline):
     def __call__(self, request: Request) -> Any:
         """Repaints the white part of `mask_image` in `image`, `num_images_per_prompt` times for each prompt.
 
-        Where the mask is 0 the pictures returned equal `image` to the last bit, whatever the model and the
-        size. The model repaints where it is 1/2 or more. Between 0 and 1, in a soft mask, what it drew is
-        blended in by that share, mask * drawn + (1 - mask) * image: there pixels do change. A mask of another
-        size than `image` is stretched to it.
+        Where the mask is 0, the returned pictures equal `image` bit for bit, whatever the model and the size.
+        The model repaints where the mask is 1/2 or more. Where a soft mask is between 0 and 1, pixels do
+        change: the result is mask * drawn + (1 - mask) * image. A mask of another size than `image` is
+        stretched to it.
 
-        `height` and `width`, both, resize picture and mask; without them they keep the picture's size
-        (diffusers squeezes them into the U-Net's). `padding_mask_crop` is for PIL pictures and output, and
-        one prompt's picture. Callbacks may see and replace "mask" and "masked_image_latents" too, a row for
-        each picture. RePaint's resampling (`jump_n_sample` above 1) makes the two regions agree better and
-        multiplies the time; it is for DDPM and DDIM schedulers, and U-Nets that do not see the mask.
+        `height` and `width`, which go together, resize picture and mask; without them these keep the
+        picture's size (diffusers resizes them to the U-Net's). `padding_mask_crop` takes one PIL picture, for
+        one prompt, and returns PIL pictures. Callbacks may also see and replace "mask" and
+        "masked_image_latents", a row for each picture. RePaint's resampling (`jump_n_sample` above 1) makes
+        the two regions agree better and multiplies the time. It needs a DDPM or DDIM scheduler and a U-Net
+        that does not see the mask.
 
-        With a list of generators all of a picture's noise comes from its own (in diffusers that of the
-        encoder does not).
+        With a list of generators, all of a picture's noise comes from its own (in diffusers the encoder's
+        does not).
 
         Returns images and nsfw_content_detected (None without a safety checker).
-        Raises ValueError for arguments that make no sense, and a mask that nowhere reaches 1/2, before any
-        work.
+        Raises ValueError for arguments that make no sense, and for a mask that is below 1/2 everywhere,
+        before any work.
         """
         return draw(self, request, Inpaint(self, request))
 
@@ -218,14 +219,14 @@ class InpaintPipeline(ImageToImagePipeline):
         negative_prompt: str | list[str] | None = None,
         **call: Any,
     ) -> StableDiffusionPipelineOutput:
-        """Grows pictures by so many pixels on each side, and draws there; inside they stay, to the last bit.
+        """Extends pictures by these numbers of pixels and draws there; the originals are kept bit for bit.
 
-        The canvas is covered by windows of the size that the U-Net was made for, from the picture outwards,
-        and each is inpainted where it is still empty; one that touches on what is there already shares
-        `overlap` pixels with it (default: half a window).
+        The canvas is covered by windows of the U-Net's own size, from the picture outwards, and each is
+        inpainted where it is still empty. A window that borders on what is already there shares `overlap`
+        pixels with it (default: half a window).
 
-        `image` is one for all prompts or one for each, `call` what `__call__` takes besides, with output in
-        PIL. Returns (width + left + right) x (height + top + bottom) pixels.
+        `image` is one for all prompts or one for each. `call` has further arguments of `__call__`; the output
+        is always PIL. Returns pictures of (width + left + right) x (height + top + bottom) pixels.
         Raises ValueError for arguments that make no sense.
         """
         sides = {"left": left, "top": top, "right": right, "bottom": bottom}
@@ -251,7 +252,7 @@ class InpaintPipeline(ImageToImagePipeline):
         if isinstance(negative_prompt, list):
             negative_prompt = [one for one in negative_prompt for _ in range(num_images_per_prompt)]
 
-        # windows may not be longer than the canvas: what it has too much of is cut off at the end
+        # a canvas must be as large as a window: what is added for that is cut off at the end
         (inner_width, inner_height), (side_width, side_height) = originals[0].size, side
         width, height = inner_width + left + right, inner_height + top + bottom
         spare_x, spare_y = max(side_width - width, 0), max(side_height - height, 0)
@@ -290,8 +291,8 @@ class InpaintPipeline(ImageToImagePipeline):
 def crop_around_mask(
     pipe: Any, image: Any, mask_image: Any, height: int | None, width: int | None, padding: int
 ) -> tuple[Box, Image.Image, Image.Image, torch.Tensor, torch.Tensor]:
-    """(box, the whole picture in RGB, its mask in grey, and of the box both as tensors of height x width, by
-    default the model's own)."""
+    """(box, the whole picture in RGB, its mask in grey, and the box of both as tensors of height x width,
+    which default to the model's own)."""
     for name, given in (("image", image), ("mask_image", mask_image)):
         check(name, type(given).__name__, isinstance(given, Image.Image), "a PIL picture to be cropped")
         check_pixels(given.width, given.height, name)
@@ -306,7 +307,7 @@ def crop_around_mask(
 
 
 def put_back(drawn: Image.Image, whole: Image.Image, grey: Image.Image, box: Box) -> Image.Image:
-    """`whole` with `drawn` in `box`, as far as the mask `grey` says: all of it at 255, none at 0."""
+    """`whole` with `drawn` in `box`, blended by the mask `grey`: all of it at 255, none at 0."""
     pasted = whole.copy()
     pasted.paste(grow_to_fill(drawn, box[2] - box[0], box[3] - box[1]), box)
     return Image.composite(pasted, whole, grey)

@@ -1,4 +1,4 @@
-"""Super-resolution: `SuperResolutionPipeline` enlarges pictures four times, with details of its own."""
+"""Super-resolution: `SuperResolutionPipeline` enlarges pictures and adds details."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .drawing.loop import Denoise, Task, draw
 from .drawing.request import Request, check, takes
 from .text_to_image import TextToImagePipeline
 
-UNSET_SCALING_FACTOR, SCALING_FACTOR = 0.18215, 0.08333  # AutoencoderKL's default; what an upscaler's means
+UNSET_SCALING_FACTOR, SCALING_FACTOR = 0.18215, 0.08333  # AutoencoderKL's default; what an upscaler needs
 
 
 class SuperResolution(Task):
@@ -58,10 +58,10 @@ class SuperResolution(Task):
         return super().start(pictures, visited, device, dtype)
 
     def noise_image(self, low: torch.Tensor, count: int) -> torch.Tensor:
-        """y_s = sqrt(abar_s) y + sqrt(1 - abar_s) eps of `count` rows, s the noise level.
+        """y_s = sqrt(abar_s) y + sqrt(1 - abar_s) eps for `count` rows, s the noise level.
 
-        One generator draws once for each picture, as in diffusers, and those drawn of one picture share it; a
-        list of them draws for each row.
+        A single generator draws eps once for each small picture, as in diffusers, and its results share it; a
+        list of generators draws for each row.
         """
         generator = self.request.generator
         if isinstance(generator, list):
@@ -78,7 +78,7 @@ class SuperResolution(Task):
         return {"class_labels": torch.full((rows,), self.level, device=self.beside.device)}
 
     def wrap(self, denoise: Denoise) -> Denoise:
-        """In pixels: the prediction is what the enlarged picture lacks, brought back onto the small one."""
+        """In pixels, add the prediction to the enlarged picture and back-project it onto the small one."""
         if self.pipe.vae is not None:
             return denoise
 
@@ -93,7 +93,7 @@ class SuperResolution(Task):
             self.request.callback(i // self.pipe.scheduler.order, t, latents)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The decoder in float32 where its config says that float16 overflows in it."""
+        """Decode in float32 if the vae's config says that float16 overflows in it."""
         vae = self.pipe.vae
         if vae is None or vae.dtype != torch.float16 or not vae.config.force_upcast:
             return decode_latents(vae, latents)
@@ -113,26 +113,27 @@ class SuperResolutionPipeline(TextToImagePipeline):
     r"""Enlarges pictures by a whole factor, in a few U-Net passes that see the small picture beside x_t.
 
     With a `vae` it is Stable Diffusion's x4 upscaler: x_t are latents of the small picture's height and
-    width, which the vae decodes to `vae_scale_factor` times that, and the U-Net sees [x_t, y_s], y_s the
-    small picture noised to `noise_level` by `low_res_scheduler` (Ho 2021, "Cascaded diffusion models", 4.2).
+    width, which the vae decodes to `vae_scale_factor` times that size. The U-Net sees [x_t, y_s], where y_s
+    is the small picture noised to `noise_level` by `low_res_scheduler` (Ho 2021, "Cascaded diffusion
+    models", 4.2).
 
-    Without one x_t is the large picture, E enlarges smoothly, and the U-Net predicts what E(y_s) lacks:
+    Without a `vae`, x_t is the large picture, E enlarges smoothly, and the U-Net predicts what E(y_s) lacks:
 
-        x0 = E(y_s) + U-Net([x_t, E(y_s)], t, s),  then brought back onto the small picture by `back_project`
+        x0 = E(y_s) + U-Net([x_t, E(y_s)], t, s),  then moved onto the small picture by `back_project`
 
-    so that the result, shrunk, is the picture that was given.
+    so that the result, shrunk, is the given picture.
 
     Args:
-        unet: sees 3 channels more than it steps with; ConditionalUNet, or diffusers' UNet2DConditionModel.
-        low_res_scheduler: noises the small picture. scheduler: of x_t; without a vae it must take x0, that
-            is, have the prediction_type "sample".
+        unet: sees 3 channels more than x_t has; ConditionalUNet, or diffusers' UNet2DConditionModel.
+        low_res_scheduler: noises the small picture.
+        scheduler: steps x_t; without a vae it must take x0, that is, have the prediction_type "sample".
         vae, text_encoder, tokenizer: optional; a U-Net without cross-attention reads no text.
         safety_checker, feature_extractor, watermarker: as Stable Diffusion folders have them.
         noisy_clip, noisy_classifier, clip_guidance_model: as TextToImagePipeline's, for guidance.
         max_noise_level: the highest `noise_level` that the U-Net was trained on.
-        upscale_factor: of a pipeline without a vae.
-        default_guidance_scale, default_num_inference_steps, default_noise_level: what a call that does not
-            say gets; saved in model_index.json.
+        upscale_factor: the factor of a pipeline without a vae.
+        default_guidance_scale, default_num_inference_steps, default_noise_level: for calls that leave these
+            out; saved in model_index.json.
     """
 
     _optional_components = [
@@ -192,7 +193,7 @@ class SuperResolutionPipeline(TextToImagePipeline):
 
     @property
     def scale(self) -> int:
-        """How many times larger the result is, along each side."""
+        """How many times larger the result is along each side."""
         return self.config.upscale_factor if self.vae is None else self.vae_scale_factor
 
     @property
@@ -202,7 +203,7 @@ class SuperResolutionPipeline(TextToImagePipeline):
 
     @property
     def reads_text(self) -> bool:
-        """Whether the U-Net has cross-attention. One that has none takes a prompt and does not look at it."""
+        """Whether the U-Net has cross-attention. One without it accepts a prompt and ignores it."""
         kinds = (*self.unet.config.down_block_types, self.unet.config.mid_block_type)
         return any("CrossAttn" in (kind or "") for kind in kinds)
 
@@ -217,9 +218,9 @@ class SuperResolutionPipeline(TextToImagePipeline):
     def __call__(self, request: Request) -> Any:
         """Enlarges pictures of any height and width (diffusers first cuts the sides to multiples of 8 or so).
 
-        A U-Net without cross-attention does not look at the prompt. More `noise_level`, and more is made up:
-        right for pictures that have faults of their own, such as drawn ones. With several pictures and
-        `num_images_per_prompt`, results of picture i are neighbours.
+        A U-Net without cross-attention ignores the prompt. A higher `noise_level` invents more detail, which
+        suits pictures that have faults of their own, such as drawn ones. With several pictures and
+        `num_images_per_prompt`, the results of one picture are next to each other.
 
         Returns images and nsfw_content_detected (None without a safety checker).
         Raises ValueError for arguments that make no sense, before any work.
@@ -231,7 +232,7 @@ class SuperResolutionPipeline(TextToImagePipeline):
     def make_card(
         self, name: str, has_code: bool, card: str | None = None, given: dict[str, Any] | Any = None
     ) -> str:
-        """As `ModelCardMixin`'s, for a model that is given a picture and no prompt."""
+        """As in `ModelCardMixin`, for a model that takes a picture and no prompt."""
         if given is None and card is not None:
             return card
         if given is None or isinstance(given, dict):

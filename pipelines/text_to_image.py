@@ -19,7 +19,7 @@ from .folders.saving import SaveMixin
 
 
 class TextToImage(Task):
-    """Pictures of noise; large ones drawn small and then enlarged, where the pipeline has an upsampler."""
+    """Draws pictures from noise. With an upsampler, large ones are drawn small and then enlarged."""
 
     def read(self) -> None:
         pipe, request = self.pipe, self.request
@@ -32,7 +32,7 @@ class TextToImage(Task):
                 height, width, self.enlarge = height // factor, width // factor, self.by_upsampler
         check_size(height, width, pipe.size_unit)
         self.height, self.width = height, width
-        # the model's own CLIP guidance, where the call leaves all guidance to it
+        # the model's own CLIP guidance, if the call leaves all guidance to it
         size = request.clip_guidance == "noised" and request.prompt is not None and (height, width)
         guidance = request.guidance_scale, request.clip_guidance_scale
         _, request.clip_guidance_scale = pipe.guidance_defaults(*guidance, size)
@@ -51,15 +51,15 @@ class TextToImagePipeline(
         tokenizer: CLIP's, with a vocabulary of any size.
         text_encoder: transformers' CLIPTextModel, or CLIPTextModelWithProjection for projected pooled text.
         unet: ConditionalUNet, or diffusers' UNet2DConditionModel.
-        scheduler: any of diffusers' that step in discrete time or sigma, or our DDPMScheduler.
+        scheduler: any of diffusers' that steps in discrete time or sigma, or our DDPMScheduler.
         vae: decodes latents; None means that the U-Net draws pixels in [-1, 1] itself.
         safety_checker, feature_extractor: as Stable Diffusion folders have them; used when present.
         noisy_clip, noisy_classifier: NoisyCLIP and NoisyClassifier, trained on this model's noised pictures.
-        clip_guidance_model: GuidanceCLIP, or what `GuidanceCLIP.load` makes one of: a folder, open_clip's
-            name. All three are for guidance beyond the U-Net's own, and saved along where they are there.
-        image_encoder, requires_safety_checker: unused, kept so that such a folder saves back whole.
-        default_guidance_scale, default_num_inference_steps, default_clip_guidance_scale: what a call that
-            does not say gets; saved in model_index.json, so that each model folder brings its own.
+        clip_guidance_model: GuidanceCLIP, or what `GuidanceCLIP.load` takes: a folder or open_clip's name. It
+            and the two above are for guidance by other networks, and are saved with the pipeline if present.
+        image_encoder, requires_safety_checker: unused; kept so that folders with them are saved complete.
+        default_guidance_scale, default_num_inference_steps, default_clip_guidance_scale: for calls that leave
+            these out; saved in model_index.json, so that each model folder has its own.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -70,8 +70,8 @@ class TextToImagePipeline(
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
-    # With a SuperResolutionPipeline here, sizes of its factor times the model's own or more are drawn smaller
-    # by the factor, then enlarged. It is a pipeline of its own, neither saved nor moved with this one.
+    # If this is a SuperResolutionPipeline, sizes of at least its factor times the model's own are drawn
+    # smaller by the factor, then enlarged. It is a separate pipeline, neither saved nor moved with this one.
     upsampler: Any = None
     # What the last call asked for; callbacks may change the first two between steps
     _guidance_scale: float = 1.0
@@ -130,7 +130,7 @@ class TextToImagePipeline(
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels to a latent, along one side; 1 without a vae."""
+        """Pixels per latent, along one side; 1 without a vae."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
 
     @property
@@ -147,12 +147,12 @@ class TextToImagePipeline(
 
     @property
     def size_unit(self) -> int:
-        """Heights and widths are multiples of this many pixels."""
+        """Heights and widths must be multiples of this many pixels."""
         return self.vae_scale_factor * self.unet.config.get("patch_size", 1)
 
     @property
     def requires_pooled_text(self) -> bool:
-        """Whether the U-Net reads pooled text, so that ready `prompt_embeds` must come with theirs."""
+        """Whether the U-Net reads pooled text, so that ready `prompt_embeds` need `pooled_prompt_embeds`."""
         keys = ("pooled_text_time_embedding", "text_concat_channels")
         return self.unet is not None and any(self.unet.config.get(key) for key in keys)
 
@@ -174,8 +174,8 @@ class TextToImagePipeline(
     def guidance_defaults(
         self, guidance_scale: float | None, clip_guidance_scale: float | None, size: tuple[int, int] | Any
     ) -> tuple[float, float]:
-        """(s of classifier-free, s of CLIP guidance) of a call, the folder's own where None is given:
-        the latter where both are None and its `noisy_clip` sees pictures of this (height, width), else 0."""
+        """(s of classifier-free guidance, s of CLIP guidance) of a call. None means the folder's own; for
+        CLIP guidance only if both are None and `noisy_clip` sees pictures of this (height, width), else 0."""
         own, clip = self.config.default_clip_guidance_scale, self.noisy_clip
         if clip_guidance_scale is None:
             side = 0 if clip is None else clip.config.sample_size * self.vae_scale_factor
@@ -198,7 +198,7 @@ class TextToImagePipeline(
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(prompt states, negative states), each (B * num_images_per_prompt, L, D); diffusers' arguments.
 
-        For a model with `requires_pooled_text`, `drawing.text.encode_for` gives the pooled text as well.
+        For a model with `requires_pooled_text`, `drawing.text.encode_for` returns the pooled text as well.
         """
         inputs = TextInputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         guided = do_classifier_free_guidance

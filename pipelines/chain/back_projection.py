@@ -1,10 +1,10 @@
-"""What a small picture says of a large one: shrinking, enlarging, and keeping to it.
+"""Shrinking, enlarging, and keeping a large picture consistent with a small one.
 
-Pictures are float tensors (B, C, H, W). With S the shrinking and E the enlarging, each by a whole number:
+Pictures are float tensors (B, C, H, W). S shrinks and E enlarges, each by a whole factor. The step
 
     x <- x + E(y - S(x))        iterative back-projection, Irani and Peleg 1991
 
-brings a large picture x onto those that shrink to y. Within diffusion the same step keeps each estimate of x0
+moves a large picture x towards those that shrink to y. In diffusion the same step keeps each estimate of x0
 consistent with what is known (ILVR, Choi 2021, arXiv 2108.02938; DDNM, Wang 2022, arXiv 2212.00490).
 """
 
@@ -23,16 +23,16 @@ def shrink(x: torch.Tensor, scale: int) -> torch.Tensor:
 def enlarge(y: torch.Tensor, scale: int) -> torch.Tensor:
     """E: cubic convolution, Keys 1981. (B, C, h, w) -> (B, C, scale h, scale w).
 
-    With antialiasing torch takes a = -1/2, which is exact on straight lines, as Pillow does; without, -3/4.
+    With antialiasing torch uses a = -1/2, as Pillow does, which is exact on straight lines; without, -3/4.
     """
     return F.interpolate(y, scale_factor=scale, mode="bicubic", antialias=True)
 
 
 def back_project(x: torch.Tensor, y: torch.Tensor, scale: int, iterations: int = 8) -> torch.Tensor:
-    """x, in [-1, 1], changed smoothly until it shrinks to y: x <- clip(x + E(y - S(x))), `iterations` times.
+    """Change x smoothly until it shrinks to y: x <- clip(x + E(y - S(x)), -1, 1), `iterations` times.
 
-    What is left of the difference is all but gone after one at the coarse waves of y, and falls slower the
-    finer they are. (B, C, scale h, scale w) and (B, C, h, w), both in [-1, 1] -> the shape of x.
+    One iteration all but removes the difference at the low frequencies of y; the higher the frequency, the
+    more it takes. x (B, C, scale h, scale w) and y (B, C, h, w), both in [-1, 1] -> the shape of x.
     """
     for _ in range(iterations):
         x = (x + enlarge(y - shrink(x, scale), scale)).clamp(-1, 1)

@@ -1,13 +1,13 @@
-"""The diffusion chain: beta schedules, noising, its posterior.
+"""The diffusion chain: beta schedules, noising, and its posterior.
 
     q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I),  alpha_t = 1 - beta_t,  abar_t = alpha_0 .. alpha_t
 
 Timesteps count t = 0 .. T-1 from clean to noisy; abar_{-1} = 1 stands for the clean picture. A chain may skip
-some: "prev" is the next cleaner timestep it visits, alpha_t = abar_t/abar_prev and beta_t = 1 - alpha_t.
+timesteps: "prev" is the next cleaner one that it visits, alpha_t = abar_t/abar_prev and beta_t = 1 - alpha_t.
 
-Where a function takes `abar_t` or `abar_prev` it may be a float, a 0-d tensor, one value per sample (B,), or
-anything that broadcasts against x, which may have any rank. Arithmetic is in float32 (float64 if x is),
-results have the dtype of x. Shapes that do not fit, and integer pictures, raise ValueError.
+`abar_t` and `abar_prev` may be a float, a 0-d tensor, one value per sample (B,), or anything that broadcasts
+against x, which may have any rank. Arithmetic is in float32 (float64 if x is), and results have the dtype of
+x. Shapes that do not fit and integer pictures raise ValueError.
 
 Papers: Ho 2020 (arXiv 2006.11239), Song 2020 (2010.02502), Nichol 2021 (2102.09672), Salimans 2022
 (2202.00512), Imagen (2205.11487), Lin 2023 (2305.08891).
@@ -26,7 +26,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCES = ("learned", "learned_range")  # the model has 2C output channels
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-SMALLEST_VARIANCE = 1e-20  # logarithms start here
+SMALLEST_VARIANCE = 1e-20  # lower limit before a logarithm
 SMALLEST_ABAR = 2.0**-48  # what predict_x0 divides by at zero terminal SNR
 
 
@@ -60,12 +60,13 @@ def linear_betas(T: int, beta_start: float, beta_end: float) -> Tensor:
 
 
 def scaled_linear_betas(T: int, beta_start: float, beta_end: float) -> Tensor:
-    """beta_t = s_t^2, s_t evenly spaced between the roots of the ends ("quadratic"). arXiv 2112.10752."""
+    """beta_t = s_t^2, s_t evenly spaced from sqrt(beta_start) to sqrt(beta_end). arXiv 2112.10752."""
     return linear_betas(T, beta_start**0.5, beta_end**0.5) ** 2
 
 
 def sigmoid_betas(T: int, beta_start: float, beta_end: float) -> Tensor:
-    """beta_t = beta_start + (beta_end - beta_start) sigmoid(u_t), u_t evenly in [-6, 6]. arXiv 2203.02923."""
+    """beta_t = beta_start + (beta_end - beta_start) sigmoid(u_t), u_t evenly spaced in [-6, 6].
+    arXiv 2203.02923."""
     return torch.sigmoid(linear_betas(T, -6, 6)) * (beta_end - beta_start) + beta_start
 
 
@@ -77,7 +78,7 @@ def cosine_abar(u: float) -> float:
 def laplace_abar(u: float) -> float:
     """abar(u) = sqrt(snr/(1 + snr)), log snr = -sign(1/2 - u)/2 log(1 - 2|1/2 - u| + 1e-6), u in [0, 1].
 
-    The Laplace schedule of Hang 2024 (arXiv 2407.03297) with mu = 0, b = 1/2, in the form diffusers gives it.
+    The Laplace schedule of Hang 2024 (arXiv 2407.03297) with mu = 0, b = 1/2, in diffusers' form.
     """
     snr = math.exp(-0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6))
     return math.sqrt(snr / (1 + snr))
@@ -98,7 +99,7 @@ def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def make_betas(beta_schedule: str, T: int, beta_start: float, beta_end: float) -> Tensor:
-    """The schedule of that name; beta_start and beta_end do not touch the two given by their abar."""
+    """The betas of the named schedule; squaredcos_cap_v2 and laplace ignore beta_start and beta_end."""
     require(beta_schedule in BETA_SCHEDULES, "beta_schedule", beta_schedule, f"one of {BETA_SCHEDULES}")
     if beta_schedule == "squaredcos_cap_v2":
         return betas_from_abar(cosine_abar, T)
@@ -118,7 +119,7 @@ def q_sample(x0: Tensor, eps: Tensor, abar_t: Tensor | float) -> Tensor:
 
 
 def velocity(x0: Tensor, eps: Tensor, abar_t: Tensor | float) -> Tensor:
-    """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0, (B, ...), the target "v_prediction". Salimans 2022, D."""
+    """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0, (B, ...), the target of v-prediction. Salimans 2022, D."""
     abar_t = expand(abar_t, x0)
     return (abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x0).to(torch.result_type(x0, eps))
 
@@ -134,13 +135,13 @@ def signal_to_noise_ratio(abar_t: Tensor) -> Tensor:
 def predict_x0(
     model_output: Tensor, x_t: Tensor, abar_t: Tensor | float, prediction_type: str = "epsilon"
 ) -> Tensor:
-    """The clean picture that a model's output stands for, same shape as x_t, not clipped.
+    """The clean picture that a model's output implies, in the shape of x_t, not clipped.
 
     epsilon: (x_t - sqrt(1 - abar_t) eps)/sqrt(abar_t)         Ho 2020, eq. 15
     v_prediction: sqrt(abar_t) x_t - sqrt(1 - abar_t) v        Salimans 2022, App. D
     sample: the output itself
 
-    Where abar_t = 0, eps says nothing of x0, and the division is by sqrt(2^-48) to stay finite.
+    Where abar_t = 0, eps says nothing about x0, and the divisor is sqrt(2^-48) to keep the result finite.
     """
     known = prediction_type in PREDICTION_TYPES
     require(known, "prediction_type", prediction_type, f"one of {PREDICTION_TYPES}")
@@ -161,8 +162,10 @@ def posterior_mean(
 
     mu~ = [sqrt(abar_prev) beta_t x0 + sqrt(alpha_t) (1 - abar_prev) x_t]/(1 - abar_t)
 
-    eta < 1 is for the chain with the same q(x_t | x0) whose steps add eta^2 beta~_t. Song 2020, eq. 7:
-    mu~ = sqrt(abar_prev) x0 + w (x_t - sqrt(abar_t) x0), w^2 = (1 - abar_prev - eta^2 beta~_t)/(1 - abar_t)
+    eta < 1 is for the chain with the same q(x_t | x0) whose steps add noise of variance sigma_t^2 =
+    eta^2 beta~_t. Song 2020, eq. 7, whose alpha_t is abar_t here:
+
+    mu~ = sqrt(abar_prev) x0 + sqrt(1 - abar_prev - sigma_t^2) (x_t - sqrt(abar_t) x0)/sqrt(1 - abar_t)
     """
     abar_t, abar_prev = expand(abar_t, x_t), expand(abar_prev, x_t)
     alpha_t = abar_t / abar_prev
@@ -175,7 +178,8 @@ def posterior_mean(
 
 
 def posterior_variance(abar_t: Tensor, abar_prev: Tensor) -> Tensor:
-    """Variance of q(x_prev | x_t, x0), elementwise; 0 where abar_prev = 1, so no log there. Ho 2020, eq. 7.
+    """Variance of q(x_prev | x_t, x0), elementwise; where abar_prev = 1 it is 0, without a logarithm.
+    Ho 2020, eq. 7.
 
     beta~_t = (1 - abar_prev)/(1 - abar_t) beta_t
     """
@@ -183,7 +187,8 @@ def posterior_variance(abar_t: Tensor, abar_prev: Tensor) -> Tensor:
 
 
 def learned_range_log_variance(v: Tensor, log_beta: Tensor, log_posterior_variance: Tensor) -> Tensor:
-    """log var = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2; v about [-1, 1]. Nichol 2021, eq. 15."""
+    """log Sigma = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2, v in about [-1, 1]. Nichol 2021, eq. 15,
+    which writes v for f; here v is the model's output."""
     f = (v + 1) / 2
     return f * log_beta + (1 - f) * log_posterior_variance
 
@@ -191,10 +196,10 @@ def learned_range_log_variance(v: Tensor, log_beta: Tensor, log_posterior_varian
 def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
     """x0 <- clamp(x0, -s, s)/s, s = min(max(1, the ratio-quantile of |x0| over one image), max_value).
 
-    Shape (B, ...), each sample by itself; result in [-1, 1]. Imagen, section 2.3; max_value is diffusers'.
+    (B, ...), each sample by itself; the result is in [-1, 1]. Imagen, section 2.3; max_value is diffusers'.
     """
     x = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    s = torch.stack([torch.quantile(image.abs(), ratio) for image in x])  # (B,); quantile takes 2^24 values
+    s = torch.stack([torch.quantile(image.abs(), ratio) for image in x])  # (B,); at most 2^24 values each
     s = expand(s.clamp(min=1, max=max_value), x)  # (B, 1, 1, 1)
     return (torch.clamp(x, -s, s) / s).to(x0.dtype)
 
@@ -202,10 +207,10 @@ def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) 
 def reverse_variance(
     variance_type: str | None, abar_t: Tensor, abar_prev: Tensor, stand_in: Tensor, v: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """sigma_t^2 of p(x_prev | x_t) and its logarithm, shaped as v if it is learned, else as abar_t.
+    """sigma_t^2 of p(x_prev | x_t) and its logarithm, in the shape of v if it is learned, else of abar_t.
 
     fixed_large: beta_t; fixed_small: beta~_t (Ho 2020, section 3.2); learned: exp(v); learned_range: see
-    `learned_range_log_variance`. Where abar_prev = 1, beta~_t = 0 and `stand_in` is used instead. Raises
+    `learned_range_log_variance`. Where abar_prev = 1, beta~_t is 0 and `stand_in` is used instead. Raises
     ValueError for a learned variance without v.
     """
     beta = (1 - abar_t / abar_prev).clamp(min=SMALLEST_VARIANCE)
@@ -240,12 +245,13 @@ def p_mean_variance(
     """p(x_prev | x_t) from a model's output: x0, clipped or thresholded, its posterior mean, the variance.
 
     Args:
-        model_output: (B, C, ...), or (B, 2C, ...) with a learned variance, whose v are the last C channels.
+        model_output: (B, C, ...), or (B, 2C, ...) with a learned variance, whose v is the last C channels.
         x_t: (B, C, ...).
-        stand_in: abar_t, abar_prev of the step whose beta~ is used where abar_prev = 1; None: 1 - abar_t is.
+        stand_in: (abar_t, abar_prev) of the step whose beta~ is used where abar_prev = 1; with None it is
+            1 - abar_t.
         clip_range: x0 is clamped to +-clip_range, unless None.
-        threshold: (ratio, max_value) of `dynamic_threshold`, which takes the place of clipping.
-        eta: of the mean, see `posterior_mean`; the variance is that of eta = 1.
+        threshold: (ratio, max_value) of `dynamic_threshold`, which replaces clipping.
+        eta: for the mean, see `posterior_mean`; the variance is that of eta = 1.
     """
     v = None
     if variance_type in LEARNED_VARIANCES:

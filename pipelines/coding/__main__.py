@@ -22,7 +22,7 @@ from .progressive_coding import Decoded, decode, encode
 
 
 def read_pictures(path: Path, captions: list[str]) -> tuple[list[Image.Image], list[str]]:
-    """One picture and its caption, or a folder of them with those of its metadata.jsonl."""
+    """One picture and its caption, or a folder of pictures with the captions in its metadata.jsonl."""
     if not path.is_dir():
         require(len(captions) < 2, "--caption", captions, "given once for one picture")
         with Image.open(path) as picture:
@@ -38,7 +38,7 @@ def read_pictures(path: Path, captions: list[str]) -> tuple[list[Image.Image], l
 
 
 def write_pictures(path: Path, decoded: Decoded) -> None:
-    """One picture as PNG, or a folder of them as `read_pictures` reads it; renamed once whole."""
+    """One picture as PNG, or a folder as `read_pictures` reads it, renamed into place once complete."""
     if len(decoded.pictures) == 1:
         save_png(decoded.pictures[0], path)
         return
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("input", type=Path, help="encode: a picture, or a folder; decode: a file")
     parser.add_argument("output", type=Path, help="encode: a file; decode: a PNG, or a new folder")
     parser.add_argument("--model", type=Path, default=Path("models") / "emoji", help="default: models/emoji")
-    parser.add_argument("--threads", type=int, default=1, help="of both, encoder and decoder; default: 1")
+    parser.add_argument("--threads", type=int, default=1, help="the same to encode and to decode; default: 1")
     parser.add_argument("--caption", action="append", default=[], help="of the picture; travels in the file")
     parser.add_argument("--lossless", action="store_true", help="bits back, for many pictures in one file")
     parser.add_argument("--steps", type=int, default=100, help="timesteps of the chain; default: 100")

@@ -2,7 +2,7 @@
 
     -log2 p(x0 | x_1) + sum of log2 q(x_t | x_{t-1})/p(x_t | x_{t+1}) + log2 q(x_T | x_{T-1})/p(x_T)
 
-x_t are rounded to a grid and drawn from the bits of the pictures before; the sum's mean is the bound. Papers:
+x_t are rounded to a grid and drawn with the bits of earlier pictures; the sum's mean is the bound. Papers:
 Townsend 2019 (arXiv 1901.04866), Kingma 2019 (Bit-Swap, 1905.06845), Kingma 2021 (2107.00630, section 7.3).
 """
 
@@ -19,8 +19,8 @@ from .coding_model import Cost, flat
 from .entropy_coding import Stack
 from .likelihood import prior_term, vlb_term
 
-BINS = 2.0  # grid points of x_t to the deviation of what it is coded by
-INITIAL_BITS = 16  # for each dimension: more than two latents take. Those not used are not stored
+BINS = 2.0  # grid points of x_t per standard deviation of the distribution that codes it
+INITIAL_BITS = 16  # for each dimension: more than two latents need. Unused bits are not stored
 
 
 class Grid(NamedTuple):
@@ -33,7 +33,7 @@ class Grid(NamedTuple):
 
 
 def grids(chain: DDPMScheduler) -> list[Grid]:
-    """Cleanest first. The spacing is half the deviation of p(x_t | x_{t+1}) or q(x_t | x_{t-1})."""
+    """Cleanest first. The spacing is half the smaller deviation of p(x_t | x_{t+1}) and q(x_t | x_{t-1})."""
     visited = chain.timesteps.flip(0).tolist()
     abar = [1.0, *chain.alphas_cumprod.double()[visited].tolist()]
     result = []
@@ -47,14 +47,14 @@ def grids(chain: DDPMScheduler) -> list[Grid]:
 
 
 def in_units(std: Any, spacing: float) -> Any:
-    """A deviation in units of the grid, without the 1/12 that rounding to it adds to the variance (Sheppard).
+    """A deviation in units of the grid, less the variance of 1/12 that rounding to the grid adds (Sheppard).
 
-    With it the rounded x_t have the variance that the model has learnt to expect of x_t."""
+    So the rounded x_t have the variance that the model has learnt to expect."""
     return np.sqrt(np.maximum((std / spacing) ** 2 - 1 / 12, 0.05))
 
 
 class BitsBack:
-    """A stack of whole pictures. Bit-Swap's order: x_1 is drawn, x_0 pushed, x_2 drawn, x_1 pushed, ..."""
+    """A stack of complete pictures. Bit-Swap's order: x_1 is drawn, x_0 pushed, x_2 drawn, x_1 pushed, ..."""
 
     def __init__(self, chain: DDPMScheduler, stack: Stack, shape: tuple[int, ...]):
         self.chain, self.stack, self.grids, self.shape = chain, stack, grids(chain), shape
@@ -68,7 +68,7 @@ class BitsBack:
         return mean / grid.spacing, units, float(units.max())
 
     def _p(self, model: Any, grid: Grid, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor, Any]:
-        """(mean, std) of p(x_prev | x_t), x_t and the model's output."""
+        """(mean and std of p(x_prev | x_t), x_t, the model's output)."""
         x_t = torch.from_numpy(numbers * grid.spacing).reshape(self.shape)
         output = model(x_t, grid.t)
         p = self.chain.p_mean_variance(output, grid.t, x_t)

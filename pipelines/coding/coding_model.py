@@ -1,4 +1,4 @@
-"""What sender and receiver of a coded picture share: the model, its chain, what its digits depend on."""
+"""What sender and receiver of a coded picture share: the model, its chain, what their digits depend on."""
 
 import hashlib
 import importlib.metadata
@@ -17,10 +17,10 @@ from ..components.ddpm_scheduler import DDPMScheduler
 from ..drawing.text import encode_text
 from .likelihood import chain_of, prior_term, vlb_term
 
-# bits of a relative entropy code beyond its KL: the number's length, and the bound of Li and El Gamal
+# bits of a relative entropy code beyond its KL: the length of the number, and Li and El Gamal's bound
 BLOCK_OVERHEAD = 4 + 1 + math.log2(math.e) / math.e
 
-PICTURES_FOR_END = 8  # of an archive, that settle where its chain ends
+PICTURES_FOR_END = 8  # how many pictures of an archive decide where its chain ends
 
 
 @dataclass
@@ -29,15 +29,15 @@ class Cost:
 
     kl: float = 0.0  # all terms of the bound, of all pictures, bits
     last: float = 0.0  # of these, L_0: p(x0 | x_t) at the last step
-    blocks: int = 0  # progressive: relative entropy codes
-    side: int = 0  # progressive: bits that tell how many blocks a step has
+    blocks: int = 0  # progressive: number of relative entropy codes
+    side: int = 0  # progressive: bits that say how many blocks a step has
     initial: int = 0  # lossless: initial bits
     header: int = 0  # bytes of the header, captions among them
     total: int = 0  # bytes of the file
 
     @property
     def bound(self) -> float:
-        """Bits that relative entropy coding may take: KL sum, BLOCK_OVERHEAD a block, the block counts."""
+        """Bits that relative entropy coding may take: KL sum, BLOCK_OVERHEAD per block, block counts."""
         return self.kl + BLOCK_OVERHEAD * self.blocks + self.side
 
     def __str__(self) -> str:
@@ -61,7 +61,8 @@ def coding_chain(pipe: Any, steps: int, end: int, variance_type: str | None = No
     """`steps` of the model's timesteps, both ends included, without those below `end`; x0 is clipped.
 
     Raises:
-        ValueError: it draws no pixels; steps or end are out of range; the U-Net tells no variance to learn.
+        ValueError: the model does not draw pixels, steps or end are out of range, or the variance is to be
+            learned and the U-Net does not predict it.
     """
     require(pipe.vae is None and pipe.unet.config.in_channels == 3, "model", type(pipe).__name__, "of pixels")
     T = pipe.scheduler.config.num_train_timesteps
@@ -92,7 +93,7 @@ def denoiser(pipe: Any, caption: str, chain: DDPMScheduler) -> Callable[[Tensor,
 
 
 def fingerprint(pipe: Any) -> str:
-    """SHA-256, 128 bits of it, of all that the numbers depend on: weights, configs, the tokenizer's files."""
+    """128 bits of the SHA-256 of all that the numbers depend on: weights, configs, the tokenizer's files."""
     digest = hashlib.sha256()
     for part in (pipe.unet, pipe.text_encoder):
         for name, tensor in sorted(part.state_dict().items()):
@@ -109,7 +110,7 @@ def fingerprint(pipe: Any) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What else the last digit of a float depends on, or the numbers that are drawn."""
+    """What else the last digit of a float, or a random number, depends on."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "constriction")}
     cpu = torch.backends.cpu.get_cpu_capability()
     return versions | {"cpu": cpu, "threads": torch.get_num_threads()}
@@ -118,10 +119,10 @@ def environment() -> dict[str, Any]:
 def best_end(
     pipe: Any, pictures: list[Tensor], captions: list[str], steps: int, variance: str | None, seed: int
 ) -> int:
-    """The timestep at which a chain that ends there has the smallest bound, by one draw for a picture; of
-    several pictures, by the sum over the first eight.
+    """The timestep at which the chain should end for the smallest bound, estimated from one draw for each of
+    the first eight pictures.
 
-    A model of x0 may be blurrier than the noise of the last timesteps: its bound grows with every one.
+    A model of x0 may be blurrier than the noise at the last timesteps, each of which then adds to the bound.
     """
     chain = coding_chain(pipe, steps, 0, variance)
     generator = torch.Generator().manual_seed(seed)

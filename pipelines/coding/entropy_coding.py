@@ -4,7 +4,7 @@ Two ways to send x ~ q to someone who knows p but not q:
     - `Stack`, asymmetric numeral systems by the library constriction: x itself, for -log2 p(x) bits; popping
       a sample of q off the stack first gives -log2 q(x) of them back ("bits back", Townsend 2019).
     - `choose_candidate` and `candidate`, relative entropy coding: the number of one of many samples of p that
-      both sides can draw, chosen so that it has the distribution q; KL(q || p) bits and a few.
+      both sides can draw, chosen so that it has the distribution q, for KL(q || p) bits and a few more.
 
 Papers: Townsend 2019 (arXiv 1901.04866); Li and El Gamal 2018 (1701.02827), the Poisson functional
 representation; Theis and Yosri 2022 (2109.01591), ordered random coding.
@@ -18,13 +18,13 @@ import numpy as np
 Array = np.ndarray
 
 LEVELS = 256
-REACH = 8.0  # deviations from p's mean that a number is coded within; the rest escapes
-REACH_OF_Q = 5.0  # q is cut off there: its tails hold 6e-7
-ESCAPE_BITS = 22  # of a number beyond the reach of p
+REACH = 8.0  # numbers within this many deviations of p's mean are coded by p, others by an escape
+REACH_OF_Q = 5.0  # deviations at which q is cut off: its tails hold 6e-7
+ESCAPE_BITS = 22  # for a number beyond the reach of p
 
 CANDIDATES = 2**16 - 1
 STARTS = np.arange(CANDIDATES) * 40503 % (CANDIDATES + 1)  # in the noise; successive ones are far apart
-LENGTH_BITS = 4  # of the candidate's number, whose binary digits follow
+LENGTH_BITS = 4  # for the length of a candidate's number, whose binary digits follow
 
 
 def constriction() -> Any:
@@ -40,10 +40,10 @@ def constriction() -> Any:
 
 
 class Stack:
-    """Whole numbers under Gaussians, last in first out; what is popped and pushed again leaves no trace.
+    """Whole numbers under Gaussians, last in first out. Popping and pushing again restores the stack exactly.
 
-    The mass of k under N(mean, std^2) is that between k - 1/2 and k + 1/2, in units of 2^-24. Every argument
-    is an array of one shape (n,), float64 or int32.
+    The mass of k under N(mean, std^2) is that between k - 1/2 and k + 1/2, in units of 2^-24. All array
+    arguments have one shape (n,), float64 or int32.
     """
 
     def __init__(self, words: Array):
@@ -57,11 +57,11 @@ class Stack:
         return self.models.QuantizedGaussian(-reach, reach)
 
     def push(self, numbers: Array, mean: Array, std: Array, largest_std: float) -> None:
-        """Within 8 `largest_std` of the mean for -log2 of their mass, at most 24 bits; others cost 22 more,
-        which is less than their Gaussian would ask.
+        """Numbers within 8 `largest_std` of the mean cost -log2 of their mass, at most 24 bits. Others cost
+        22 bits more, which is less than their Gaussian would take.
 
         Raises:
-            ValueError: a number is 2^22 or more from the mean's.
+            ValueError: a number lies 2^22 or more beyond that range.
         """
         reach, centre = math.ceil(REACH * largest_std), np.rint(mean)
         offset = numbers - centre
@@ -74,7 +74,7 @@ class Stack:
         self.coder.encode_reverse(inside.astype(np.int32), self._gaussian(reach), mean - centre, std)
 
     def pop(self, mean: Array, std: Array, largest_std: float) -> Array:
-        """What `push` pushed with the same arguments."""
+        """The numbers that `push` pushed with the same arguments."""
         reach, centre = math.ceil(REACH * largest_std), np.rint(mean)
         offset = self.coder.decode(self._gaussian(reach), mean - centre, std).astype(np.float64)
         escaped = np.abs(offset) == reach
@@ -84,7 +84,7 @@ class Stack:
         return centre + offset
 
     def draw(self, mean: Array, std: Array, largest_std: float) -> Array:
-        """Numbers from N(mean, std^2), cut off at 5 `largest_std`, that use up bits of the stack."""
+        """Numbers from N(mean, std^2), cut off at 5 `largest_std`; drawing them uses up bits of the stack."""
         centre = np.rint(mean)
         model = self._gaussian(math.ceil(REACH_OF_Q * largest_std))
         numbers = centre + self.coder.decode(model, mean - centre, std)
@@ -93,7 +93,7 @@ class Stack:
         return numbers
 
     def undraw(self, numbers: Array, mean: Array, std: Array, largest_std: float) -> None:
-        """Give back the bits that `draw` used; ValueError for numbers that it could not have drawn."""
+        """Give back the bits that `draw` used. Raises ValueError for numbers that it cannot have drawn."""
         centre, reach = np.rint(mean), math.ceil(REACH_OF_Q * largest_std)
         offset = numbers - centre
         if np.abs(offset).max() > reach:
@@ -101,7 +101,7 @@ class Stack:
         self.coder.encode_reverse(offset.astype(np.int32), self._gaussian(reach), mean - centre, std)
 
     def push_levels(self, levels: Array, mean: Array, std: Array) -> None:
-        """Levels 0 .. 255, the first and the last with the tails beyond them (Ho 2020, eq. 13)."""
+        """Levels 0 .. 255, of which the first and the last include the tails (Ho 2020, eq. 13)."""
         model = self.models.QuantizedGaussian(0, LEVELS - 1)
         self.coder.encode_reverse(levels.astype(np.int32), model, mean, std)
 
@@ -115,9 +115,9 @@ class Stack:
 def windows(size: int, seed: list[int]) -> tuple[Array, Array]:
     """(noise (2^16,), signs (size,)), the randomness that both sides share.
 
-    A candidate is signs * noise[start : start + size], cyclically, each N(0, I), and the product of a vector
-    with all of them is one convolution. The signs are random and a start is far from the one before it, or
-    candidates that compete would be alike.
+    A candidate is signs * noise[start : start + size], cyclically. Each is N(0, I), and the products of a
+    vector with all of them are one convolution. The signs are random and successive starts are far apart,
+    because competing candidates would be alike otherwise.
     """
     random = np.random.default_rng(seed)
     return random.standard_normal(CANDIDATES + 1), random.choice([-1.0, 1.0], size)
@@ -133,9 +133,9 @@ def candidate(number: int, size: int, seed: list[int]) -> Array:
 def choose_candidate(mean: Array, std: Array, seed: list[int]) -> int:
     """The number, from 1, of a candidate from p = N(0, I) that has the distribution q = N(mean, diag std^2).
 
-    argmin_i T_i p(z_i)/q(z_i), T_1 < T_2 < ... the arrivals of a Poisson process (Li and El Gamal, section
-    3); over 2^16 - 1 candidates instead of infinitely many, which is ordered random coding (Theis and Yosri,
-    section 4): q without what lies further out than any candidate. E log2 number <= KL + log2(e)/e + 1.
+    argmin_i T_i p(z_i)/q(z_i), where T_1 < T_2 < ... are the arrivals of a Poisson process (Li and El Gamal,
+    section 3). With 2^16 - 1 candidates instead of infinitely many it is ordered random coding (Theis and
+    Yosri, section 4): q loses what lies further out than any candidate. E log2 number <= KL + log2(e)/e + 1.
 
     mean, std: (size,), size at most 2^16.
     """
@@ -154,7 +154,7 @@ def choose_candidate(mean: Array, std: Array, seed: list[int]) -> int:
 
 
 class Bits:
-    """A row of bits that is written at its end and read from its front."""
+    """A sequence of bits that is written at its end and read from its start."""
 
     def __init__(self, data: bytes = b""):
         self.row = "".join(f"{byte:08b}" for byte in data)
@@ -170,14 +170,14 @@ class Bits:
         self.row += f"{value:0{count}b}" if count else ""
 
     def read(self, count: int) -> int:
-        """ValueError where fewer bits are left."""
+        """Raises ValueError if fewer bits are left."""
         if count > len(self.row):
             raise ValueError("the data ends too early")
         value, self.row = self.row[:count], self.row[count:]
         return int(value or "0", 2)
 
     def write_number(self, number: int) -> None:
-        """A candidate's: 4 bits for the length, then all binary digits but the first."""
+        """A candidate's number: 4 bits for its length, then all its binary digits but the first."""
         length = number.bit_length() - 1
         self.write(length, LENGTH_BITS)
         self.write(number - 2**length, length)
@@ -187,7 +187,7 @@ class Bits:
         return 2**length + self.read(length)
 
     def write_change(self, change: int) -> None:
-        """1 bit for 0, 3 for 1 and -1: Elias's gamma code of 1, 2, 3, ... stands for 0, 1, -1, ..."""
+        """1 bit for 0, 3 bits for 1 and -1: Elias's gamma code of 1, 2, 3, ... stands for 0, 1, -1, ..."""
         code = 2 * change if change > 0 else 1 - 2 * change
         self.write(0, code.bit_length() - 1)
         self.write(code, code.bit_length())

@@ -10,7 +10,7 @@ MAGIC = b"corgi\x01"
 
 
 def length(value: int) -> bytes:
-    """7 bits in each byte, the lowest first, the top bit telling that another follows."""
+    """7 bits in each byte, the lowest first; the top bit is set if another byte follows."""
     head, rest = value & 127, value >> 7
     return bytes([head | 128]) + length(rest) if rest else bytes([head])
 
@@ -19,7 +19,7 @@ def pack(header: dict[str, Any], chunks: list[tuple[int, bytes]]) -> tuple[bytes
     """(file, bytes of its header).
 
     Magic, the header as JSON, its CRC-32; then for each chunk the number of latents in it, its length, its
-    payload and the CRC-32 of all so far, checksums aside. The chunk of 0 latents is the last.
+    payload and the CRC-32 of everything so far except checksums. The last chunk has 0 latents.
     """
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     data = MAGIC + length(len(text)) + text
@@ -34,7 +34,7 @@ def pack(header: dict[str, Any], chunks: list[tuple[int, bytes]]) -> tuple[bytes
 
 
 class Reader:
-    """Bytes from the front of a file, of which it keeps the CRC-32."""
+    """Takes bytes from the start of a file and keeps their CRC-32."""
 
     def __init__(self, data: bytes):
         self.data, self.place, self.crc = data, 0, 0
@@ -61,7 +61,7 @@ class Reader:
 
 
 def unpack(data: bytes, prefix: bool) -> tuple[dict[str, Any], list[tuple[int, bytes]], bool]:
-    """(header, chunks, whether all are there) of what `pack` made."""
+    """(header, chunks, whether all chunks are there) of a file made by `pack`."""
     reader = Reader(data)
     try:
         begins = reader.take(len(MAGIC)) == MAGIC

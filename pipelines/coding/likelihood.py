@@ -6,9 +6,9 @@
     L_{t-1} = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))
     L_T = KL(q(x_T | x0) || N(0, I))
 
-The paper counts t = 1 .. T and the code 0 .. T-1, so that L_k is the term of code timestep k, and L_T the
+The paper counts t = 1 .. T and the code 0 .. T-1, so that L_k is the term at code timestep k, and L_T the
 prior's. Pictures have 256 levels, x0 = level/127.5 - 1. A chain that visits n of the T timesteps has n + 1
-terms and bounds just as well.
+terms, whose sum is a bound too.
 
 Papers: Ho 2020 (arXiv 2006.11239), Nichol 2021 (2102.09672).
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..chain.equations import SMALLEST_VARIANCE, expand, posterior_mean, posterior_variance
 from ..components.ddpm_scheduler import DDPMScheduler
 
-HALF_BIN = 1 / 255  # a level is as wide as 2/255 of [-1, 1]
+HALF_BIN = 1 / 255  # the levels are 2/255 apart in [-1, 1]
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -36,11 +36,11 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log of the mass that N(mean, e^log_variance) has in x's bin, in nats, elementwise. Ho 2020, eq. 13.
+    """-log of the mass of N(mean, e^log_variance) in x's bin, in nats, elementwise. Ho 2020, eq. 13.
 
-    The bin is [x - 1/255, x + 1/255]; those of -1 and 1 go on to -infinity and infinity, so that the 256
-    masses sum to 1. x holds levels/127.5 - 1. Exact to rounding however far x is from the mean: no mass is
-    cut off.
+    The bin is [x - 1/255, x + 1/255]; those of -1 and 1 extend to -infinity and infinity, so that the 256
+    masses sum to 1. x is level/127.5 - 1. The result is exact up to rounding however far x is from the mean:
+    no mass is cut off.
     """
     centred = x - mean
     to_deviations = torch.exp(-0.5 * log_variance)
@@ -48,7 +48,7 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
     lower = (-centred.abs() - HALF_BIN) * to_deviations
     upper = (-centred.abs() + HALF_BIN) * to_deviations
     log_upper = _log_ndtr(upper)
-    # log(Phi(upper) - Phi(lower)); where rounding makes the two one, the smallest difference there is
+    # log(Phi(upper) - Phi(lower)); if rounding makes the two equal, the smallest difference that exists
     tiny = torch.finfo(lower.dtype).eps
     gap = (_log_ndtr(lower) - log_upper).clamp(max=-tiny)
     inner = log_upper + torch.log(-torch.expm1(gap))
@@ -58,27 +58,27 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> T
 
 
 def chain_of(scheduler: Any, **changes: Any) -> DDPMScheduler:
-    """Our DDPMScheduler with the chain of any scheduler, all T timesteps of it, and `changes` to its config.
+    """Our DDPMScheduler with the chain of any scheduler, all its T timesteps, and `changes` to its config.
 
-    A copy: telling the one to draw with few steps leaves the other as it is. diffusers' `from_config` by
-    itself forgets what `register_to_config` or a positional argument set, taking it for a default.
+    It is a copy: setting fewer steps on one does not change the other. diffusers' `from_config` alone loses
+    what `register_to_config` or a positional argument set, because it takes that for a default.
     """
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config | changes)
 
 
 class VLBTerm(NamedTuple):
-    """One term of the bound for each sample, and the picture it comes from."""
+    """One term of the bound for each sample, and the predicted picture."""
 
     bits: Tensor  # (B,), per dimension
     pred_x0: Tensor  # (B, ...)
 
 
 def vlb_term(scheduler: Any, model_output: Tensor, t: int | Tensor, x0: Tensor, x_t: Tensor) -> VLBTerm:
-    """The bound's term at timestep t, given x_t ~ q(x_t | x0): one draw's estimate of L_t.
+    """The bound's term at timestep t, given x_t ~ q(x_t | x0): an estimate of L_t from one draw.
 
-    KL(q(x_prev | x_t, x0) || p(x_prev | x_t)), and -log2 p(x0 | x_t) on the chain's last step; mean over
-    dimensions. p is `scheduler.p_mean_variance`'s, with x0 clipped if it clips. Differentiable.
+    KL(q(x_prev | x_t, x0) || p(x_prev | x_t)), or -log2 p(x0 | x_t) on the chain's last step; mean over
+    dimensions. p is from `scheduler.p_mean_variance`, with x0 clipped if it clips. Differentiable.
 
     Args:
         scheduler: our DDPMScheduler; its `timesteps` are the chain.
@@ -88,7 +88,7 @@ def vlb_term(scheduler: Any, model_output: Tensor, t: int | Tensor, x0: Tensor, 
     p = scheduler.p_mean_variance(model_output, t, x_t)
     prev = torch.as_tensor(scheduler.previous_timestep(t), device=x_t.device)
     abar_t, abar_prev = (expand(scheduler.abar(step, p.mean), p.mean) for step in (t, prev))
-    # 0 on the last step, whose KL is not used: its logarithm stays finite and so do the gradients
+    # 0 on the last step, whose KL is not used; clamped so that its logarithm and gradients stay finite
     variance = posterior_variance(abar_t, abar_prev).clamp(min=SMALLEST_VARIANCE)
     mean = posterior_mean(x0.to(p.mean.dtype), x_t.to(p.mean.dtype), abar_t, abar_prev)
     bits = _mean_bits(gaussian_kl(mean, variance.log(), p.mean, p.log_variance))
@@ -118,16 +118,16 @@ class VLBTerms(NamedTuple):
 def vlb_terms(
     model: Callable[[Tensor, int], Tensor], scheduler: Any, x0: Tensor, noise: Callable[[int], Tensor]
 ) -> VLBTerms:
-    """All terms of the bound, a draw of noise for each, as Improved DDPM reports it (Nichol 2021, section 3).
+    """All terms of the bound, from one draw of noise each, as in Improved DDPM (Nichol 2021, section 3).
 
-    Unbiased, one draw or many; the expectation is over noise. In float64, except for the model.
+    It is unbiased for any number of draws; the expectation is over noise. In float64, except for the model.
 
     Args:
-        model: (x_t, t) -> output, as `scheduler.p_mean_variance` takes it. x_t has the dtype of x0, rounded
-            to it: what a model makes of its input is its own affair, and the bound holds.
+        model: (x_t, t) -> output, as `scheduler.p_mean_variance` takes it. x_t is rounded to the dtype of x0;
+            the bound holds whatever a model does with its input.
         scheduler: our DDPMScheduler. It visits all T timesteps until `set_timesteps` says otherwise.
-        x0: (B, ...), of the levels/127.5 - 1.
-        noise: t -> eps (B, ...) ~ N(0, I), so that the caller says what the chance depends on.
+        x0: (B, ...), level/127.5 - 1.
+        noise: t -> eps (B, ...) ~ N(0, I), so that the caller decides what the noise depends on.
 
     Raises:
         ValueError: the scheduler has no `p_mean_variance`, or x0 leaves [-1, 1] (latents do, and they have no
@@ -149,7 +149,7 @@ def vlb_terms(
 
 
 def rate_distortion(terms: VLBTerms) -> tuple[Tensor, Tensor]:
-    """What stopping early costs and leaves (Ho 2020, section 4.3, figure 5): (rate, distortion), each (n,).
+    """(rate, distortion), each (n,), of stopping early at each timestep (Ho 2020, section 4.3, figure 5).
 
     After x_T .. x_t are sent, the receiver's guess is the x0 predicted from x_t.
     rate: bits per dimension sent so far, L_T + ... + L_{t+1}, mean over samples.
@@ -160,8 +160,8 @@ def rate_distortion(terms: VLBTerms) -> tuple[Tensor, Tensor]:
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
-    """log Phi(z). torch.special.log_ndtr has the values, but takes gradients through e^-(log Phi(z) + z^2/2),
-    which has no digits left a thousand deviations below 0; an untrained model is there."""
+    """log Phi(z). torch.special.log_ndtr has the values, but its gradients use e^-(log Phi(z) + z^2/2), which
+    has no digits left a thousand deviations below 0, where an untrained model may be."""
     below, above = z.clamp(max=0), z.clamp(min=0)
     tail = torch.log(torch.special.erfcx(below * -math.sqrt(0.5)) / 2) - below**2 / 2
     return torch.where(z < 0, tail, torch.special.log_ndtr(above))

@@ -1,15 +1,16 @@
 """Pictures as files whose length is the variational bound: Algorithms 3 and 4 of DDPM (Ho 2020, section 4.3).
 
-Sender and receiver have the same model, and p(x_T), p(x_{t-1} | x_t), p(x0 | x_1) with it.
-    - progressive: x_T, ..., x_1 by relative entropy coding, then x0. As it arrives, every x_t tells a better
-      guess of the picture, so that a prefix of the file decodes to a coarser one (`--prefix`).
-    - lossless: bits back; x_t are rounded to a grid and cost nothing but the bound. For many pictures in one
-      file: the bits that the first draws its x_t from are never recovered (Kingma 2019, Bit-Swap).
+Sender and receiver have the same model, and so the same p(x_T), p(x_{t-1} | x_t) and p(x0 | x_1).
+    - progressive: x_T, ..., x_1 by relative entropy coding, then x0. Each x_t that arrives gives a better
+      guess of the picture, so a prefix of the file decodes to a coarser one (`--prefix`).
+    - lossless: bits back; x_t are rounded to a grid and cost nothing but the bound. It suits many pictures in
+      one file, as the bits with which the first draws its x_t are never recovered (Kingma 2019, Bit-Swap).
 
-The KL terms that a file should cost are those of `likelihood`, summed along the very x_t that were sent.
+The KL terms that a file should cost are those of `likelihood`, summed along the x_t that were actually sent.
 
-A float that differs in its last digit is another picture, so files are read where they were written: by the
-same weights, libraries and number of threads, which the header names. One picture is in the U-Net at a time.
+A float that differs in its last digit decodes to another picture, so a file is read where it was written: by
+the same weights, libraries, kind of CPU and number of threads, which the header names. The U-Net sees one
+picture at a time.
 """
 
 import math
@@ -31,11 +32,11 @@ from .likelihood import discretized_gaussian_nll, gaussian_kl
 
 KINDS = ("progressive", "lossless")
 BLOCK_BITS = 7.0  # of KL in one relative entropy code: 2^16 candidates have twice the deviation to spare
-CHUNK_BYTES = 64  # of payload, at least, between checksums: the steps in which a prefix grows
+CHUNK_BYTES = 64  # least payload between checksums: a prefix grows in such steps
 
 
 class Decoded(NamedTuple):
-    """What a file holds. `whole` is False for a prefix: the pictures are then the model's guess."""
+    """What a file holds. `whole` is False for a prefix, whose picture is the model's guess."""
 
     pictures: list[Image.Image]
     captions: list[str]
@@ -54,8 +55,8 @@ class EndOfPrefix(Exception):
 def run_chain(chain: DDPMScheduler, model: Any, side: Any, shape: tuple[int, ...]) -> Tensor:
     """The loop of both algorithms: x_T by p(x_T), each x_t by p(x_t | x_{t+1}), x0 by p(x0 | x_1).
 
-    `side` sends or receives; either way it returns what has then arrived. Returns x0, or the guess of it from
-    the last x_t where the receiver's file ends.
+    `side` sends or receives, and in both cases returns what has arrived. Returns x0, or the guess of it from
+    the last x_t if the receiver's file ends early.
     """
     zero = torch.zeros(shape, dtype=torch.float64)
     x_t = side.latent(0, None, zero, zero, torch.ones_like(zero))
@@ -73,7 +74,7 @@ def run_chain(chain: DDPMScheduler, model: Any, side: Any, shape: tuple[int, ...
 
 
 def blocks_of(seed: int, step: int, size: int, count: int) -> list[tuple[np.ndarray, list[int]]]:
-    """`count` blocks of dimensions at random, so that each has its share of the KL, and a seed for each."""
+    """The dimensions in `count` random blocks, so that each has its share of the KL, and a seed for each."""
     order = np.random.default_rng([seed, step]).permutation(size)
     return [(part, [seed, step, number]) for number, part in enumerate(np.array_split(order, count))]
 
@@ -92,7 +93,7 @@ class Sender:
     count: int = 0  # blocks of the latent before
 
     def latent(self, step: int, t: int | None, x_t: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Send x ~ q(x | x_t, x0) by p = N(mean, std^2)."""
+        """Send x ~ q(x | x_t, x0), coded by p = N(mean, std^2)."""
         abar = self.chain.alphas_cumprod.double()
         if t is None:
             first = abar[self.chain.timesteps[0]]
@@ -120,7 +121,7 @@ class Sender:
         return mean + std * torch.from_numpy(z).reshape(mean.shape)
 
     def _count(self, kl: float) -> int:
-        """Blocks of about BLOCK_BITS; as many as before where that fits, since a change costs bits."""
+        """How many blocks of about BLOCK_BITS; as many as before if that fits, since a change costs bits."""
         if kl < 0.05:
             return 0
         fits = self.count and (kl / self.count <= 1.25 * BLOCK_BITS)
@@ -133,7 +134,7 @@ class Sender:
         self.bits, self.pending = Bits(), 0
 
     def picture(self, mean: Tensor, std: Tensor) -> Tensor:
-        """Send x0 by the levels' masses under p."""
+        """Send x0, coded by the levels' masses under p."""
         if self.pending:
             self._close()
         stack = Stack(np.empty(0))
@@ -148,7 +149,7 @@ class Sender:
 
 @dataclass
 class Receiver:
-    """Algorithm 4: what `Sender` sent."""
+    """Algorithm 4: receives what `Sender` sent."""
 
     seed: int
     chunks: list[tuple[int, bytes]]
@@ -193,11 +194,12 @@ def encode(
     pipe: Any, pictures: list[Image.Image], captions: list[str], kind: str = "progressive", steps: int = 100,
     end: int | None = None, variance_type: str | None = None, seed: int = 0,
 ) -> tuple[bytes, Cost]:  # fmt: skip
-    """The file of these pictures, and what it costs.
+    """The file for these pictures, and what it costs.
 
     Args:
         pipe: a TextToImagePipeline that draws RGB pixels.
-        pictures: RGB, of the U-Net's size; one of them if progressive. captions: one for each.
+        pictures: RGB, of the U-Net's size; exactly one if progressive.
+        captions: one for each picture.
         kind: "progressive" or "lossless".
         steps, end, variance_type: see `coding_chain`; by default the end is `best_end` of these pictures.
         seed: of the randomness that both sides share.
@@ -241,8 +243,8 @@ def decode(pipe: Any, data: bytes, prefix: bool = False) -> Decoded:
     """The pictures of a file that `encode` made; with `prefix`, also of the beginning of a progressive one.
 
     Raises:
-        ValueError: the file is damaged, cut off, or was written with another model, library or number of
-            threads, with which it would decode to something else.
+        ValueError: the file is damaged or cut off, or was written with another model, library, kind of CPU or
+            number of threads, so that it would decode to something else.
     """
     header, chunks, whole = unpack(data, prefix)
     for name, here in (environment() | {"model": fingerprint(pipe)}).items():
@@ -268,7 +270,7 @@ def decode(pipe: Any, data: bytes, prefix: bool = False) -> Decoded:
 
 
 def levels_of(picture: Image.Image, pipe: Any) -> np.ndarray:
-    """(H, W, 3) uint8. ValueError unless RGB of 256 levels holds all of the picture and its size is right."""
+    """(H, W, 3) uint8. Raises ValueError unless 8-bit RGB holds all of the picture and its size is right."""
     side = pipe.unet.config.sample_size
     require(isinstance(side, int), "sample_size", side, "one number: square pictures")
     require(picture.size == (side, side), "size", picture.size, f"({side}, {side}), what the model draws")

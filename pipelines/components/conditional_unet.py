@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .lora import lora_scaled
 
-# What is implemented of the keys that choose among things; anything else is refused (see `check_config`).
+# The implemented values of keys that offer a choice; anything else is refused (see `check_config`).
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
@@ -41,8 +41,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None, "timestep"),
     "mid_block_only_cross_attention": (None, False),
 }
-# Keys of diffusers' that no Stable Diffusion up to 2.1 and no model of ours sets: only the default is taken.
-# attention_head_dim counts the heads, not num_attention_heads.
+# diffusers' keys that neither Stable Diffusion up to 2.1 nor our models set: only the default is accepted.
+# The number of heads is in attention_head_dim, not in num_attention_heads.
 ONLY_DEFAULT = (
     "center_input_sample downsample_padding mid_block_scale_factor act_fn encoder_hid_dim "
     "encoder_hid_dim_type num_attention_heads dual_cross_attention addition_embed_type "
@@ -58,10 +58,11 @@ def time_embed_dim(config: Any) -> int:
 
 
 class ResnetBlock2D(nn.Module):
-    """Twice GroupNorm, activation, 3x3 convolution, with the time embedding in between; plus the input.
+    """GroupNorm, activation, 3x3 convolution, twice, with the time embedding in between; plus the input.
 
-    With h the first half's output and e = Linear(act(emb)): `resnet_time_scale_shift` "default" goes on with
-    norm(h + e), "scale_shift" (adaptive GroupNorm) with norm(h) * (1 + e_scale) + e_shift.
+    With h the first half's output and e = Linear(act(emb)), the second half starts from norm(h + e) if
+    `resnet_time_scale_shift` is "default", or norm(h) * (1 + e_scale) + e_shift if it is "scale_shift"
+    (adaptive GroupNorm).
     x: (B, in_channels, H, W), emb: (B, E) -> (B, out_channels, H, W).
     """
 
@@ -92,7 +93,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """3x3 convolution of stride 2, (B, C, H, W) -> (B, C, H/2, W/2), odd sides rounded up."""
+    """3x3 convolution with stride 2, (B, C, H, W) -> (B, C, H/2, W/2), odd sides rounded up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -103,8 +104,8 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbour enlargement, then a 3x3 convolution. `size` is that of the skip connections that come
-    next (twice the input's, or one less), so odd sizes fit."""
+    """Nearest-neighbour enlargement, then a 3x3 convolution. `size` is the size of the next skip connections
+    (twice the input's, or one less), so odd sizes fit."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ class Attention(nn.Module):
     """Multi-head attention, softmax(q k^T / sqrt(d)) v, d = `dim_head` (Vaswani et al. 2017, eq. 1).
 
     x: (B, N, dim); `context`: (B, M, context_dim), None for self-attention. Returns (B, N, dim). `upcast`
-    computes in float32 whatever the weights are.
+    computes in float32, whatever the dtype of the weights.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int, upcast: bool) -> None:
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim))  # a sequence for the name, to_out.0
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim))  # Sequential for its name, to_out.0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -141,8 +142,8 @@ class Attention(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """x + self-attention, + cross-attention to the text, + feed-forward, each on a LayerNorm of what came
-    before. With `only_cross` the first attention reads the text too. x: (B, N, dim), text: (B, L, D)."""
+    """x + self-attention, + cross-attention to the text, + feed-forward, each reading a LayerNorm of the sum
+    so far. With `only_cross` the first attention reads the text too. x: (B, N, dim), text: (B, L, D)."""
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, text_dim: int, only_cross: bool, upcast: bool
@@ -193,14 +194,14 @@ class Transformer2DModel(nn.Module):
         return x + (h if self.linear else self.proj_out(h))
 
 
-# (channels, layers) -> the transformer behind a ResNet block of that width.
+# (channels, layers) -> the transformer that follows a ResNet block of that width.
 MakeAttention = Callable[[int, int], Transformer2DModel]
 
 
 class Level(nn.Module):
-    """What all levels share: ResNet blocks from each of the `inputs` channels to `width` channels and, where
-    the level attends, behind each a transformer of the given depth. With gradient checkpointing, each is run
-    again in the backward pass instead of keeping its activations."""
+    """What all levels share: a ResNet block for each of `inputs`, from that many channels to `width`. If the
+    level has attention, each block is followed by a transformer of the given depth. With gradient
+    checkpointing, activations are not kept but computed again in the backward pass."""
 
     _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin
 
@@ -208,7 +209,7 @@ class Level(nn.Module):
         self, inputs: list[int], width: int, depths: list[int], attention: MakeAttention | None, config: Any
     ) -> None:
         super().__init__()
-        if attention is not None:  # else no such attribute: diffusers asks for it to weight by block
+        if attention is not None:  # else left unset: diffusers looks for it to weight by block
             self.attentions = nn.ModuleList()
         self.resnets = nn.ModuleList()
         for channels, depth in zip(inputs, depths, strict=True):
@@ -229,8 +230,8 @@ class Level(nn.Module):
 
 
 class DownBlock2D(Level):
-    """A level on the way down. Returns its output and the skip connections: each layer's output, and the
-    downsampled one where `downsample`. `level`: the arguments of `Level`."""
+    """A level on the way down. Returns its output and the skip connections: each layer's output and, with
+    `downsample`, the downsampled one. `level`: the arguments of `Level`."""
 
     def __init__(self, *level: Any, downsample: bool) -> None:
         super().__init__(*level)
@@ -261,9 +262,9 @@ class UNetMidBlock2D(Level):
 
 
 class UpBlock2D(Level):
-    """A level on the way up. Each ResNet block reads the running state joined with a skip connection, taken
-    off the end of `skips`. Where `upsample`, the result is enlarged to the size of the next skip connection.
-    `level`: the arguments of `Level`."""
+    """A level on the way up. Each ResNet block reads the running state concatenated with a skip connection,
+    taken off the end of `skips`. With `upsample`, the result is enlarged to the size of the next skip
+    connection. `level`: the arguments of `Level`."""
 
     s1: float | None = None  # with index, s2, b1, b2: see `ConditionalUNet.enable_freeu`
 
@@ -284,7 +285,7 @@ class UpBlock2D(Level):
 
 
 def check_config(config: Any) -> None:
-    """Raise a ValueError that names the key, the value and what is allowed, for anything not implemented."""
+    """Raises ValueError for anything not implemented, naming the key, the value and what is allowed."""
     defaults = inspect.signature(ConditionalUNet.__init__).parameters
     for key, allowed in (ALLOWED | {key: (defaults[key].default,) for key in ONLY_DEFAULT}).items():
         for value in config[key] if key.endswith("block_types") else [config[key]]:
@@ -315,29 +316,29 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts eps, v or x0 from a noised picture x_t, the timestep t and text states.
 
     Keys shared with diffusers' `UNet2DConditionModel` mean what they mean there, and have the same defaults.
-    Those that need a word:
+    Some need an explanation:
 
-    - `attention_head_dim`: the NUMBER of heads of each level, one int or one per level, in spite of its name
-      (an old mistake that every published config carries). `num_attention_heads` must stay None.
+    - `attention_head_dim`: the NUMBER of heads, one int or one per level, despite its name (an old mistake
+      that every published config repeats). `num_attention_heads` must stay None.
     - `layers_per_block`, `only_cross_attention`, `cross_attention_dim`, `transformer_layers_per_block`: one
       value, or one per level. In the last, a level's value may be a list with one number per layer; the up
-      levels then need theirs in `reverse_transformer_layers_per_block`, in their own order.
-    - `class_embed_type`: None or "timestep"; `num_class_embeds` without it: a table (the x4
-      upscaler's noise level).
+      levels then need `reverse_transformer_layers_per_block`, in the order in which they run.
+    - `class_embed_type`: None or "timestep". With None, `num_class_embeds` is the size of an embedding table
+      (the x4 upscaler's noise level).
 
     Keys of our own, all off by default:
 
     - `patch_size` (1): p x p patches become channels on the way in and are unfolded on the way out, so the
       network works on height/p x width/p positions. `conv_in` has in_channels * p^2 inputs, `conv_out`
       out_channels * p^2 outputs, in the order of `torch.nn.functional.pixel_unshuffle`.
-    - `self_conditioning` (False): the picture is joined by the previous estimate of x0, in_channels more
-      channels (Chen et al. 2022, https://arxiv.org/abs/2208.04202); zeros where none is passed.
-    - `text_concat_channels` (0): width of Linear(pooled text), the same at every position, which is joined to
-      the folded picture behind its own channels.
-    - `pooled_text_time_embedding` (False): GLIDE's way in for the pooled text: MLP(t) + Linear(pooled text).
-    - `pooled_text_dim` (None): width of the pooled text vector; None takes `cross_attention_dim`.
+    - `self_conditioning` (False): the previous estimate of x0 is concatenated to the picture, as in_channels
+      more channels (Chen et al. 2022, https://arxiv.org/abs/2208.04202); zeros if none is passed.
+    - `text_concat_channels` (0): width of Linear(pooled text), which is repeated at every position and
+      concatenated to the folded picture, after its own channels.
+    - `pooled_text_time_embedding` (False): as in GLIDE, the time embedding is MLP(t) + Linear(pooled text).
+    - `pooled_text_dim` (None): width of the pooled text vector; None means `cross_attention_dim`.
 
-    Raises a ValueError with the key, the value and what is allowed for any value that is not implemented.
+    Raises ValueError for any value that is not implemented, naming the key, the value and what is allowed.
     """
 
     _supports_gradient_checkpointing = True
@@ -392,7 +393,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if reverse_transformer_layers_per_block is not None:
             up_depths = spread(reverse_transformer_layers_per_block, levels, key)
 
-        # 1. The way in, and everything that is added to the time embedding
+        # 1. The input, and everything that is added to the time embedding
         self.patch_size = patch_size
         joined = in_channels * patch_size**2 * (2 if self_conditioning else 1) + text_concat_channels
         self.conv_in = nn.Conv2d(joined, channels[0], 3, padding=1)
@@ -430,7 +431,7 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             deep = spread(up_depth, n + 1, key)
             self.up_blocks.append(UpBlock2D(inputs, own, deep, attention, config, upsample=i > 0))
 
-        # 3. The way out, and the two ways in of the pooled text
+        # 3. The output, and the two projections of the pooled text
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(channels[0], out_channels * patch_size**2, 3, padding=1)
         pooled_dim = pooled_text_dim or text_dims[0]
@@ -440,8 +441,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.pooled_text_concat_proj = nn.Linear(pooled_dim, text_concat_channels)
 
     def enable_freeu(self, s1: float | None, s2: float | None, b1: float | None, b2: float | None) -> None:
-        """FreeU (Si et al. 2023, https://arxiv.org/abs/2309.11497): at the first up level half of the state's
-        channels times b1, the skip connections' lowest frequencies times s1; at the second, b2 and s2."""
+        """FreeU (Si et al. 2023, https://arxiv.org/abs/2309.11497): at the first up level, multiply half of
+        the state's channels by b1 and the skips' lowest frequencies by s1; at the second, by b2 and s2."""
         for i, block in enumerate(self.up_blocks):
             block.index, block.s1, block.s2, block.b1, block.b2 = i, s1, s2, b1, b2  # type: ignore[assignment]
 
@@ -450,7 +451,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.enable_freeu(None, None, None, None)
 
     def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
-        """As diffusers'; by block too, {"down": 0.5, "up": {"block_1": [1, 0]}}, if all have equal layers."""
+        """As in diffusers. Weights may be given by block, {"down": 0.5, "up": {"block_1": [1, 0]}}, if all
+        levels have equally many layers."""
         listed = weights if isinstance(weights, list) else [weights]
         if any(isinstance(weight, dict) for weight in listed):
             listed = _maybe_expand_lora_scales(self, listed)
@@ -460,8 +462,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None,
         timestep_cond: Tensor | None, added_cond: dict[str, Tensor],
     ) -> Tensor:  # fmt: skip
-        """The vector every ResNet block sees: MLP(sinusoid(t)), plus what the config asks for of pooled text
-        and class. Returns (B, E)."""
+        """The vector that every ResNet block sees: MLP(sinusoid(t)), plus the pooled text and the class if
+        the config asks for them. Returns (B, E)."""
         if timestep_cond is not None and self.config.time_cond_proj_dim is None:
             raise ValueError("timestep_cond was given, but the config has time_cond_proj_dim=None")
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (B,)
@@ -478,8 +480,9 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return emb
 
     def join_input(self, sample: Tensor, added_cond: dict[str, Tensor]) -> Tensor:
-        """The picture, joined by the last x0 estimate, folded into patches, joined by the pooled text, as far
-        as the config asks for it. (B, in_channels, height, width) -> (B, inputs of conv_in, H, W)."""
+        """The input of conv_in: the picture, concatenated with the last x0 estimate, folded into patches and
+        concatenated with the pooled text, each only if the config asks for it.
+        (B, in_channels, height, width) -> (B, inputs of conv_in, H, W)."""
         if self.config.self_conditioning:
             x0 = added_cond.get("x0_self")
             x0 = torch.zeros_like(sample) if x0 is None else x0
@@ -504,8 +507,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Predict from x_t. Returns `.sample`, (B, out_channels, height, width), or a tuple of it.
 
         Args:
-            sample: x_t, (B, in_channels, height, width). Height and width must divide by `patch_size`; they
-                need not divide by the downsampling of the levels.
+            sample: x_t, (B, in_channels, height, width). Height and width must be multiples of `patch_size`,
+                but not of the downsampling of the levels.
             timestep: 0 .. T-1, int or float, one for all or (B,).
             encoder_hidden_states: text states, (B, L, D); None only for a network without attention.
             class_labels: (B,), rows of the table or, with "timestep", numbers like t.
@@ -513,8 +516,8 @@ class ConditionalUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             cross_attention_kwargs: {"scale": s}, the strength of the loaded LoRA adapters.
             added_cond_kwargs: "pooled_text" (B, pooled_text_dim); "x0_self" like sample.
 
-        Raises ValueError when an input that the config asks for is missing, one is given that it has no use
-        for, or the sample does not divide by `patch_size`.
+        Raises ValueError if an input that the config requires is missing, if one is given that the config
+        cannot use, or if `patch_size` does not divide the sample.
         """
         if encoder_hidden_states is None and any(isinstance(module, Attention) for module in self.modules()):
             raise ValueError("encoder_hidden_states must be given: the network has cross-attention")

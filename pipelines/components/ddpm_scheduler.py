@@ -1,4 +1,4 @@
-"""The ancestral sampler: `DDPMScheduler`, on the equations of `chain.equations`."""
+"""The ancestral sampler: `DDPMScheduler`, built on `chain.equations`."""
 
 from typing import Any, ClassVar, cast
 
@@ -43,8 +43,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid" or "laplace".
         trained_betas: the T betas themselves, in (0, 1]; replaces beta_schedule.
         variance_type: sigma_t^2 is beta~_t ("fixed_small", "fixed_small_log"), beta_t ("fixed_large",
-            "fixed_large_log"), or told by the model's second C channels v: exp(v) ("learned"), or from
-            beta~_t at v = -1 to beta_t at v = 1 ("learned_range"). None is "fixed_small".
+            "fixed_large_log"), or given by the model's second C channels v: exp(v) ("learned"), or from
+            beta~_t at v = -1 to beta_t at v = 1 ("learned_range"). None means "fixed_small".
         clip_sample, clip_sample_range: clamp the predicted x0 to +-range (unless thresholding).
         prediction_type: what the model's output is: "epsilon", "sample" (x0) or "v_prediction".
         thresholding, dynamic_thresholding_ratio, sample_max_value: see `dynamic_threshold`.
@@ -53,14 +53,16 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: make abar_{T-1} = 0; for v_prediction or sample.
         eta: share of sigma_t that `step` adds, in [0, 1]; 0 is DDIM with eps taken from the clipped x0.
 
-    Unusable arguments raise ValueError. In float32 results are diffusers' up to rounding, save where it errs:
+    Raises ValueError for unusable arguments. In float32 the results are those of diffusers up to rounding,
+    except where diffusers is wrong:
         - The last step adds no noise, whatever its t. diffusers adds some if t > 0: its last picture is noisy
           with fixed_large, learned or learned_range under `trailing`, custom timesteps or a steps_offset.
-        - fixed_large_log: diffusers takes the root of log beta_t, NaN. Here it is fixed_large.
+        - fixed_large_log: diffusers takes the root of log beta_t, which is NaN. Here it equals fixed_large.
         - learned: diffusers takes the root of the log-variance. Here sigma_t = exp(v/2).
-        - learned_range on the last step: log beta~_1 stands for log 0 (Nichol 2021), in diffusers log 1e-20.
-        - Half precision: all is float32 until the final rounding, which saturates. In diffusers the first
-          cosine step, whose x0 is 20,000 times its input, overflows float16, and small t lose their noise.
+        - learned_range on the last step: log beta~_1 replaces log 0 (Nichol 2021); diffusers uses log 1e-20.
+        - Half precision: everything is float32 until the final rounding, which saturates. In diffusers the
+          first cosine step, whose x0 is 20,000 times its input, overflows float16, and steps at small t lose
+          their noise.
         - Zero terminal SNR with epsilon and no clipping: diffusers divides by 0; see `predict_x0`.
         - `trailing` has n timesteps for every n. In diffusers rounding can append t = -1.
     """
@@ -123,7 +125,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`q_sample` at timesteps of shape () or (B,), in 0 .. T-1 (unchecked: it would stall a GPU)."""
+        """`q_sample` at timesteps of shape () or (B,), in 0 .. T-1 (not checked: that would stall a GPU)."""
         return q_sample(original_samples, noise, self._forward_abar(original_samples, noise, timesteps))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Choose the timesteps to visit: how many, spaced as configured, or which, descending in 0 .. T-1."""
+        """Set the timesteps to visit: their number, spaced as configured, or a list, falling in 0 .. T-1."""
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("pass one of num_inference_steps and timesteps, not both and not neither")
         T = self.config.num_train_timesteps
@@ -163,7 +165,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The timestep visited after this one, -1 after the last; ValueError if the chain does not visit it.
 
-        () -> (), (B,) -> (B,), on the device of `self.timesteps`; just t - 1 until `set_timesteps` is called.
+        () -> (), (B,) -> (B,), on the device of `self.timesteps`; t - 1 until `set_timesteps` is called.
         """
         if not self.custom_timesteps and not self.num_inference_steps:
             return timestep - 1
@@ -179,10 +181,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> ReverseStep:
         """p(x_prev | x_t) from a model's output: predict_x0, clip or threshold, posterior_mean, variance.
 
-        sample (B, C, ...); model_output (B, C, ...), or (B, 2C, ...) for a learned variance, else ValueError;
-        timestep () or (B,). Differentiable. On the last step, where beta~ = 0 and `step` uses no variance,
-        beta~ of the step before stands in (beta~_1 of a full chain), or beta_t if there is but one step.
-        `eta` is the mean's, see `posterior_mean`.
+        sample (B, C, ...); model_output (B, C, ...), or (B, 2C, ...) for a learned variance; timestep () or
+        (B,). Differentiable. On the last step, where beta~ = 0 and `step` uses no variance, the beta~ of the
+        step before is used (beta~_1 in a full chain), or beta_t if there is only one step. `eta` affects the
+        mean only, see `posterior_mean`. Raises ValueError for a model_output of another shape.
         """
         config, kind = self.config, self.config.variance_type
         given, wanted = list(model_output.shape), list(sample.shape)
@@ -207,8 +209,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """x_prev = mean + eta sigma_t z, z ~ N(0, I), and z = 0 on the last step. Ho 2020, algorithm 2.
 
-        Tensors as for `p_mean_variance`, one timestep for all. With a list of generators, one per image (else
-        ValueError), the noise of image i comes from generator i alone, whatever batch it is in.
+        Tensors are as for `p_mean_variance`, with one timestep for all. With a list of generators, one per
+        image (else ValueError), the noise of image i comes from generator i alone, whatever its batch.
         """
         if isinstance(generator, (list, tuple)):
             generator, count = list(generator), len(generator)
@@ -221,11 +223,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         eta = self.config.eta
         prev_sample, variance, log_variance, x0 = self.p_mean_variance(model_output, int(t), sample, eta)
         if t > 0 and eta > 0:
-            # Drawn as diffusers draws it: in the model's dtype, and even if a last step with t > 0 leaves it
-            # unused, so that a generator that serves several runs goes through the same states.
+            # Drawn as in diffusers: in the model's dtype, and even if a last step with t > 0 does not use it,
+            # so that a generator shared by several runs goes through the same states.
             z = randn_tensor(sample.shape, generator, model_output.device, model_output.dtype)
             if t != self.timesteps[-1]:
-                # The two ways are diffusers', so that rounding does not add up over 1000 steps.
+                # Two formulas, as in diffusers, so that rounding differences do not add up over 1000 steps.
                 root = self.config.variance_type in ("fixed_small", "fixed_large", None)
                 sigma = variance.sqrt() if root else torch.exp(0.5 * log_variance)
                 prev_sample = prev_sample + eta * sigma * z
@@ -248,8 +250,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def _get_variance(
         self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
-        """For callers of diffusers' method of this name, in its units: sigma^2 for fixed_small, fixed_large;
-        sigma for fixed_small_log; log sigma^2 for the rest. Elsewhere use `p_mean_variance`."""
+        """For callers of diffusers' method of this name, in its units: sigma^2 for fixed_small and
+        fixed_large, sigma for fixed_small_log, log sigma^2 for the rest. Otherwise use `p_mean_variance`."""
         kind = variance_type or self.config.variance_type or "fixed_small"
         like = self.betas if predicted_variance is None else predicted_variance
         abar_t, abar_prev = self.abar(t, like), self.abar(self.previous_timestep(t), like)
@@ -262,7 +264,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return variance if kind == "fixed_large" else log_variance
 
     def _forward_abar(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """abar of shape (B,) or (1,), once shapes are known to fit; B noises may share one picture."""
+        """abar, (B,) or (1,), after checking that the shapes fit; B noises may share one picture."""
         batch = max(len(x0), len(eps))
         fits = x0.shape[1:] == eps.shape[1:] and {len(x0), len(eps)} <= {1, batch}
         if not fits:
@@ -274,6 +276,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """To dtype, with what lies beyond its range at its ends: float16 holds +-65504."""
+    """Cast to dtype, clamping values outside its range: float16 holds +-65504."""
     limit = torch.finfo(dtype).max
     return x if x.dtype == dtype else x.clamp(-limit, limit).to(dtype)

@@ -1,6 +1,6 @@
-"""A CLIP for clean pictures that guides: open_clip's models or transformers' CLIPModel behind one interface.
+"""A clean CLIP for guidance: open_clip's models or transformers' CLIPModel behind one interface.
 
-The tokenizer's files lie beside the weights. open_clip is imported for its own models only, and need
+The tokenizer's files are saved beside the weights. open_clip is imported only for its own models and need
 not be installed for others.
 """
 
@@ -27,14 +27,14 @@ NEITHER = (
 
 
 class GuidanceCLIP(ModelMixin, ConfigMixin):
-    """Pictures in [-1, 1] and texts -> l2-normalised embeddings of one space.
+    """Pictures in [-1, 1] and texts -> l2-normalised embeddings in one space.
 
     `GuidanceCLIP.load(name)` makes one; `save_pretrained` and `from_pretrained` are diffusers'.
 
     Args:
         library: "transformers" or "open_clip".
         architecture: the library's config of the model: CLIPConfig as a mapping, or open_clip's model config.
-        image_mean, image_std: what pictures in [0, 1] are normalised by, channel by channel.
+        image_mean, image_std: mean and standard deviation of each channel, to normalise pictures in [0, 1].
     """
 
     tokenizer: Any = None
@@ -62,14 +62,15 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
         else:
             raise ValueError(f"library must be 'transformers' or 'open_clip', got {library!r}")
 
-    # ---- where one comes from
+    # ---- loading and saving
 
     @classmethod
     def load(cls, name: str | os.PathLike) -> "GuidanceCLIP":
-        """A folder of transformers' CLIPModel or of open_clip, or a name that open_clip knows, MODEL/WEIGHTS.
+        """Load a folder of transformers' CLIPModel or of open_clip, or a model by its open_clip name.
 
-        Without a preprocessor_config.json pictures of a transformers CLIP go in as they are, in [-1, 1].
-        Raises ValueError for anything else.
+        open_clip's names are MODEL/WEIGHTS or hf-hub:OWNER/NAME. A transformers CLIP without a
+        preprocessor_config.json sees pictures as they are, in [-1, 1].
+        Raises ValueError if `name` is none of these.
         """
         folder = Path(name)
         if (folder / "config.json").is_file() and "text_config" in read_json(folder / "config.json"):
@@ -93,11 +94,11 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
         cls, model: Any, tokenizer: Any = None, image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None, config: dict[str, Any] | None = None,
     ) -> "GuidanceCLIP":  # fmt: skip
-        """Around a CLIPModel and its tokenizer, or an open_clip model and its config; on the same weights."""
+        """Wrap a CLIPModel and its tokenizer, or an open_clip model and its config; weights are shared."""
         ready = isinstance(model, CLIPModel)
         own = getattr(getattr(model, "visual", None), "preprocess_cfg", None) or {}
         architecture = model.config.to_dict() if ready else dict(config or {})
-        for key in ("_name_or_path", "transformers_version"):  # of this machine
+        for key in ("_name_or_path", "transformers_version"):  # specific to this machine
             architecture.pop(key, None)
         mean = tuple(image_mean or own.get("mean", (0.5, 0.5, 0.5)))
         std = tuple(image_std or own.get("std", (0.5, 0.5, 0.5)))
@@ -111,7 +112,7 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
         self, save_directory: str | os.PathLike, safe_serialization: bool = True, variant: str | None = None,
         max_shard_size: int | str = "10GB", **kwargs: Any,
     ) -> None:  # fmt: skip
-        """As diffusers', and the tokenizer's files beside the weights."""
+        """As in diffusers, with the tokenizer's files beside the weights."""
         options = {"safe_serialization": safe_serialization, "variant": variant}
         super().save_pretrained(str(save_directory), max_shard_size=max_shard_size, **options, **kwargs)
         if self.config.library == "transformers":
@@ -119,14 +120,14 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "GuidanceCLIP":
-        """As diffusers', of a folder."""
+        """As in diffusers, from a folder."""
         made = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if made.config.library == "transformers":
             folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
             made.tokenizer = CLIPTokenizer.from_pretrained(str(folder))
         return made
 
-    # ---- what it is asked for
+    # ---- embeddings
 
     @property
     def scale(self) -> Tensor:
@@ -135,7 +136,7 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures it sees, in pixels."""
+        """Side of the pictures that it sees, in pixels."""
         if self.config.library == "transformers":
             return self.model.config.vision_config.image_size
         size = self.model.visual.image_size
@@ -156,7 +157,7 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """(N, D)."""
+        """N texts -> (N, D)."""
         if self.config.library == "transformers":
             length = self.model.config.text_config.max_position_embeddings
             options = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
@@ -168,5 +169,5 @@ class GuidanceCLIP(ModelMixin, ConfigMixin):
         return F.normalize(features.float(), dim=-1)
 
     def forward(self, images: Tensor, texts: list[str]) -> Tensor:
-        """Logits of every picture with every text, (N, M)."""
+        """The logits of every picture with every text, (N, M)."""
         return self.scale * self.embed_images(images) @ self.embed_texts(texts).T

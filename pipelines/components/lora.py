@@ -1,4 +1,4 @@
-"""The strength of loaded LoRA adapters, of the U-Net and of the text encoder."""
+"""The strength of loaded LoRA adapters, in the U-Net and the text encoder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from torch import nn
 
 @contextmanager
 def lora_scaled(model: nn.Module | None, scale: float | None) -> Iterator[None]:
-    """Inside the block the LoRA layers of `model` are multiplied by `scale`; None leaves them as they are.
+    """Inside the block, the LoRA layers of `model` are multiplied by `scale`; None leaves them as they are.
 
-    diffusers' `unscale_lora_layers` cannot undo a scale of 0, so the scales from before are put back.
+    diffusers' `unscale_lora_layers` cannot undo a scale of 0, so the previous scales are restored.
     """
     layers: list[Any] = []
     if model is not None and scale is not None and scale != 1:

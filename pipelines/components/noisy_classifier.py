@@ -1,10 +1,10 @@
-"""A classifier of noised pictures, p(y | x_t, t): the U-Net's way down, and attention pooling over what it
-leaves (Dhariwal and Nichol 2021, section 4, https://arxiv.org/abs/2105.05233). It may answer more than one
-question of a picture, what it shows and how it is drawn, each with classes of its own; and it may be several
-networks that were trained apart (deep ensembles, Lakshminarayanan 2017, https://arxiv.org/abs/1612.01474).
+"""A classifier of noised pictures, p(y | x_t, t): the downward half of the U-Net, then attention pooling over
+its output (Dhariwal and Nichol 2021, section 4, https://arxiv.org/abs/2105.05233). It may answer more than
+one question about a picture, such as what it shows and how it is drawn, each with its own classes. It may
+also be an ensemble of networks trained separately (deep ensembles, Lakshminarayanan 2017,
+https://arxiv.org/abs/1612.01474).
 
-In shape comments B is the batch, C
-channels, H x W positions, E the width of the time embedding.
+In shape comments B is the batch, C channels, H x W positions, E the width of the time embedding.
 """
 
 from collections.abc import Sequence
@@ -40,22 +40,22 @@ class ResidualBlock(nn.Module):
 
 
 class NoisyClassifier(ModelMixin, ConfigMixin):
-    """Logits of p(y | x_t, t), or log p of each of several sets of classes.
+    """Logits of p(y | x_t, t), or log p for each of several sets of classes.
 
     Args:
         labels: the classes' names, in the order of the logits.
-        sample_size: side of the x_t it was trained on, in pixels or in latents; others run too.
+        sample_size: side of the x_t that it was trained on, in pixels or in latents; others work too.
         in_channels: channels of x_t.
         patch_size: side of the squares that are folded into channels on the way in.
         block_out_channels: width of each level; all but the first halve the side.
         norm_num_groups: groups of the norms; divides every width.
-        heads: of the attention that pools; divides the last width.
+        heads: heads of the pooling attention; divides the last width.
         label_sets: how many of the labels belong to each set, in their order; each set's probabilities sum to
-            1. None: all are one set.
-        timestep_limits: of each set, the t below which it was trained; from there on it tells none of its
-            classes from another, so that it does not guide. None: no limits.
-        guidance_limit: by how much, root mean square, its guidance may move the noise that is predicted for a
-            picture, which is 1 itself: where sqrt(1 - abar) s grad is larger, it is scaled down. None: any.
+            1. None: all labels are one set.
+        timestep_limits: for each set, the t below which it was trained; from there on its classes are all
+            equally likely, so that it does not guide. None: no limits.
+        guidance_limit: how far its guidance may move the predicted noise of a picture, as a root mean square
+            (that of the noise itself is 1): a larger sqrt(1 - abar) s grad is scaled down. None: no limit.
         ensemble: number of networks of these sizes whose logits are averaged: p is the geometric mean of
             theirs, normalized to sum to 1. `others` holds all but the first.
     """
@@ -94,7 +94,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         self.others = nn.ModuleList(NoisyClassifier(*sizes) for _ in range(ensemble - 1))
 
     def own_logits(self, sample: Tensor, t: Tensor) -> Tensor:
-        """Of this network alone, none of `others`: x_t, t (B,) -> (B, classes) float32."""
+        """Logits of this network alone, without `others`: x_t, t (B,) -> (B, classes) float32."""
         patch = self.config.patch_size
         waves = get_timestep_embedding(t, self.time[0].in_features, True, downscale_freq_shift=0)
         emb = self.time(waves.to(self.dtype))  # (B, E)
@@ -108,10 +108,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """x_t (B, in_channels, height, width), t one for all or (B,) -> logits, (B, classes) float32.
 
-        With label_sets they are log p of each set's own classes. Over all of them a softmax divides these p
-        by the number of sets, which moves no gradient: for guidance they are logits like others.
+        With label_sets they are log p of each set's own classes. A softmax over all classes divides these p
+        by the number of sets, which changes no gradient, so guidance can treat them as ordinary logits.
 
-        Raises ValueError for other channels, and for sides that patch_size does not divide.
+        Raises ValueError for another number of channels, and for sides that patch_size does not divide.
         """
         channels, patch = self.config.in_channels, self.config.patch_size
         if sample.shape[1] != channels or sample.shape[-1] % patch or sample.shape[-2] % patch:
@@ -124,6 +124,6 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         if sizes is None and limits is None:
             return logits
         sets = logits.split([*(sizes or [logits.shape[1]])], dim=1)
-        if limits is not None:  # equal logits, and no gradient, where it knows nothing
+        if limits is not None:  # equal logits, so no gradient, at t it was not trained on
             sets = [own * (t < limit)[:, None] for own, limit in zip(sets, limits, strict=True)]
         return torch.cat([F.log_softmax(own, dim=1) for own in sets], dim=1)

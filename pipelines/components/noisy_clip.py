@@ -1,5 +1,5 @@
 """A CLIP image tower that sees noised pictures and their noise level (GLIDE, Nichol et al. 2022, section 2.3,
-https://arxiv.org/abs/2112.10741), in the space of a text tower that is not part of it.
+https://arxiv.org/abs/2112.10741). It embeds into the space of a text tower that is not part of it.
 
 A vision transformer with pre-norm blocks (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929); the
 timestep's embedding is added to every patch. In shape comments B is the batch, N = (sample_size /
@@ -25,9 +25,9 @@ class NoisyCLIP(ModelMixin, ConfigMixin):
         in_channels: channels of x_t.
         patch_size: side of a patch; divides sample_size.
         width, layers, heads: of the transformer.
-        projection_dim: D, that of the text tower's pooled output.
+        projection_dim: D, the width of the text tower's pooled output.
 
-    Raises ValueError for sizes that do not divide.
+    Raises ValueError for sizes that do not divide as they must.
     """
 
     @register_to_config
@@ -49,8 +49,8 @@ class NoisyCLIP(ModelMixin, ConfigMixin):
         norm = nn.LayerNorm(width)
         self.blocks = nn.TransformerEncoder(block, layers, norm, enable_nested_tensor=False)
         self.projection = nn.Linear(width, projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's, a logarithm
-        for layer in self.blocks.layers:  # torch's stack starts with all blocks alike
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # a logarithm, as in CLIP
+        for layer in self.blocks.layers:  # torch initialises all blocks of a stack alike
             nn.init.xavier_uniform_(layer.self_attn.in_proj_weight)
             for linear in (layer.linear1, layer.linear2, layer.self_attn.out_proj):
                 nn.init.xavier_uniform_(linear.weight)

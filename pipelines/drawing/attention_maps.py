@@ -19,7 +19,7 @@ from .text import context_length
 
 
 def word_places(tokenizer: Any, prompt: str, word: str) -> list[int]:
-    """Positions of a word's or phrase's tokens in the tokenized prompt, wherever it stands as a whole word.
+    """Positions of a word's or phrase's tokens in the tokenized prompt, wherever it occurs as a whole word.
 
     Raises ValueError if the prompt does not contain it.
     """
@@ -35,15 +35,15 @@ def word_places(tokenizer: Any, prompt: str, word: str) -> list[int]:
 
 
 class AttentionMaps:
-    """A callback for `callback_on_step_end` that keeps the attention which each picture pays to chosen words.
+    """A callback for `callback_on_step_end` that records each picture's attention to chosen words.
 
-    A map is softmax(q k^T / sqrt(d)) of the prompt's own rows, summed over the word's tokens, averaged over
-    heads, layers (enlarged to the size of the latents) and steps: shares in [0, 1]. Leaving the `with` block,
-    or `close`, takes the hooks off the U-Net; the maps stay.
+    A map is softmax(q k^T / sqrt(d)) for the prompts' rows, not the negative prompts', summed over the word's
+    tokens and averaged over heads, layers (enlarged to the size of the latents) and steps: shares in [0, 1].
+    Leaving the `with` block, or `close`, removes the hooks from the U-Net; the maps remain.
 
     Args:
         pipe: a pipeline with ConditionalUNet or diffusers' UNet2DConditionModel.
-        prompt: what it will draw, as plain text.
+        prompt: what the pipeline will draw, as plain text.
         words: words or phrases of the prompt.
 
     Raises ValueError for a word that the prompt does not contain, or that lies beyond the context.
@@ -58,8 +58,8 @@ class AttentionMaps:
             if places[-1] > context - 2:
                 rule = f"within the {context} tokens that the model reads"
                 raise ValueError(f"words must be {rule}, got {word!r}")
-        self.steps: list[Tensor] = []  # of each step, (pictures, words, H, W)
-        self._layers: list[Tensor] = []  # of the step that runs, (rows, words, N) each
+        self.steps: list[Tensor] = []  # one for each step, (pictures, words, H, W)
+        self._layers: list[Tensor] = []  # of the current step, (rows, words, N) each
         layers = [module for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
         self._handles = [layer.register_forward_hook(self._see, with_kwargs=True) for layer in layers]
 
@@ -74,19 +74,19 @@ class AttentionMaps:
             self._layers.append(torch.stack(words, dim=1))  # (B, words, N)
 
     def __call__(self, pipe: Any, i: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Folds the layers of the step that has run into one map."""
+        """Average the layers of the step that has just run into one map."""
         pictures, _, height, width = tensors["latents"].shape
         maps = []
         for layer in self._layers:
             rows = round((layer.shape[-1] * height / width) ** 0.5)
-            grid = layer[-pictures:].unflatten(-1, (rows, -1))  # the last rows are the prompts' own
+            grid = layer[-pictures:].unflatten(-1, (rows, -1))  # the last rows are the prompts'
             maps.append(F.interpolate(grid, (height, width), mode="bilinear"))
         self.steps.append(torch.stack(maps).mean(0).cpu())
         self._layers.clear()
         return {}
 
     def __getitem__(self, word: str) -> Tensor:
-        """(pictures, H, W), the mean over the steps so far."""
+        """The map of a word, (pictures, H, W): the mean over the steps so far."""
         return torch.stack(self.steps).mean(0)[:, list(self.places).index(word)]
 
     def close(self) -> None:
@@ -101,9 +101,9 @@ class AttentionMaps:
 
 
 def draw_attention(image: Image.Image, attention: Tensor, strength: float = 0.7) -> Image.Image:
-    """The picture under a map of heat: (H, W) of any range, stretched from its least to its largest value.
+    """The picture under a heat map of `attention`, (H, W), stretched from its smallest to its largest value.
 
-    `strength`, in [0, 1], is how far the hottest place is covered by colour; the coldest is left as it is.
+    `strength`, in [0, 1], is how opaque the colour is at the hottest place; the coldest is left as it is.
     """
     from matplotlib import colormaps
 

@@ -1,4 +1,4 @@
-"""Pictures in and out: PIL, numpy and PNG files here, float tensors (B, C, H, W) in [-1, 1] there."""
+"""Pictures as PIL images, arrays and PNG files, to and from float tensors (B, C, H, W) in [-1, 1]."""
 
 import contextlib
 import inspect
@@ -20,15 +20,15 @@ from PIL.PngImagePlugin import PngInfo
 from ..folders.files import write_file
 from .request import ARGUMENTS
 
-MAX_PIXELS = 2**26  # of one picture that is to be edited: 67 million, 0.8 GB as float32
+MAX_PIXELS = 2**26  # in a picture to edit: 67 million, 0.8 GB as float32
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """A picture of any mode as a person sees it, in RGB of 8 bits: upright where EXIF says that it lies, grey
-    of 16 bits scaled and not clipped, CMYK and palettes converted, transparency laid over `background`.
+    """A picture of any mode as a viewer shows it, in 8-bit RGB: rotated as EXIF says, 16-bit grey scaled and
+    not clipped, CMYK and palettes converted, transparency laid over `background`.
 
-    A plain convert would show whatever colour hides under the transparent parts, most often black.
+    A plain convert would show whatever colour is stored under the transparent parts, most often black.
     """
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -42,7 +42,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """As `to_rgb`, in 8 bits of grey (mode L), transparency laid over black: what a mask says."""
+    """As `to_rgb`, but in 8-bit grey (mode L) and over black: for masks."""
     return to_rgb(image, "black").convert("L")
 
 
@@ -88,10 +88,10 @@ def read_pictures(images: Any, size: tuple[int, int] | None = None, name: str = 
 
     Args:
         images: one picture or a list of them: PIL (see `to_rgb`), array (H, W, C) or (B, H, W, C), tensor
-            (C, H, W) or (B, C, H, W). Numbers are in [0, 1], or uint8; C is 1 or 3.
-        size: (height, width) to bring them to, PIL pictures by Lanczos, numbers by the nearest pixel, as
-            diffusers does. None keeps the size that they have, which must be the same for all.
-        name: what an error calls them.
+            (C, H, W) or (B, C, H, W). Values are in [0, 1], or uint8; C is 1 or 3.
+        size: (height, width) to resize to: PIL pictures by Lanczos, arrays and tensors by nearest neighbour,
+            as in diffusers. None keeps their size, which must be the same for all.
+        name: what to call them in errors.
 
     Raises ValueError for anything else, and for more than `MAX_PIXELS` pixels.
     """
@@ -104,10 +104,10 @@ def read_pictures(images: Any, size: tuple[int, int] | None = None, name: str = 
 def read_masks(
     masks: Any, size: tuple[int, int] | None = None, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> torch.Tensor:
-    """Masks, passed as pictures are or without their one channel -> float32 (B, 1, H, W) in [0, 1].
+    """Masks, passed like pictures or without the channel dimension -> float32 (B, 1, H, W) in [0, 1].
 
-    1, white, is to be repainted; 0, black or transparent, is kept. `resample` is PIL's way to `size`. See
-    `read_pictures` for the rest.
+    White, 1, is repainted; black or transparent, 0, is kept. `resample` is the filter that resizes PIL masks
+    to `size`. See `read_pictures` for the rest.
     """
     if isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3:
         one = masks.shape[-1 if isinstance(masks, np.ndarray) else 0] == 1
@@ -122,7 +122,7 @@ def _read(
     images: Any, size: tuple[int, int] | None, name: str, convert: Callable[[Image.Image], Image.Image],
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> torch.Tensor:  # fmt: skip
-    """(B, C, H, W) float32 in [0, 1]; `convert` makes PIL pictures RGB or grey."""
+    """float32 (B, C, H, W) in [0, 1]; `convert` makes PIL pictures RGB or grey."""
     stacked = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     parts = list(images) if stacked or isinstance(images, (list, tuple)) else [images]
     read = [_read_one(part, size, name, convert, resample) for part in parts]
@@ -167,7 +167,7 @@ def _extent(x: torch.Tensor) -> str:
 
 
 def check_pixels(width: int, height: int, name: str = "image") -> None:
-    """ValueError for a picture of more than `MAX_PIXELS`, before anything of it is decoded."""
+    """Raises ValueError for a picture of more than `MAX_PIXELS` pixels, before any of it is decoded."""
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"`{name}` has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "
@@ -176,7 +176,7 @@ def check_pixels(width: int, height: int, name: str = "image") -> None:
 
 
 def nearest_size(height: int, width: int, unit: int) -> tuple[int, int]:
-    """The (height, width) nearest to these of which both are positive multiples of `unit`."""
+    """The nearest (height, width) such that both are positive multiples of `unit`."""
     nearest_height, nearest_width = (max(unit, round(side / unit) * unit) for side in (height, width))
     return nearest_height, nearest_width
 
@@ -186,8 +186,8 @@ def encode_pictures(
 ) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> latents as the U-Net sees them; the inverse of `decode_latents`.
 
-    (z - shift_factor) scaling_factor, z a draw from the encoder's posterior: from one generator for all, or
-    from that of each picture. Without a `vae` pictures are their own latents and nothing is drawn.
+    (z - shift_factor) scaling_factor, where z is drawn from the encoder's posterior, with one generator for
+    all pictures or one for each. Without a `vae`, pictures are their own latents and nothing is drawn.
     """
     if vae is None:
         return pictures
@@ -207,9 +207,10 @@ def encode_pictures(
 def decode_latents(
     vae: Any | None, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
 ) -> torch.Tensor:
-    """Latents as the U-Net sees them -> pictures (B, C, H, W) in about [-1, 1]. No `vae`: they are pictures.
+    """Latents as the U-Net sees them -> pictures (B, C, H, W) in about [-1, 1].
 
-    vae.decode(latents / scaling_factor + shift_factor). Only a decoder that draws noise is given `generator`.
+    vae.decode(latents / scaling_factor + shift_factor); without a `vae` they are pictures already. Only a
+    decoder that draws noise is given `generator`.
     """
     if vae is None:
         return latents
@@ -224,11 +225,11 @@ def image_grid(
     images: list[Image.Image], columns: int | None = None, gap: int = 2, background: str = "white",
     labels: list[str] | None = None,
 ) -> Image.Image:  # fmt: skip
-    """A sheet of pictures, row by row, all in cells of the largest one's size, `gap` pixels apart.
+    """A sheet of pictures, row by row, in cells of the largest picture's size, `gap` pixels apart.
 
-    `columns` defaults to the most square sheet. `labels`, one for each picture, are written under it and cut
-    to the cell's width. Raises ValueError for no pictures, fewer than one column, or a wrong number of
-    labels.
+    By default `columns` makes the sheet as square as possible. `labels`, one for each picture, are written
+    below the pictures and cut to the cell's width. Raises ValueError for no pictures, fewer than one column,
+    or a wrong number of labels.
     """
     if not images:
         raise ValueError("image_grid needs at least one picture")
@@ -246,16 +247,17 @@ def image_grid(
         x, y = gap + (i % columns) * step_x, gap + (i // columns) * step_y
         sheet.paste(to_rgb(image, background), (x, y))
         if labels:
-            cell = Image.new("RGB", (width, text_height), background)  # a cell of its own cuts a long label
+            cell = Image.new("RGB", (width, text_height), background)  # a separate cell cuts off a long label
             dark = sum(ImageColor.getrgb(background)[:3]) < 384
             ImageDraw.Draw(cell).text((0, 1), labels[i], fill="white" if dark else "black")
             sheet.paste(cell, (x, y + height))
     return sheet
 
 
-# ---- PNG files that carry their settings: as text, under the names of the Python arguments
+# ---- PNG files that carry their settings as text, under the names of the Python arguments
 
-ALWAYS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "strength")  # also if default
+# Written even at their defaults
+ALWAYS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "strength")
 RENAMED = {  # keys of 0.1
     "steps": "num_inference_steps",
     "clip_form": "clip_guidance",
@@ -268,20 +270,20 @@ RENAMED = {  # keys of 0.1
 
 
 def png_bytes(image: Image.Image, **options: Any) -> bytes:
-    """`options` are Pillow's, such as `pnginfo`."""
+    """The content of a PNG file; `options` are Pillow's, such as `pnginfo`."""
     stream = io.BytesIO()
     image.save(stream, format="PNG", **options)
     return stream.getvalue()
 
 
 def save_png(image: Image.Image, path: str | Path, **options: Any) -> None:
-    """As PNG whatever the file's suffix is; `options` are Pillow's, such as `pnginfo`."""
+    """Save as PNG, whatever the file's suffix; `options` are Pillow's, such as `pnginfo`."""
     write_file(path, png_bytes(image, **options))
 
 
 def open_picture(path: str | Path, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """A file's picture of any mode, in RGB or as `convert` returns it. Raises ValueError if it is not a
-    picture, or has more than `MAX_PIXELS`."""
+    """Open a picture file of any mode, in RGB or as `convert` returns it. Raises ValueError if it is not a
+    picture or has more than `MAX_PIXELS` pixels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the lower limit
@@ -293,8 +295,8 @@ def open_picture(path: str | Path, convert: Callable[[Image.Image], Image.Image]
 
 
 def settings_of(call: dict[str, Any]) -> dict[str, str]:
-    """The text of a call's arguments: of those of `ALWAYS`, and of others where they differ from their
-    default. Dicts and pairs are JSON."""
+    """A call's arguments as text: those in `ALWAYS`, and any others that differ from their default. Dicts and
+    pairs become JSON."""
     text = {}
     for name, value in call.items():
         default = ARGUMENTS[name].default if name in ARGUMENTS else None
@@ -314,7 +316,7 @@ def slug(prompt: str) -> str:
 def write_picture(image: Image.Image, folder: Path, name: str, settings: dict[str, Any]) -> Path:
     """Writes folder/name.png, or name-1.png and so on if that exists, with `settings` as PNG text.
 
-    A file that is there is never written to, also by two runs at once, and a run that fails leaves none.
+    An existing file is never overwritten, even by two runs at once, and a run that fails leaves no file.
     """
     text = PngInfo()
     for key, value in settings.items():
@@ -334,7 +336,7 @@ def write_picture(image: Image.Image, folder: Path, name: str, settings: dict[st
 
 
 def read_settings(path: str | Path, quiet: bool = False) -> dict[str, str]:
-    """The settings in a PNG of `write_picture`, with the picture's own width and height.
+    """The settings in a PNG from `write_picture`, with the picture's own width and height.
 
     Keys of version 0.1 get their new names, with one FutureWarning unless `quiet`.
     Raises ValueError if the file is not a picture or carries no settings.
@@ -355,9 +357,9 @@ def read_settings(path: str | Path, quiet: bool = False) -> dict[str, str]:
 
 
 def rename(settings: dict[str, str]) -> dict[str, str]:
-    """Settings with the keys of 0.1 under their present names."""
+    """Settings with keys of 0.1 changed to their current names."""
     old, new = dict(settings), {}
-    if old.get("clip_guidance") not in (None, "noised", "clean"):  # it was the scale
+    if old.get("clip_guidance") not in (None, "noised", "clean"):  # in 0.1 it was the scale
         new["clip_guidance_scale"] = old.pop("clip_guidance")
     words, weight = old.pop("combined_prompt", None), old.pop("combined_weight", "0.7")
     if words is not None:

@@ -1,7 +1,7 @@
 """The one denoising loop, and the stages before and after it.
 
-`draw` does all that the tasks share; a `Task` says what differs: what x_T is, what the U-Net sees beside x_t,
-what happens to the known region after a step, and what becomes of the decoded pictures.
+`draw` does everything that the tasks share. A `Task` defines what differs: what x_T is, what the U-Net sees
+beside x_t, what happens to the known region after a step, and what is done with the decoded pictures.
 """
 
 import functools
@@ -27,39 +27,39 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {"pil": to_pil, "np": to_numpy, "p
 
 
 class Denoise(Protocol):
-    """A denoiser, guided or not: x_t of unit variance at timestep t -> what `scheduler.step` is given."""
+    """A denoiser, guided or not: x_t of unit variance at timestep t -> the input of `scheduler.step`."""
 
     def __call__(self, x_t: Tensor, t: Any, sigma: float) -> Tensor: ...
 
 
 class Task:
-    """What differs between the tasks. This one draws pictures from noise, of `height` x `width` pixels.
+    """What differs between the tasks. This class draws pictures of `height` x `width` pixels from noise.
 
-    A subclass changes what its task needs; the methods are called in the order in which they stand here.
+    A subclass overrides what its task needs. The methods are called in the order in which they appear here.
     """
 
     reads_text = True
-    height = width = 0  # of what is drawn, in pixels; set by `read`
+    height = width = 0  # of the pictures to draw, in pixels; set by `read`
 
     def __init__(self, pipe: Any, request: Request) -> None:
         self.pipe, self.request = pipe, request
         self.channels: int = pipe.num_channels_latents  # C of x_t
-        self.factor: int = pipe.vae_scale_factor  # pixels to a latent
+        self.factor: int = pipe.vae_scale_factor  # pixels per latent, along one side
         self.reads_pooled: bool = pipe.requires_pooled_text
         self.tensors: dict[str, Tensor] = {}  # what callbacks may see and replace besides latents and text
-        self.enlarge: Callable[[Tensor, Tensor], Tensor] | None = None  # of decoded pictures, as `decode`
+        self.enlarge: Callable[[Tensor, Tensor], Tensor] | None = None  # (decoded, kept) -> larger
 
     def read(self) -> None:
-        """Read the pictures and settle `height` and `width`. ValueError for those that cannot be drawn."""
+        """Read the pictures and set `height` and `width`. Raises ValueError if they cannot be drawn."""
 
     def defaults(self) -> dict[str, Any]:
-        """What a call that does not say gets."""
+        """Values of arguments that a call leaves out."""
         config = self.pipe.config
         steps, scale = config.default_num_inference_steps, config.default_guidance_scale
         return {"num_inference_steps": steps, "guidance_scale": scale, "clip_guidance_scale": 0.0}
 
     def check(self) -> int:
-        """The number of prompts. ValueError for what this pipeline cannot do."""
+        """Returns the number of prompts. Raises ValueError for what this pipeline cannot do."""
         pipe, request = self.pipe, self.request
         prompts, guided = 1, self.is_guided()
         if self.reads_text:
@@ -73,12 +73,12 @@ class Task:
         return prompts
 
     def is_guided(self) -> bool:
-        """Whether classifier-free guidance takes further passes: not where the U-Net is told the scale."""
+        """Whether classifier-free guidance takes further passes; not if the scale is a U-Net input."""
         scale = self.request.guidance_scale
         return scale is not None and scale > 1 and self.pipe.unet.config.get("time_cond_proj_dim") is None
 
     def check_tensors(self, pictures: int) -> None:
-        """ValueError for generators, latents or a U-Net that do not fit so many pictures."""
+        """Raises ValueError for generators, latents or a U-Net that do not fit this number of pictures."""
         check_generators(self.request.generator, pictures)
         self.check_channels()
         if (latents := self.request.latents) is not None:
@@ -95,7 +95,7 @@ class Task:
         return torch.Size((pictures, self.channels, self.height // self.factor, self.width // self.factor))
 
     def visit(self, device: Any) -> tuple[Tensor, int]:
-        """(the timesteps to visit, noisiest first, and how many steps these are)."""
+        """(the timesteps to visit, noisiest first; the number of steps)."""
         request, scheduler = self.request, self.pipe.scheduler
         return retrieve_timesteps(
             scheduler, request.num_inference_steps, device, request.timesteps, request.sigmas
@@ -110,22 +110,22 @@ class Task:
         return self.noise(pictures, device, dtype) * self.pipe.scheduler.init_noise_sigma
 
     def noise(self, pictures: int, device: Any, dtype: torch.dtype) -> Tensor:
-        """z ~ N(0, I): the given `latents`, or drawn, once for each generator of a list."""
+        """z ~ N(0, I): the given `latents`, or newly drawn, from each picture's own generator in a list."""
         z = self.request.latents
         if z is None:
             z = randn_tensor(self.shape(pictures), self.request.generator, torch.device(device), dtype)
         return z.to(device=device, dtype=dtype)
 
     def see(self, x_t: Tensor) -> Tensor:
-        """What the U-Net sees: x_t, and what stands beside it as further channels."""
+        """What the U-Net sees: x_t, and any further channels beside it."""
         return x_t
 
     def told(self, rows: int) -> dict[str, Any]:
-        """Further arguments of a U-Net pass over so many rows."""
+        """Further arguments of a U-Net pass over this number of rows."""
         return {}
 
     def wrap(self, denoise: Denoise) -> Denoise:
-        """The guided denoiser, and what the task makes of its predictions."""
+        """The guided denoiser, with whatever the task does to its predictions."""
         return denoise
 
     def before(self, latents: Tensor, k: int, last: int | None) -> Tensor:
@@ -133,7 +133,7 @@ class Task:
         return latents
 
     def after(self, latents: Tensor, k: int) -> Tensor:
-        """What becomes of x_prev after step k."""
+        """x_prev after step k, with whatever the task does to it."""
         return latents
 
     def report(self, i: int, t: Any, latents: Tensor) -> None:
@@ -144,15 +144,15 @@ class Task:
         return decode_latents(self.pipe.vae, latents, self.request.generator)
 
     def finish(self, pictures: Tensor, kept: Tensor) -> Any:
-        """Decoded pictures, checked for safety, as `output_type` asks; they are those numbered `kept`."""
+        """Pictures, decoded and checked for safety -> `output_type`. `kept` has their numbers."""
         return OUTPUTS[self.request.output_type](pictures)
 
 
-# ---- what is checked of the pipeline
+# ---- checks of the pipeline
 
 
 def check_attention(kwargs: Any, has_processors: bool) -> None:
-    """`has_processors`: the U-Net is one of diffusers', whose attention processors take arguments too."""
+    """`has_processors`: the U-Net is diffusers', whose attention processors take arguments too."""
     good = kwargs is None or (isinstance(kwargs, dict) and (has_processors or set(kwargs) <= {"scale"}))
     check("cross_attention_kwargs", kwargs, good, "a dict, its only key 'scale', the strength of LoRAs")
     if kwargs and "scale" in kwargs:
@@ -171,8 +171,8 @@ def check_generators(generator: Any, pictures: int) -> None:
 def takes_variance(scheduler: Any) -> bool:
     """Whether `scheduler.step` wants a learned variance beside the prediction.
 
-    The config alone does not tell: `from_config` hands DDPM's variance_type on to schedulers that do not know
-    it (DDIM), or that know it and then cut the output to 3 channels (DPM-Solver).
+    The config alone is not enough: `from_config` passes DDPM's variance_type on to schedulers that do not
+    know it (DDIM), or that know it and then cut the output to 3 channels (DPM-Solver).
     """
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     knows = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
@@ -180,13 +180,13 @@ def takes_variance(scheduler: Any) -> bool:
 
 
 def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
-    """sigma_t = sqrt((1 - abar_t) / abar_t) of each timestep `scheduler` will visit (Karras et al. 2022).
+    """sigma_t = sqrt((1 - abar_t)/abar_t) at each timestep that `scheduler` will visit (Karras et al. 2022).
 
-    It is the noise's standard deviation where the picture, in [-1, 1], has weight 1: 0 is clean, infinity is
-    pure noise. Schedulers that step in sigma hold the exact values (their timesteps may be rounded), the
-    others `alphas_cumprod`. Call it after `set_timesteps`.
+    This is the standard deviation of the noise when the picture, in [-1, 1], has weight 1: 0 is clean,
+    infinity is pure noise. Schedulers that step in sigma have the exact values (their timesteps may be
+    rounded), others have `alphas_cumprod`. Call it after `set_timesteps`.
 
-    Raises ValueError for a scheduler that holds neither.
+    Raises ValueError for a scheduler that has neither.
     """
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
@@ -198,8 +198,8 @@ def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
 
 
 def step_arguments(pipe: Any, generator: Any, eta: float) -> dict[str, Any]:
-    """`generator` and `eta` for `scheduler.step`, each only where its signature takes it. DDIM that clips
-    pixels shall take eps from the clipped x0 too: strongly guided pictures fall apart otherwise."""
+    """`generator` and `eta` for `scheduler.step`, each only if its signature takes it. If DDIM clips pixels,
+    it must also take eps from the clipped x0, or strongly guided pictures fall apart."""
     accepted = inspect.signature(pipe.scheduler.step).parameters
     clips = pipe.vae is None and bool(pipe.scheduler.config.get("clip_sample"))
     offered = {"generator": generator, "eta": eta, "use_clipped_model_output": clips}
@@ -210,18 +210,18 @@ def step_arguments(pipe: Any, generator: Any, eta: float) -> dict[str, Any]:
 
 
 class Denoiser:
-    """One U-Net pass, with what it is conditioned on, which callbacks may replace between steps."""
+    """One U-Net pass and its conditioning, which callbacks may replace between steps."""
 
     def __init__(self, pipe: Any, task: Task, text: Conditioning) -> None:
         self.pipe, self.task, self.pooled = pipe, task, text.pooled
         self.prompt_embeds = text.states  # [negative, further prompts, prompt], (copies * B, L, D)
-        self.x0_self: Tensor | None = None  # a self-conditioned U-Net's last guess of x0
+        self.x0_self: Tensor | None = None  # a self-conditioned U-Net's last estimate of x0
         self.takes_variance = takes_variance(pipe.scheduler)
         self.reads_pooled = task.reads_pooled
 
     def __call__(self, x_t: Tensor, t: Any, copies: int = 1) -> Tensor:
-        """x_t (B, C, H, W) -> predictions (copies * B, C or 2C, H, W), 2C where the scheduler takes a learned
-        variance. One copy is conditioned on the prompts alone, whose states are the last rows."""
+        """x_t (B, C, H, W) -> predictions (copies * B, C or 2C, H, W), 2C if the scheduler takes a learned
+        variance. A single copy is conditioned on the prompts alone, whose states are the last rows."""
         rows, seen = copies * len(x_t), self.task.see(x_t)
         text = None if self.prompt_embeds is None else self.prompt_embeds[-rows:]
         inputs = self.inputs(rows, seen.shape[1])
@@ -231,11 +231,11 @@ class Denoiser:
         return output if self.takes_variance else output[:, : self.task.channels]
 
     def inputs(self, rows: int, channels: int) -> dict[str, Any]:
-        """What the U-Net is told besides x_t, t and the token states: only what its config asks for."""
+        """The U-Net's inputs besides x_t, t and the token states: only those that its config asks for."""
         added: dict[str, Tensor] = {}
         if self.reads_pooled and self.pooled is not None:
             added["pooled_text"] = self.pooled[-rows:]  # (rows, P)
-        if self.x0_self is not None:  # as many channels as the U-Net sees, those beside x_t 0
+        if self.x0_self is not None:  # padded by zeros to as many channels as the U-Net sees
             missing = channels - self.x0_self.shape[1]
             padded = (
                 torch.nn.functional.pad(self.x0_self, (0, 0, 0, 0, 0, missing)) if missing else self.x0_self
@@ -250,10 +250,11 @@ class Denoiser:
 
 
 class ClassifierFreeGuidance:
-    """A denoiser guided by its own unconditional prediction: wraps one that is not, and is called like it.
+    """A denoiser guided by its own unconditional prediction. It wraps an unguided one and is called like it.
 
-    channels, scale, phi, weights: as for `chain.guidance.guide`; a scale of 1 or less is off, and may change
-    between steps. interval: the noise levels that are guided; elsewhere the further passes are left out.
+    channels, scale, phi, weights: as for `chain.guidance.guide`. A scale of 1 or less turns guidance off; it
+    may change between steps. interval: the noise levels that are guided; at others the further passes are
+    skipped.
     """
 
     def __init__(
@@ -278,16 +279,16 @@ class ClassifierFreeGuidance:
 
 
 def pad_channels(x: Tensor, channels: int) -> Tensor:
-    """(B, C, H, W) -> (B, channels, H, W), the new ones 0."""
+    """(B, C, H, W) -> (B, channels, H, W), padded with zeros."""
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
 
 
 def estimate_x0(step: Any, model_output: Tensor, x_t: Tensor, sigma: float, prediction_type: str) -> Tensor:
     """The x0 that a self-conditioned U-Net sees at the next step (Chen et al. 2022, "Analog bits").
 
-    The scheduler's own estimate, clipped as it clips, where `scheduler.step` returned one; else from the
-    model's output, with abar = 1 / (1 + sigma^2): eps: (x_t - sqrt(1-abar) eps) / sqrt(abar);
-    v: sqrt(abar) x_t - sqrt(1-abar) v; sample: itself. All (B, C, H, W), x_t of unit variance.
+    If `scheduler.step` returned an estimate, it is used, clipped as the scheduler clips. Otherwise it is
+    computed from the model's output, with abar = 1/(1 + sigma^2). eps: (x_t - sqrt(1 - abar) eps)/sqrt(abar);
+    v: sqrt(abar) x_t - sqrt(1 - abar) v; sample: itself. All are (B, C, H, W), x_t of unit variance.
     """
     for name in ("pred_original_sample", "denoised"):  # the second is LCMScheduler's
         if getattr(step, name, None) is not None:
@@ -304,7 +305,7 @@ def estimate_x0(step: Any, model_output: Tensor, x_t: Tensor, sigma: float, pred
 
 
 def draw(pipe: Any, request: Request, task: Task) -> StableDiffusionPipelineOutput | tuple[Any, Any]:
-    """Images and nsfw_content_detected (None without a safety checker) of a request.
+    """Draw a request. Returns images and nsfw_content_detected (None without a safety checker).
 
     Raises ValueError for arguments that make no sense, before any work.
     """
@@ -324,12 +325,12 @@ def draw(pipe: Any, request: Request, task: Task) -> StableDiffusionPipelineOutp
     pipe._cross_attention_kwargs, pipe._interrupt = request.cross_attention_kwargs, False
     device = pipe._execution_device
 
-    # 2. Lay out the timesteps: first, because a schedule that the scheduler refuses is a bad argument too
+    # 2. Set the timesteps before any work: a schedule that the scheduler refuses is a bad argument too
     visited, steps = task.visit(device)
     order = task.order(len(visited))
     pipe._num_timesteps, updates = len(order), steps + len(order) - len(visited)
 
-    # 3. Encode the prompts. Negatives come first, so that the last rows are always the prompts' own
+    # 3. Encode the prompts. Negatives come first, so that the last rows are always the prompts'
     if task.reads_text:
         options: Any = (each, guided, request.clip_skip, device, request.lora_scale)
         text = encode_all(pipe, request.text, request.combined_prompts or (), *options)
@@ -345,7 +346,7 @@ def draw(pipe: Any, request: Request, task: Task) -> StableDiffusionPipelineOutp
         steer = guides_of(pipe, request, text.words, text.own_pooled, pictures, to_x0, task.channels)
     latents = denoise(pipe, request, task, text, latents, visited, order, updates, steer)
 
-    # 5. Decode, the best of the candidates
+    # 5. Choose the best of the candidates, and decode them
     kept = torch.arange(pictures)
     if request.num_candidates > 1:
         kept = best_candidates(pipe, request, latents, text.words, text.own_pooled)
@@ -374,10 +375,10 @@ def denoise(
     updates: int,
     steer: GradientGuidance | None,
 ) -> Tensor:
-    """x_0 (pictures, C, H, W) of x_T = `latents`.
+    """Denoise x_T = `latents` to x_0, (pictures, C, H, W).
 
-    visited, order: the timesteps, and the steps as they are taken; updates: how often the progress bar moves;
-    steer: guidance by other networks.
+    visited: the timesteps; order: the order in which the steps are taken; updates: how often the progress bar
+    moves; steer: guidance by other networks.
     """
     scheduler, interval, callback = pipe.scheduler, request.guidance_interval, request.callback_on_step_end
     self_conditioning = pipe.unet.config.get("self_conditioning", False)
@@ -433,7 +434,7 @@ def prediction_type(scheduler: Any) -> str:
 
 
 def check_safety(pipe: Any, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
-    """(B, 3, H, W) in [-1, 1] -> the same with flagged pictures black, and which are flagged."""
+    """(B, 3, H, W) in [-1, 1] -> the same with flagged pictures blackened, and which ones are flagged."""
     if pipe.safety_checker is None:
         return image, None
     features = pipe.feature_extractor(to_pil(image), return_tensors="pt").to(pipe._execution_device)

@@ -1,4 +1,4 @@
-"""What is repainted, where and when: the region around a mask, the canvas and windows of outpainting, the
+"""What is repainted, where and when: the region around a mask, the canvas and windows of outpainting, and the
 order of RePaint's resampling. Boxes are (left, top, right, bottom) in pixels, sizes (width, height).
 """
 
@@ -16,10 +16,10 @@ FORGETFUL = ("DDPMScheduler", "DDIMScheduler")  # their steps depend on x_t and 
 
 
 def crop_region(mask: Image.Image, width: int, height: int, pad: int = 0) -> Box:
-    """The part of a picture that holds all of its mask (where it is not 0) and `pad` pixels around it.
+    """The part of a picture that contains its whole mask (where it is not 0) and `pad` pixels around it.
 
-    It is widened about its middle to the shape of width : height as far as the picture reaches, to diffusers'
-    numbers.
+    It is widened about its centre to the aspect ratio width : height, as far as the picture allows, with the
+    same results as in diffusers.
 
     Raises ValueError for a mask that is 0 everywhere.
     """
@@ -38,7 +38,7 @@ def crop_region(mask: Image.Image, width: int, height: int, pad: int = 0) -> Box
 
 
 def _widen(start: int, end: int, extra: int, limit: int) -> tuple[int, int]:
-    """start..end longer by `extra`, half on each side, moved into 0..limit and cut where it is too long."""
+    """start..end, longer by `extra`, half on each side, then moved into 0..limit and cut if too long."""
     start, end = start - extra // 2, end + extra - extra // 2
     shift = max(end - limit, 0)
     start, end = start - shift, end - shift
@@ -46,8 +46,8 @@ def _widen(start: int, end: int, extra: int, limit: int) -> tuple[int, int]:
 
 
 def shrink_to_fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The whole of a picture inside width x height, in its own shape, in the middle, its outermost rows or
-    columns drawn out to the border. diffusers' resize_mode "fill"."""
+    """The whole picture, scaled to fit into width x height and centred, with its outermost rows or columns
+    repeated up to the border. diffusers' resize_mode "fill"."""
     inner = _resize_one_side(image, width, height, image.width * height > width * image.height)
     left, top = width // 2 - inner.width // 2, height // 2 - inner.height // 2
     canvas = Image.new(image.mode, (width, height))
@@ -64,7 +64,7 @@ def shrink_to_fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def grow_to_fill(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of a picture, in its own shape, over all of width x height: it undoes `shrink_to_fit`.
+    """The picture, scaled to cover width x height and cropped to the middle, which undoes `shrink_to_fit`.
     diffusers' resize_mode "crop"."""
     outer = _resize_one_side(image, width, height, image.width * height <= width * image.height)
     left, top = outer.width // 2 - width // 2, outer.height // 2 - height // 2
@@ -72,7 +72,7 @@ def grow_to_fill(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _resize_one_side(image: Image.Image, width: int, height: int, by_width: bool) -> Image.Image:
-    """To that width, or else that height, the other side in proportion."""
+    """Resize to that width, or else to that height, with the other side in proportion."""
     size = (width, image.height * width // image.width) if by_width else None
     size = size or (image.width * height // image.height, height)
     return image.resize((max(size[0], 1), max(size[1], 1)), Image.Resampling.LANCZOS)
@@ -82,7 +82,7 @@ def _resize_one_side(image: Image.Image, width: int, height: int, by_width: bool
 
 
 def extend_canvas(image: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
-    """A picture with that many pixels added on each side, repeating its outermost ones."""
+    """A picture with pixels added on each side, which repeat its outermost ones."""
     pixels = np.asarray(image)
     borders = [(top, bottom), (left, right), (0, 0)]
     return Image.fromarray(np.pad(pixels, borders[: pixels.ndim], mode="edge"))
@@ -91,8 +91,8 @@ def extend_canvas(image: Image.Image, left: int, top: int, right: int, bottom: i
 def outpainting_windows(size: tuple[int, int], known: Box, side: tuple[int, int], overlap: int) -> list[Box]:
     """Boxes of `side` that cover a canvas of `size`, from the one around `known` outwards.
 
-    Neighbours share `overlap` pixels or more, and so does `known` with each that reaches beyond it on one
-    axis. Each box comes after those that lie between it and `known`. No side may be longer than the canvas.
+    Neighbours share at least `overlap` pixels, and so do `known` and each box that reaches beyond it on one
+    axis. Each box comes after those between it and `known`. No side may be longer than the canvas.
     """
     columns, rows = (
         _starts(size[axis], known[axis], known[axis + 2], side[axis], overlap) for axis in (0, 1)
@@ -103,7 +103,7 @@ def outpainting_windows(size: tuple[int, int], known: Box, side: tuple[int, int]
 
 
 def _starts(length: int, known_start: int, known_end: int, side: int, overlap: int) -> dict[int, int]:
-    """Steps away from the window in the middle of what is known, .. -1, 0, 1 .. -> where one starts."""
+    """Position of a window, .. -1, 0, 1 .., 0 being in the middle of what is known -> where it starts."""
     last, stride = length - side, side - overlap
     middle = min(max((known_start + known_end - side) // 2, 0), last)
     before, after = math.ceil(middle / stride), math.ceil((last - middle) / stride)
@@ -116,8 +116,9 @@ def _starts(length: int, known_start: int, known_end: int, side: int, overlap: i
 def repaint_order(steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
     """The steps 0 (noisiest) .. steps - 1 in the order that RePaint takes them (Lugmayr et al. 2022, 4.2).
 
-    After every `jump_length` steps, except at the start of the chain, it goes that many back, so that each is
-    taken `jump_n_sample` times in all. Where the order does not ascend, noise is added again, see `renoise`.
+    After every `jump_length` steps, except at the start of the chain, it goes back that many steps, so that
+    each is taken `jump_n_sample` times in all. Where the order does not ascend, noise is added again
+    (`renoise`).
     """
     order: list[int] = []
     for step in range(steps):

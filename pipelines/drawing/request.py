@@ -1,7 +1,7 @@
-"""What a call asks for: each argument's name, default, range, error and help, once.
+"""The arguments of a call: the one place for their names, defaults, ranges, errors and help.
 
 `Request` has the arguments of every task. Python, the command line, the page and the text in a PNG all take
-their names, defaults and ranges from here: a new argument is one line below and one where it acts.
+names, defaults and ranges from here: a new argument is one line below and one line where it acts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_IP_ADAPTER = (
 
 
 class Rule(NamedTuple):
-    """What one argument may be: a test, its description for errors, and the ends of a range of numbers."""
+    """What an argument may be: a test, its description for errors, and the ends of a range of numbers."""
 
     good: Callable[[Any], bool]
     text: str
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
 
 def check(name: str, value: Any, good: bool, rule: str) -> None:
-    """ValueError that names an argument, its value and what is allowed, unless `good`."""
+    """Raises ValueError unless `good`, naming the argument, its value and what is allowed."""
     if not good:
         raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
 
@@ -61,14 +61,14 @@ def _are_weighted(value: Any) -> bool:
 
 
 def _are_generators(value: Any) -> bool:
-    import torch  # not before a picture is drawn: the command line's --help and errors need none of it
+    import torch  # imported late: the command line's --help and errors do not need it
 
     listed = value if isinstance(value, list) else [value]
     return all(isinstance(one, torch.Generator | None) for one in listed)
 
 
 def optional(rule: Rule) -> Rule:
-    """The same, or None."""
+    """The same rule, but None is allowed too."""
     return rule._replace(good=lambda value: value is None or rule.good(value))
 
 
@@ -94,8 +94,8 @@ EVERY = (TEXT, IMAGE, INPAINT, UPSCALE)
 def argument(
     default: Any, rule: Rule, help: str, only: tuple[str, ...] = EVERY, kind: type | None = None
 ) -> Any:
-    """A field of `Request`. `only`: the tasks that take it; `kind`: what the command line reads it as, None
-    for what can only be passed in Python."""
+    """A field of `Request`. `only`: the tasks that take it; `kind`: its type on the command line, None if it
+    can only be passed in Python."""
     return field(default=default, metadata={"rule": rule, "help": help, "only": only, "kind": kind})
 
 
@@ -114,12 +114,12 @@ class TextInputs(NamedTuple):
 class Request:
     """The arguments of one call, by their names in Python; those that its task does not take stay unset.
 
-    Names, order and meaning are diffusers' wherever diffusers has the argument.
+    Names, order and meaning are those of diffusers wherever diffusers has the argument.
     """
 
     prompt: Any = argument(
         None, ANYTHING,
-        "One prompt or a list; '(red:1.3)' weighs words. What exceeds the context is cut, with a warning.",
+        "One prompt or a list; '(red:1.3)' weights words. Text beyond the context is cut, with a warning.",
     )  # fmt: skip
     image: Any = argument(
         None, ANYTHING, "The picture to start from, or one for each prompt; see `images.read_pictures`.",
@@ -130,7 +130,7 @@ class Request:
         "White is repainted, black or transparent is kept; one mask, or one for each prompt.", (INPAINT,),
     )  # fmt: skip
     masked_image_latents: Any = argument(
-        None, ANYTHING, "Latents of the picture with the masked part grey (0), in place of encoding it.",
+        None, ANYTHING, "Latents of the picture with the masked part grey (0), instead of encoding it.",
         (INPAINT,),
     )  # fmt: skip
     height: int | None = argument(
@@ -143,21 +143,21 @@ class Request:
     )  # fmt: skip
     padding_mask_crop: int | None = argument(
         None, optional(WHOLE._replace(text="pixels, 0 or more")),
-        "Repaint only the region around the mask, with this many pixels on each side, at `height` x `width`.",
+        "Repaint only the region around the mask, and this many pixels on each side, at `height` x `width`.",
         (INPAINT,), int,
     )  # fmt: skip
     strength: float = argument(
-        0.8, SHARE, "Share of the schedule that is run: 1 starts from noise, less keeps more of the picture.",
+        0.8, SHARE, "Share of the schedule to run: 1 starts from noise, less keeps more of the picture.",
         (IMAGE, INPAINT), float,
     )  # fmt: skip
     num_inference_steps: int | None = argument(
         None, optional(COUNT), "Denoising steps; by default the model's own.", EVERY, int
     )
     timesteps: list[int] | None = argument(
-        None, ANYTHING, "Descending timesteps in place of the scheduler's own, where it takes them."
+        None, ANYTHING, "Descending timesteps instead of the scheduler's own, if it accepts them."
     )
     sigmas: list[float] | None = argument(
-        None, ANYTHING, "Descending noise levels in place of the scheduler's own, where it takes them."
+        None, ANYTHING, "Descending noise levels instead of the scheduler's own, if it accepts them."
     )
     guidance_scale: float | None = argument(
         None, optional(GUIDANCE),
@@ -166,29 +166,29 @@ class Request:
     )  # fmt: skip
     noise_level: int | None = argument(
         None, optional(WHOLE),
-        "Noise added to the small picture, up to the model's max_noise_level: the more, the more is made up.",
+        "Noise added to the small picture, up to the model's max_noise_level: more invents more detail.",
         (UPSCALE,), int,
     )  # fmt: skip
     negative_prompt: Any = argument(
-        None, ANYTHING, "What to stay away from, in place of the empty prompt; one, or one for each prompt.",
+        None, ANYTHING, "What to avoid, instead of the empty prompt; one, or one for each prompt.",
         EVERY, str,
     )  # fmt: skip
     num_images_per_prompt: int = argument(1, COUNT, "Pictures for each prompt.", EVERY, int)
     eta: float = argument(0.0, SHARE, "DDIM's share of noise; other schedulers ignore it.", EVERY, float)
     generator: torch.Generator | list[torch.Generator] | None = argument(
         None, Rule(_are_generators, "a torch.Generator or a list of them"),
-        "One, drawn from in diffusers' order; or a list, one for each picture (and candidate), which makes a "
-        "picture depend on its own seed alone and not on its batch.",
+        "One generator, used in diffusers' order, or a list with one for each picture (and candidate), so "
+        "that a picture depends on its own seed alone and not on its batch.",
     )  # fmt: skip
     latents: torch.Tensor | None = argument(
-        None, ANYTHING, "z of N(0, I), (pictures, C, H, W) at the U-Net's resolution, in place of noise.",
+        None, ANYTHING, "z ~ N(0, I), (pictures, C, H, W) at the U-Net's resolution, instead of drawing it.",
         (TEXT, INPAINT, UPSCALE),
     )  # fmt: skip
     prompt_embeds: torch.Tensor | None = argument(
-        None, ANYTHING, "Token states (B, L, D) in place of the prompts."
+        None, ANYTHING, "Token states (B, L, D) instead of prompts."
     )
     negative_prompt_embeds: torch.Tensor | None = argument(
-        None, ANYTHING, "Token states in place of the negative prompts."
+        None, ANYTHING, "Token states instead of negative prompts."
     )
     ip_adapter_image: None = argument(None, UNSUPPORTED, "Not supported.", (TEXT, IMAGE, INPAINT))
     ip_adapter_image_embeds: None = argument(None, UNSUPPORTED, "Not supported.", (TEXT, IMAGE, INPAINT))
@@ -198,10 +198,10 @@ class Request:
     )  # fmt: skip
     return_dict: bool = argument(True, ANYTHING, "False returns (images, nsfw_content_detected).")
     cross_attention_kwargs: dict[str, Any] | None = argument(
-        None, optional(SCALED), '{"scale": s}: the strength of loaded LoRAs, in text encoder and U-Net.'
+        None, optional(SCALED), '{"scale": s}: the strength of loaded LoRAs in text encoder and U-Net.'
     )
     guidance_rescale: float = argument(
-        0.0, SHARE, "phi of Lin et al. (2023): how far guided predictions get the spread of unguided ones.",
+        0.0, SHARE, "phi of Lin et al. (2023): how far guided predictions are rescaled to unguided ones.",
         EVERY, float,
     )  # fmt: skip
     clip_skip: int | None = argument(
@@ -212,16 +212,16 @@ class Request:
     callback_steps: int = argument(1, COUNT, "How often `callback` is called.", (UPSCALE,))
     callback_on_step_end: Any = argument(
         None, Rule(lambda value: value is None or callable(value), "callable"),
-        "f(pipe, i, t, tensors) -> dict of those to replace. While guidance is on, `prompt_embeds` is "
+        "f(pipe, i, t, tensors) -> dict of tensors to replace. While guidance is on, `prompt_embeds` is "
         "[negative, prompt] in one tensor, as in Stable Diffusion's loop.",
     )  # fmt: skip
     callback_on_step_end_tensor_inputs: list[str] | None = argument(
-        None, ANYTHING, 'Names out of `_callback_tensor_inputs`; by default ["latents"].'
+        None, ANYTHING, 'Names from `_callback_tensor_inputs`; by default ["latents"].'
     )
     guidance_interval: tuple[float, float] | None = argument(
         None, optional(Rule(_is_interval, "noise levels (lo, hi), 0 <= lo < hi")),
-        "(lo, hi) in sigma = sqrt((1 - abar) / abar): guidance of any kind is on where lo < sigma <= hi, and "
-        "elsewhere its passes are left out (Kynkaanniemi et al. 2024).", EVERY, tuple,
+        "(lo, hi) in sigma = sqrt((1 - abar) / abar): guidance of any kind is on where lo < sigma <= hi; "
+        "elsewhere its passes are skipped (Kynkaanniemi et al. 2024).", EVERY, tuple,
     )  # fmt: skip
     pooled_prompt_embeds: torch.Tensor | None = argument(
         None, ANYTHING, "(B, P), with `prompt_embeds`, where `requires_pooled_text` is true."
@@ -231,22 +231,22 @@ class Request:
     )
     clip_guidance_scale: float | None = argument(
         None, optional(SCALE),
-        "s of CLIP guidance; 0 is off. By default the model's own in text to image, where guidance_scale is "
-        "left to it too, and 0 elsewhere.", EVERY, float,
+        "s of CLIP guidance; 0 is off. By default the model's own in text to image if guidance_scale is not "
+        "given either, otherwise 0.", EVERY, float,
     )  # fmt: skip
     clip_guidance: str = argument(
         "noised", among(CLIP_FORMS),
         '"noised", by `noisy_clip`, or "clean", by `clip_guidance_model` on the predicted x0.', EVERY, str,
     )  # fmt: skip
     clip_guidance_cut_outs: int = argument(
-        8, COUNT, "Views that a clean CLIP sees: the whole picture, and squares of it.", EVERY, int
+        8, COUNT, "Views that a clean CLIP sees: the whole picture, and squares from it.", EVERY, int
     )
     clip_guidance_through_unet: bool = argument(
-        False, ANYTHING, "A clean CLIP's gradient runs through the U-Net: twice the time or more.",
+        False, ANYTHING, "Run a clean CLIP's gradient through the U-Net, which at least doubles the time.",
         EVERY, bool,
     )  # fmt: skip
     classifier_guidance_scale: float = argument(
-        0.0, SCALE, "s of classifier guidance by `noisy_classifier` to `class_labels`; 0 is off.",
+        0.0, SCALE, "s of guidance by `noisy_classifier` towards `class_labels`; 0 is off.",
         EVERY, float,
     )  # fmt: skip
     class_labels: Any = argument(
@@ -256,31 +256,32 @@ class Request:
     combined_prompts: dict[str, float] | None = argument(
         None, optional(Rule(_are_weighted, "a dict of prompts and their weights")),
         "Further prompts and their weights w_i, drawn together with each prompt: uncond + s [(cond - uncond) "
-        "+ sum_i w_i (cond_i - uncond)]; w_i < 0 to stay away.", EVERY, dict,
+        "+ sum_i w_i (cond_i - uncond)]; w_i < 0 steers away.", EVERY, dict,
     )  # fmt: skip
     num_candidates: int = argument(
-        1, COUNT, "Draw this many for each picture, and keep the best by CLIP, and by a class.", EVERY, int
-    )
+        1, COUNT, "Draw this many for each picture and keep the best by CLIP and, if one guides, by class.",
+        EVERY, int,
+    )  # fmt: skip
     jump_length: int = argument(
-        10, COUNT, "RePaint: every `jump_length` steps go that many back and are denoised anew.",
+        10, COUNT, "RePaint: after every `jump_length` steps, go back that many and denoise again.",
         (INPAINT,), int,
     )  # fmt: skip
     jump_n_sample: int = argument(
-        1, COUNT, "RePaint: how often in all; 1 is off, the paper has 10.", (INPAINT,), int
+        1, COUNT, "RePaint: how often each step is taken; 1 is off, the paper uses 10.", (INPAINT,), int
     )
     consistency: float = argument(
-        1.0, SHARE, "Without a vae: how far each x0 goes from the U-Net's own (0) to one that shrinks to the "
-        "small picture (1).", (UPSCALE,), float,
+        1.0, SHARE, "Without a vae: how far to move each x0 from the U-Net's own (0) to one that shrinks to "
+        "the small picture (1).", (UPSCALE,), float,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """None stands for the default where diffusers' callers pass it."""
+        """None means the default for arguments that callers of diffusers may pass as None."""
         for name in ("num_images_per_prompt", "output_type"):
             if getattr(self, name) is None:
                 setattr(self, name, ARGUMENTS[name].default)
 
     def check(self) -> None:
-        """Raises ValueError for the first argument that is not what it may be, whatever the model."""
+        """Raises ValueError for the first argument that no model could accept."""
         for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` {NO_IP_ADAPTER}")
@@ -291,11 +292,11 @@ class Request:
                 check(name, value, rule.good(value), rule.text)
 
     def settle(self, tensor_inputs: list[str], defaults: dict[str, Any]) -> None:
-        """Fill in what is left to the model, `defaults` by name. ValueError for a callback that asks for
-        tensors that are not among `tensor_inputs`. Then also set:
+        """Fill in arguments left to the model from `defaults`, by name. Raises ValueError for a callback that
+        asks for tensors that are not among `tensor_inputs`. Also sets:
 
-        text: the text arguments by themselves; lora_scale: that of `cross_attention_kwargs`; climbs: whether
-        another network's gradient guides; steered: whether the call asks for anything of `drawing.steering`.
+        text: the text arguments by themselves; lora_scale: from `cross_attention_kwargs`; climbs: whether
+        another network's gradient guides; steered: whether the call uses anything of `drawing.steering`.
         """
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -317,7 +318,7 @@ ARGUMENTS = {one.name: one for one in fields(Request)}
 
 
 def check_size(height: Any, width: Any, unit: int) -> None:
-    """ValueError with the nearest size, unless both are positive multiples of `unit` pixels."""
+    """Raises ValueError with the nearest size, unless both are positive multiples of `unit` pixels."""
     for name, size in {"height": height, "width": width}.items():
         nearest = f"; the nearest is {max(1, round(size / unit)) * unit}" if is_number(size) else ""
         check(name, size, is_whole(size, 1) and size % unit == 0, f"a positive multiple of {unit}{nearest}")
@@ -327,12 +328,12 @@ def check_size(height: Any, width: Any, unit: int) -> None:
 
 
 def takes(task: str, order: str, **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes `method(self, request)` a method of diffusers' arguments.
+    """A decorator that makes `method(self, request)` a method with diffusers' arguments.
 
     Args:
         task: one of `EVERY`; the method takes all arguments of that task.
-        order: names of those that may also be passed by position, in diffusers' order.
-        defaults: those that differ in this task.
+        order: names of the arguments that may also be passed by position, in diffusers' order.
+        defaults: the defaults that differ in this task.
     """
     names = order.split()
     rest = [name for name, one in ARGUMENTS.items() if task in one.metadata["only"] and name not in names]

@@ -1,4 +1,4 @@
-"""Sizes: what a model draws by itself, and larger pictures in two stages (Nichol 2022, section 3)."""
+"""Sizes: those that a model draws by itself, and larger ones in two stages (Nichol 2022, section 3)."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .images import nearest_size
 
 
 def check_allowed(height: int, width: int, unit: int, name: str) -> None:
-    """ValueError with the nearest size, unless the model can draw one of height x width."""
+    """Raises ValueError with the nearest size, unless the model can draw height x width."""
     if height < 1 or width < 1 or height % unit or width % unit:
         nearest = nearest_size(height, width, unit)
         raise ValueError(
@@ -21,10 +21,10 @@ def check_allowed(height: int, width: int, unit: int, name: str) -> None:
 
 
 def enlargement(pipe: Any, height: Any, width: Any, has_prompt: bool) -> int:
-    """The upsampler's factor where both sides are that many times the model's own or more; else 1.
+    """The upsampler's factor if both sides are at least that many times the model's own, else 1.
 
-    Raises ValueError for sides that are no multiples of factor times unit, and for an upsampler that
-    reads text where the call has none.
+    Raises ValueError for sides that are not multiples of factor times unit, and if the upsampler reads text
+    but the call has no prompt.
     """
     factor, sides = pipe.upsampler.scale, {"height": height, "width": width}
     own = reversed(pipe.sample_size)
@@ -51,8 +51,8 @@ def enlarge(
 ) -> torch.Tensor:
     """(B, 3, h, w) -> (B, 3, factor h, factor w), both in [-1, 1], with the upsampler's own settings.
 
-    prompts: B or fewer, each of neighbouring pictures. kept: (B,) numbers of the pictures among those
-    that were drawn, of which `generator` may have one each.
+    prompts: B or fewer, each for a run of neighbouring pictures. kept: (B,), the numbers of these pictures
+    among all that were drawn; a list `generator` has one for each that was drawn.
     """
     if isinstance(generator, list):
         generator = [generator[i] for i in kept.tolist()]

@@ -1,7 +1,7 @@
-"""Guidance by other networks: classifier and CLIP guidance of a call, and the choice of its best candidates.
+"""Guidance by other networks: a call's classifier and CLIP guidance, and the choice of its best candidates.
 
-Each guide gives s grad_{x_t} score (`chain.guidance`), and that goes into the chain in one of two ways: into
-the mean of an ancestral step, or into the prediction that a deterministic scheduler is given.
+Each guide gives s grad_{x_t} score (`chain.guidance`), which enters the chain in one of two ways: in the mean
+of an ancestral step, or in the prediction that a deterministic scheduler is given.
 """
 
 import math
@@ -26,11 +26,11 @@ from .request import Request, check, is_whole
 
 
 def step_variance(scheduler: Any, model_output: Tensor, t: Any, x_t: Tensor) -> Tensor | float | None:
-    """Sigma of the step from x_t: 0 for the last, which adds no noise; None for a scheduler that has no
-    `p_mean_variance` (all but our DDPMScheduler), and so no mean to shift.
+    """Sigma of the step from x_t: 0 for the last step, which adds no noise; None for a scheduler without
+    `p_mean_variance` (all but our DDPMScheduler), which has no mean to shift.
 
-    The same Sigma where eta < 1 adds less noise than it tells: in the prediction, the other place for a
-    gradient, x0's clipping would take away most of it on white ground.
+    Sigma is the same where eta < 1 adds less noise than that. The alternative, shifting the prediction, would
+    lose most of the gradient to the clipping of x0 on a white background.
     """
     if not hasattr(scheduler, "p_mean_variance"):
         return None
@@ -44,14 +44,14 @@ class GradientGuidance:
 
     Args:
         scheduler: its class decides how the gradient goes into the chain.
-        channels: C of x_t; what a prediction has more is a learned variance.
+        channels: C of x_t; further channels of a prediction are a learned variance.
         to_x0: (prediction, x_t, sigma) -> predicted x0.
         noised: terms of x_t, each (x_t, t, sigma) -> s grad, of `classifier_guidance` or `clip_guidance`.
         clean: None, or a clean CLIP's term: its embedding of a predicted x0, (x0, seed) -> (N, B, D), and the
             remaining arguments of `clip_guidance`, (embed, text_embeds, logit_scale, scale).
-        through_unet: whether the clean CLIP's gradient runs through the U-Net. If not, the Jacobian of x0 by
-            x_t is taken to be sqrt(abar_t), which it is for independent pixels of unit variance: one backward
-            pass of the U-Net less.
+        through_unet: whether the clean CLIP's gradient runs through the U-Net. If not, the Jacobian of x0
+            with respect to x_t is taken to be sqrt(abar_t), its value for independent pixels of unit
+            variance, which saves a backward pass through the U-Net.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class GradientGuidance:
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(the prediction to step with, a function to call on the sample that `scheduler.step` returns).
 
-        predict: x_t -> the U-Net's prediction, classifier-free guidance and all, (B, C or 2C, H, W).
-        x_t: of unit variance, as the U-Net sees it; sigma: its noise level. Not `active`, or without a term,
-        the prediction and the sample stay as they are.
+        predict: x_t -> the U-Net's prediction with classifier-free guidance, (B, C or 2C, H, W).
+        x_t: of unit variance, as the U-Net sees it; sigma: its noise level. If not `active`, or without a
+        term, the prediction and the sample do not change.
         """
         if not (self and active):
             return predict(x_t), lambda sample: sample
@@ -88,7 +88,7 @@ class GradientGuidance:
         prediction, learned = output[:, : self.channels], output[:, self.channels :]
         config = self.scheduler.config
         prediction = shift_prediction(prediction, gradient, abar, config.prediction_type).to(output.dtype)
-        if config.get("clip_sample"):  # also of a class that only keeps the key
+        if config.get("clip_sample"):  # also for a class that keeps the key unused
             limit, x0 = config.get("clip_sample_range", 1.0), self.to_x0(prediction, x_t, sigma)
             prediction = clip_prediction(prediction, x0, limit, abar, config.prediction_type)
         return torch.cat([prediction, learned], dim=1), lambda sample: sample
@@ -96,7 +96,7 @@ class GradientGuidance:
     def _through_x0(
         self, predict: Callable[[Tensor], Tensor], x_t: Tensor, t: Any, sigma: float
     ) -> tuple[Tensor, Any]:
-        """(the prediction, the clean CLIP's s grad or 0.0)."""
+        """(the prediction, the clean CLIP's s grad or, without one, 0.0)."""
         output: Any = None if self.clean is not None and self.through_unet else predict(x_t)
         if self.clean is None:
             return output, 0.0
@@ -120,10 +120,10 @@ class GradientGuidance:
 def check_guides(
     request: Request, parts: dict[str, Any], prompts: int, guided: bool, size: tuple[int, int]
 ) -> None:
-    """ValueError for guidance, combined prompts or candidates that this pipeline or call cannot have.
+    """Raises ValueError for guidance, combined prompts or candidates that this pipeline or call cannot use.
 
-    parts: the pipeline's components; prompts: how many; guided: by classifier-free guidance; size: (height,
-    width) of x_t.
+    parts: the pipeline's components; prompts: their number; guided: whether classifier-free guidance is on;
+    size: (height, width) of x_t.
     """
     words = request.prompt is not None
     pooled = words or request.pooled_prompt_embeds is not None
@@ -153,7 +153,7 @@ def check_guides(
         rule = "left out without `prompt` and guidance_scale above 1"
         check("combined_prompts", request.combined_prompts, guided and words, rule)
 
-    reranks = request.num_candidates > 1 and by_class == 0  # else by what guides
+    reranks = request.num_candidates > 1 and by_class == 0  # else ranked by what guides
     by_clip = clip is not None and words
     if reranks and not by_clip:
         models = "noisy_clip or clip_guidance_model"
@@ -171,7 +171,7 @@ def check_guides(
 
 
 def check_part(name: str, value: Any, part: Any, wanted: str, recipe: str) -> None:
-    """ValueError for an argument whose model the pipeline does not have, with the ways to get one."""
+    """Raises ValueError if the model that an argument needs is missing, and says how to get one."""
     if part is None:
         shipped = "noisy" in wanted  # models/emoji-guidance, for models/emoji
         ways = "pipe.load_guides(folder) takes those beside a model, such as models/emoji-guidance; or train"
@@ -192,7 +192,7 @@ def guides_of(
 ) -> GradientGuidance:
     """The gradients of a call that passed `check_guides`.
 
-    words: the prompts as plain text; pooled: the text tower's, a row for each picture; channels: C of x_t.
+    words: the prompts as plain text; pooled: pooled text, a row for each picture; channels: C of x_t.
     """
     noised: list[Callable[[Tensor, Any, float], Tensor]] = []
     clean = None
@@ -219,7 +219,7 @@ def guides_of(
 
         def embed(x0: Tensor, seed: int) -> Tensor:
             images = decoded(pipe, x0)
-            images = images + (images.clamp(-1, 1) - images).detach()  # the gradient passes the clamp
+            images = images + (images.clamp(-1, 1) - images).detach()  # the gradient ignores the clamp
             views = cut_outs(images, count, clip.image_size, seed)  # (count, B, 3, size, size)
             return clip.embed_images(views.flatten(0, 1)).unflatten(0, (count, len(images)))
 
@@ -232,12 +232,12 @@ def guides_of(
 def best_candidates(
     pipe: Any, request: Request, latents: Tensor, words: list[str], pooled: Tensor | None
 ) -> Tensor:
-    """Rows of the `num_images_per_prompt` best candidates of each prompt, best first, of latents
-    (prompts * n, C, H, W); pooled: a row for each.
+    """The rows of latents (prompts * n, C, H, W) that hold the `num_images_per_prompt` best candidates of
+    each prompt, best first; pooled: a row for each.
 
-    By f(x_0) . g(c), as DALL-E reranks (Ramesh 2021, section 2.6), of `clip_guidance_model` where there
-    is one, else of `noisy_clip` at t = 0. Where a class guides, by what all guidance climbs, at its scales:
-    s_class log p(y | x_0) + s_clip l f . g.
+    The score is f(x_0) . g(c), as in DALL-E's reranking (Ramesh 2021, section 2.6), by `clip_guidance_model`
+    if there is one, else by `noisy_clip` at t = 0. With classifier guidance it is what all guidance climbs,
+    with the same scales: s_class log p(y | x_0) + s_clip l f . g.
     """
     s_class, clip, keep = (
         request.classifier_guidance_scale,
@@ -262,7 +262,7 @@ def best_candidates(
 
 
 def decoded(pipe: Any, latents: Tensor) -> Tensor:
-    """Pictures in [-1, 1] of latents of any precision; differentiable."""
+    """Latents of any precision -> pictures in [-1, 1]; differentiable."""
     return decode_latents(pipe.vae, latents.to(pipe.unet.dtype))
 
 

@@ -1,5 +1,5 @@
-"""From words to what the U-Net is conditioned on. Training and sampling both call `encode_text`, so that the
-null prompt and every other prompt mean the same to a model when it learns and when it draws."""
+"""From words to the U-Net's conditioning. Training and sampling both call `encode_text`, so that both encode
+every prompt, the null prompt included, in the same way."""
 
 import logging
 import re
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 # (words:1.3): at least one letter before the colon, so that "(12:30)" is a time; brackets alone mean nothing
 WEIGHTED = re.compile(r"\((?P<words>[^():]*[^\W\d_][^():]*):(?P<weight>[-+]?\d+(\.\d+)?)\)")
-NULL_PROMPT = ""  # goes through the tokenizer and the encoder like any prompt; it is not zeros
+NULL_PROMPT = ""  # goes through tokenizer and encoder like any other prompt; it is not zeros
 
 
 def context_length(tokenizer: Any, text_encoder: Any) -> int:
-    """How many tokens a prompt may have, both ends included: the tokenizer's limit or the tower's."""
+    """How many tokens a prompt may have, start and end included: the tokenizer's limit or the tower's."""
     return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
 
@@ -32,16 +32,16 @@ def encode_text(
     """Prompts -> (states (B, L, D), pooled (B, P), mask (B, L)) of a transformers CLIP text tower.
 
     states: the tower's last states after its final layer norm, all padded to L = `max_length` or the context.
-        With `clip_skip` = n, those n layers before the last, through the same norm.
+        With `clip_skip` = n, the states n layers before the last, through the same norm.
     pooled: the last layer's state at the first end of text, through the projection if the tower has one
-        (`text_embeds`, else `pooler_output`). It is found by the mask and not by `config.eos_token_id`,
-        because transformers silently pools the start of text when that id is not the tokenizer's.
-    mask: True from the start to the first end of text. CLIP's padding is more ends of text, which Stable
-        Diffusion's U-Net attends to like the rest; so does ours, and the pipelines leave the mask unused.
+        (`text_embeds`, else `pooler_output`). It is found by the mask, not by `config.eos_token_id`, because
+        transformers silently pools the start of text when that id is not the tokenizer's.
+    mask: True from the start to the first end of text. CLIP pads with further end-of-text tokens, which
+        Stable Diffusion's U-Net attends to like the rest. So does ours: the pipelines do not use the mask.
 
-    A prompt longer than the context is cut, with a warning that shows what was cut. Gradients flow. Tokens
-    where `hidden`, (B, L) bool, is True are seen by none.
-    Raises ValueError when `clip_skip` is not in 0..number of layers.
+    A prompt longer than the context is cut, with a warning that shows what was cut. Gradients flow. No token
+    attends to those for which `hidden`, (B, L) bool, is True.
+    Raises ValueError if `clip_skip` is not in 0..number of layers.
     """
     layers = text_encoder.config.num_hidden_layers
     if clip_skip is not None and not 0 <= clip_skip <= layers:
@@ -76,7 +76,7 @@ def encode_text(
 
 
 def split_weights(prompt: str) -> tuple[str, list[tuple[int, int, float]]]:
-    """The plain text, and start, end and weight of each weighted phrase in it; all else is text.
+    """The plain text, and the start, end and weight of each weighted phrase in it.
 
     "a (red:1.3) heart" -> ("a red heart", [(2, 5, 1.3)]).
     """
@@ -96,9 +96,10 @@ def encode_weighted_text(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`encode_text` of prompts with weights in them, "a (red:1.3) heart": (states (B, L, D), pooled (B, P)).
 
-    z + sum_i (w_i - 1) (z - z_i), z_i the prompt whose phrase i no token sees: w = 1 is the plain prompt, 0
-    leaves the phrase out, above 1 goes as far beyond. The pooled text likewise. (compel, the library for
-    this, leaves pooled text as it is, knows "(red)1.3" only and takes the brackets out of names.)
+    z + sum_i (w_i - 1) (z - z_i), where z_i encodes the prompt with phrase i hidden from all tokens: w = 1 is
+    the plain prompt, 0 leaves the phrase out, and above 1 goes further the other way. The same holds for the
+    pooled text. (compel, the usual library, leaves pooled text unchanged, knows only "(red)1.3", and removes
+    the brackets from names.)
     """
     parts = [split_weights(prompt) for prompt in prompts]
     texts = [plain for plain, _ in parts]
@@ -122,17 +123,17 @@ def encode_weighted_text(
 
 
 def plain_texts(prompt: str | list[str] | None) -> list[str]:
-    """A call's prompts without their weights; none where it has ready embeddings instead."""
+    """A call's prompts without their weights; [] if it has ready embeddings instead."""
     lines = [prompt] if isinstance(prompt, str) else prompt or []
     return [split_weights(line)[0] for line in lines]
 
 
 class TextEmbeddings(NamedTuple):
-    """What `encode_for` makes of them, a row for each picture; the negatives are None without guidance."""
+    """What `encode_for` returns, a row for each picture; the negatives are None without guidance."""
 
     prompt: torch.Tensor  # (pictures, L, D)
     negative: torch.Tensor | None
-    pooled: torch.Tensor | None  # (pictures, P); None when states were given ready and it was not
+    pooled: torch.Tensor | None  # (pictures, P); None if ready states were given without it
     negative_pooled: torch.Tensor | None
 
 
@@ -140,12 +141,12 @@ def encode_for(
     pipe: Any, inputs: TextInputs, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True,
     clip_skip: int | None = None, device: torch.device | str | None = None, lora_scale: float | None = None,
 ) -> TextEmbeddings:  # fmt: skip
-    """Prompts or ready embeddings that passed `check_prompt` -> a row for each picture, with a pipeline's
-    tower, textual inversions, adapters and precision.
+    """Encode prompts or ready embeddings that passed `check_prompt`, a row for each picture, with the tower,
+    textual inversions, adapters and precision of a pipeline.
 
-    What is given ready is used as it is. Prompts and negatives may hold weights, "a (red:1.3) heart"; see
-    `encode_weighted_text`. A missing negative is the null prompt. `clip_skip` holds for both
-    sides (diffusers' Stable Diffusion skips layers of the prompt only, and so subtracts unlike states).
+    Ready embeddings are used as they are. Prompts and negatives may contain weights, "a (red:1.3) heart"; see
+    `encode_weighted_text`. A missing negative is the null prompt. `clip_skip` applies to both (diffusers'
+    Stable Diffusion skips layers for the prompt only, and so subtracts states of different layers).
     """
     tokenizer, tower = pipe.tokenizer, pipe.text_encoder
     device = pipe._execution_device if device is None else device
@@ -166,7 +167,7 @@ def encode_for(
         elif negative is None:
             words = NULL_PROMPT if words is None else words
             words = [words] * len(states) if isinstance(words, str) else words
-            length = states.shape[1]  # two sides of one batch
+            length = states.shape[1]  # both are in one batch
             negative, encoded = encode_weighted_text(tokenizer, tower, words, clip_skip, length, device)
             negative_pooled = encoded if negative_pooled is None else negative_pooled
     dtype = (tower if pipe.unet is None else pipe.unet).dtype
@@ -180,7 +181,7 @@ def encode_for(
 
 
 class Conditioning(NamedTuple):
-    """What the U-Net passes of one call are conditioned on; None and [] for one that reads no text."""
+    """The conditioning of one call's U-Net passes; None and [] for a U-Net that reads no text."""
 
     states: torch.Tensor | None  # [negative, further prompts, prompt] of all pictures, (copies * B, L, D)
     pooled: torch.Tensor | None  # likewise, (copies * B, P)
@@ -195,7 +196,7 @@ def encode_all(
     device: torch.device | str | None = None, lora_scale: float | None = None,
 ) -> Conditioning:  # fmt: skip
     """What one guided U-Net pass reads: `encode_for` of a call's prompts and of `further` ones, which are
-    combined with each of them. The last rows are the prompts' own, and without guidance all."""
+    combined with each of them. The last rows are the prompts'; without guidance there are no others."""
     options: Any = (clip_skip, device, lora_scale)
     text = encode_for(pipe, inputs, num_images_per_prompt, do_classifier_free_guidance, *options)
     others = [encode_for(pipe, TextInputs(one), 1, False, *options) for one in further]
@@ -211,8 +212,8 @@ def encode_all(
 def check_prompt(
     inputs: TextInputs, guided: bool, requires_pooled_text: bool, tokenizer: Any, text_encoder: Any
 ) -> int:
-    """The number of prompts, after raising ValueError for anything `encode_for` cannot serve; a pipeline
-    without a text tower has None there."""
+    """Returns the number of prompts. Raises ValueError for anything that `encode_for` cannot handle.
+    `text_encoder` is None if the pipeline has no text tower."""
     context = None if text_encoder is None else context_length(tokenizer, text_encoder)
     prompt, negative_prompt, embeds, negative_embeds, pooled, negative_pooled = inputs
     if (prompt is None) == (embeds is None):

@@ -20,8 +20,8 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """As diffusers', from safetensors only. Raises ValueError for a pickle, OSError for a name that is
-        neither a file or folder here nor on the Hub."""
+        """As in diffusers, from safetensors only. Raises ValueError for a pickle, and OSError for a name that
+        is neither a local file or folder nor on the Hub."""
         source = pretrained_model_name_or_path_or_dict
         kwargs = safetensors_only(source, kwargs)
         try:
@@ -33,7 +33,7 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
             raise
 
     def load_textual_inversion(self, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers', from safetensors only. Raises ValueError for a pickle."""
+        """As in diffusers, from safetensors only. Raises ValueError for a pickle."""
         kwargs = safetensors_only(pretrained_model_name_or_path, kwargs)
         super().load_textual_inversion(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -45,7 +45,7 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
         )
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """As diffusers'. Our U-Net has none to fuse: raises NotImplementedError unless unet=False."""
+        """As in diffusers, but our U-Net has none to fuse: raises NotImplementedError unless unet=False."""
         if unet and not hasattr(self.unet, "fuse_qkv_projections"):
             raise NotImplementedError(
                 f"`unet` must be False: {type(self.unet).__name__} has no fused projections. "
@@ -57,7 +57,7 @@ class AdapterMixin(StableDiffusionMixin, StableDiffusionLoraLoaderMixin, Textual
 def safetensors_only(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     """A loader's `options` with use_safetensors=True. Raises ValueError if they or `source` ask for a pickle.
 
-    `source` is a file, a folder, a name on the Hub, ready tensors, or a list of these.
+    `source` is a file, a folder, a name on the Hub, loaded tensors, or a list of these.
     """
     if options.get("use_safetensors") is False:
         raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")

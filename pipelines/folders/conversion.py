@@ -1,4 +1,4 @@
-"""From diffusers' pipelines and files to our classes, on the same weights."""
+"""From diffusers' pipelines and files to our classes, with the same weights."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ LINKS = ("https://", "http://", "huggingface.co/", "hf.co/")
 
 @contextlib.contextmanager
 def without_false_alarms() -> Iterator[None]:
-    """Without diffusers' warning of modules that a cast should leave in float32 where it lists none, []."""
+    """Hides diffusers' warning about modules that a cast should leave in float32 when it lists none, []."""
     logger = logging.getLogger("diffusers.models.modeling_utils")
 
     def lists_some(record: logging.LogRecord) -> bool:
@@ -37,11 +37,11 @@ class ConversionMixin:
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers', with our U-Net and scheduler in place of theirs; weights are shared, not copied.
+        """As in diffusers, with our U-Net and scheduler instead of theirs; weights are shared, not copied.
 
         In the other direction, pass our U-Net by name:
         `StableDiffusionPipeline.from_pipe(ours, unet=ours.unet)`. Weights keep their precision unless
-        `torch_dtype` is given, because a cast, diffusers' default, would change the given pipeline's too.
+        `torch_dtype` is given, because a cast, diffusers' default, would also change the given pipeline.
         """
         if "torch_dtype" not in kwargs and "dtype" not in kwargs:
             kwargs["dtype"] = pipeline.dtype
@@ -58,10 +58,10 @@ class ConversionMixin:
     def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Reads a Stable Diffusion 1.x or 2.x .safetensors file in its original layout; diffusers' arguments.
 
-        `config`, a model folder or its name on the Hub, has what the file lacks: widths, tokenizer and
-        scheduler; without it diffusers guesses a name and downloads it. The weights become float32 unless
-        `torch_dtype` says otherwise. Raises ValueError for a pickle, OSError if the
-        file or its configs cannot be found.
+        `config`, a model folder or its name on the Hub, provides what the file lacks: widths, tokenizer and
+        scheduler. Without it diffusers guesses a name and downloads it. The weights become float32 unless
+        `torch_dtype` says otherwise. Raises ValueError for a pickle, and OSError if the file or its configs
+        cannot be found.
         """
         source = str(pretrained_model_link_or_path)
         safetensors_only(source, {})
@@ -74,10 +74,10 @@ class ConversionMixin:
 
 
 def rebuild(component: Any, cls: Any) -> Any:
-    """`component` as an instance of `cls`, which reads its config and the names of its weights.
+    """`component` as an instance of `cls`, which must read its config and the names of its weights.
 
     The weights are shared in memory, on any device; a scheduler is rebuilt from its config.
-    Raises ValueError for a model that carries LoRA adapters, whose layers `cls` would not know.
+    Raises ValueError for a model with LoRA adapters, whose layers `cls` would not know.
     """
     if type(component) is cls:
         return component
@@ -100,8 +100,8 @@ def rebuild(component: Any, cls: Any) -> Any:
 def read_single_file(pipeline_class: Any, source: str, **options: Any) -> Any:
     """`pipeline_class.from_single_file(source, **options)`.
 
-    Raises FileNotFoundError when `source` is neither a file nor a link to one, and OSError when the configs
-    that go with it were not given and are out of reach.
+    Raises FileNotFoundError if `source` is neither a file nor a link to one, and OSError if the configs that
+    go with it were not given and cannot be reached.
     """
     if not os.path.isfile(source) and not source.startswith(LINKS):
         raise FileNotFoundError(f"{source!r} is no file, nor a link to one on the Hub.")

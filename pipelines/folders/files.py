@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what they hold: text, JSON, PNG."""
+"""Files that are written completely or not at all, and their content: text and JSON."""
 
 import json
 import os
@@ -14,11 +14,11 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 @contextmanager
 def written_aside(target: str | Path, many_writers: bool = False) -> Iterator[Path]:
-    """Yields a path beside `target` for a new file or folder; it replaces `target` when the block ends.
+    """Yields a path beside `target` for a new file or folder, which replaces `target` when the block ends.
 
-    The parent folders are made. After an error the new one is deleted and `target` is as it was. A process
-    that is killed leaves `target` as it was and NAME.partial beside it, which the next one deletes. With
-    `many_writers`, which may write `target` at the same time, the path bears the process id.
+    Parent folders are created. After an error the new one is deleted and `target` is unchanged. A killed
+    process leaves `target` unchanged and NAME.partial beside it, which the next writer deletes. With
+    `many_writers`, several processes may write `target` at once: the path contains the process id.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def written_aside(target: str | Path, many_writers: bool = False) -> Iterator[Pa
     _remove(partial)
     try:
         yield partial
-        if target.is_dir() and partial.is_dir():  # a rename replaces no folder that holds something
+        if target.is_dir() and partial.is_dir():  # a rename cannot replace a folder that is not empty
             _remove(replaced)
             target.rename(replaced)
             partial.rename(target)
@@ -50,13 +50,13 @@ def _remove(path: Path) -> None:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Written aside and renamed, parent folders made: a killed process leaves the old file or none."""
+    """Writes aside and renames, creating parent folders: a killed process leaves the old file or none."""
     with written_aside(path) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises ValueError that names the file if it is not JSON."""
+    """Reads a JSON file. Raises ValueError that names the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
@@ -64,11 +64,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, content: Any, sort_keys: bool = False) -> None:
-    """Indented by 2, ASCII only."""
+    """Writes JSON, indented by 2, ASCII only."""
     write_file(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def read_text(path: Path, errors: str = "surrogateescape") -> str | None:
-    """A text file's content, or None if there is no file. `errors` says what becomes of bytes that are not
-    UTF-8; surrogates can be written back as the same bytes."""
+    """A text file's content, or None if there is no file. `errors` says how to read bytes that are not UTF-8;
+    surrogates can be written back as the same bytes."""
     return path.read_bytes().decode("utf-8", errors) if path.is_file() else None

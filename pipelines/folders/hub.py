@@ -1,4 +1,4 @@
-"""The Hub: models fetched from it, repositories made there, one commit a push, and what its errors mean."""
+"""The Hub: fetching models, creating repositories, pushing in one commit, and explaining its errors."""
 
 import glob
 import tempfile
@@ -14,11 +14,11 @@ Choose = Callable[[Path, list[str]], list[str]]
 
 
 def download(name: str, given: dict[str, Any], choose: Choose) -> tuple[Path, list[str]]:
-    """(folder, files) of the Hub's model `name`, all of one commit, or from the cache if it is out of reach.
+    """(folder, files) of the Hub's model `name`, all of one commit; from the cache if the Hub is offline.
 
-    `choose(folder, names)` says which of the model's file `names` to fetch, by what the folder's index says.
-    `given` are from_pretrained's keywords. Raises OSError that says what to do about it; what has arrived by
-    then is kept, and a folder does not count as whole before all of it has.
+    `choose(folder, names)` says which of the model's file `names` to fetch, according to the folder's index.
+    `given` are from_pretrained's keywords. Raises an OSError that says what to do. Files that have arrived by
+    then are kept, and a folder does not count as complete until all have arrived.
     """
     from huggingface_hub import get_cached_repo_tree, resolve_revision, snapshot_download
 
@@ -92,9 +92,9 @@ def explain_push(error: Exception, repo_id: str) -> str:
 
 
 def create_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
-    """The full name of the repository, made if it is not there; its owner defaults to the token's.
+    """The full name of the repository, created if necessary; its owner defaults to the token's.
 
-    Raises ValueError where `private` is asked for and the repository is there already, and public.
+    Raises ValueError if `private` is set but the repository already exists and is public.
     """
     from huggingface_hub import HfApi
 
@@ -111,7 +111,7 @@ def create_repository(repo_id: str, private: bool | None, token: str | bool | No
 
 
 def fetch_card(repo_id: str, token: str | bool | None) -> str | None:
-    """The README.md that a repository has, None when it has none."""
+    """A repository's README.md, or None if it has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -128,7 +128,7 @@ def upload(
     folder: Path, repo_id: str, token: str | bool | None, commit_message: str, stale: list[str],
     create_pr: bool = False, subfolder: str | None = None,
 ) -> Any:  # fmt: skip
-    """One commit of the folder. It deletes the files that match the `stale` patterns and are not in it."""
+    """Pushes the folder in one commit, which deletes files that match `stale` patterns and are not in it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     start = f"{subfolder}/" if subfolder else ""

@@ -1,10 +1,10 @@
-"""Model folders in: a `model_index.json`, here or on the Hub, read with our classes in place of diffusers'.
+"""Loading model folders: a `model_index.json`, local or on the Hub, read with our classes, not diffusers'.
 
-What may be read is settled before anything is: safetensors only, nothing outside of the folder, and no code
+What may be read is decided before anything is: safetensors only, nothing outside the folder, and no code
 unless `trust_remote_code=True`.
 
 Our components are found by name at run time and never imported here: this module is saved with a pipeline's
-code, and in such a folder each component brings a file of its own.
+code, and in such a folder each component has a file of its own.
 """
 
 import inspect
@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from .files import CARD, INDEX, PICKLES, read_json, read_text
 from .hub import download
 
-logger = logging.get_logger("diffusers.pipelines.pipeline_utils")  # whose log lists the other components
+logger = logging.get_logger("diffusers.pipelines.pipeline_utils")  # the log that lists the other components
 
-# the class an index names -> the module and class that we load for it
+# the class that an index names -> the module and class that we load for it
 OWN_CLASSES = {
     "UNet2DConditionModel": ("conditional_unet", "ConditionalUNet"),
     "ConditionalUNet": ("conditional_unet", "ConditionalUNet"),
@@ -44,17 +44,17 @@ WEIGHTS = re.compile(
 
 
 class LoadMixin:
-    """`from_pretrained` of a pipeline: weights as safetensors, our components, no code of the folder's."""
+    """`from_pretrained` of a pipeline: weights as safetensors, our components, none of the folder's code."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As diffusers', with our U-Net and scheduler wherever the folder names theirs or ours.
+        """As in diffusers, with our U-Net and scheduler wherever the folder names theirs or ours.
 
         Weights come from safetensors only, and as float32 unless `torch_dtype` says otherwise, whatever the
-        precision on disk. A name that is no folder is taken as the Hub's. This class and our components are
-        used even where the folder brings code for them; other custom code runs with `trust_remote_code=True`
-        only. `device_map` may be a device. Raises OSError or ValueError, which says what to do, for a model
-        that cannot or should not be loaded.
+        precision on disk. A name that is not a folder is looked up on the Hub. This class and our components
+        are used even if the folder has code for them; other custom code runs only with
+        `trust_remote_code=True`. `device_map` may be a device. For a model that cannot or should not be
+        loaded, it raises an OSError or ValueError that says what to do.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
@@ -78,15 +78,15 @@ class LoadMixin:
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As diffusers', without the code that the index names for this class and for our components."""
+        """As in diffusers, without the code that the index names for this class and for our components."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         if isinstance(loaded, tuple):  # with return_unused_kwargs or return_commit_hash
             return (without_own_code(loaded[0], cls.__name__), *loaded[1:])
         return without_own_code(loaded, cls.__name__)
 
     def load_guides(self: Any, folder: str | os.PathLike) -> None:
-        """Take the models that guide, `noisy_clip` and `noisy_classifier`, from the subfolders of `folder`
-        of those names, as components of this pipeline. Raises OSError if neither is there."""
+        """Loads the guides, `noisy_clip` and `noisy_classifier`, from the subfolders of `folder` with these
+        names, as components of this pipeline. Raises OSError if neither is there."""
         parts = {name: Path(folder) / name for name in ("noisy_clip", "noisy_classifier")}
         found = {name: part for name, part in parts.items() if part.is_dir()}
         if not found:
@@ -114,10 +114,10 @@ def own_class(class_name: str) -> type | None:
 
 
 def without_own_code(index: dict[str, Any], pipeline_class: str) -> dict[str, Any]:
-    """`index` with base classes of diffusers in place of those that we bring ourselves.
+    """`index` with diffusers' base classes in place of our own classes.
 
-    diffusers checks a component that it is given against the class in the index, and would fetch that class
-    from the folder's code otherwise.
+    diffusers checks a component that it is given against the class in the index. If that were ours, it would
+    fetch it from the folder's code.
     """
     index = dict(index)
     if isinstance(index.get("_class_name"), list):
@@ -130,7 +130,7 @@ def without_own_code(index: dict[str, Any], pipeline_class: str) -> dict[str, An
 
 
 def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """component -> (library, class) of a model index. Raises OSError for a name that is no identifier."""
+    """component -> (library, class) of a model index. Raises OSError for a name that is not an identifier."""
     entries = {}
     for name, entry in index.items():
         pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
@@ -145,10 +145,10 @@ def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def model_folder(name: str, given: dict[str, Any], pipeline_class: type) -> Path:
-    """The folder `name`, or where the Hub's model of that name was downloaded to, with all it needs.
+    """The folder `name`, or the one to which the Hub's model of that name was downloaded, with all it needs.
 
     `given` are from_pretrained's keywords; components among them are neither checked nor downloaded.
-    Raises OSError, or ValueError when no component has `variant`.
+    Raises OSError, or ValueError if no component has `variant`.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -171,10 +171,10 @@ def model_folder(name: str, given: dict[str, Any], pipeline_class: type) -> Path
 
 
 def read_index(folder: Path, pipeline_class: type, source: str) -> dict[str, Any]:
-    """The folder's model index. OSError for a pipeline with other parts than `pipeline_class` has.
+    """The folder's model index. Raises OSError for a pipeline with parts that `pipeline_class` lacks.
 
-    What Stable Diffusion folders hold besides is left alone, as diffusers leaves it; but without its second
-    text encoder, say, another kind of model would draw nothing, or noise.
+    Additional parts of Stable Diffusion folders are ignored, as in diffusers. But another kind of model would
+    draw nothing, or noise, without its second text encoder, for example.
     """
     index = read_config(folder / INDEX)
     kind = index.get("_class_name")
@@ -194,11 +194,11 @@ def read_index(folder: Path, pipeline_class: type, source: str) -> dict[str, Any
 def choose_files(
     names: Iterable[str], index: dict[str, Any], given: dict[str, Any], source: str
 ) -> list[str]:
-    """Of a model's file `names`, relative and with slashes, those that loading reads.
+    """Those of a model's file `names`, relative and with slashes, that loading reads.
 
-    Of each component that is not `given`: configs, vocabularies and the weights of `variant`, or the plain
-    ones where it has none of that variant. Raises OSError for a name that leads out of the folder and for
-    weights that are pickles only, ValueError when no component has `variant`.
+    For each component that is not `given`, these are configs, vocabularies and the weights of `variant`, or
+    the plain ones if it has none of that variant. Raises OSError for a name that leads out of the folder and
+    for weights that are pickles only, and ValueError if no component has `variant`.
     """
     names, variant = list(names), given.get("variant")
     for name in names:
@@ -238,7 +238,8 @@ def choose_files(
 
 
 def check_links(folder: Path, files: list[Path]) -> None:
-    """OSError for a symbolic link out of the folder; the Hub's cache links to blobs beside its snapshots."""
+    """Raises OSError for a symbolic link out of the folder. The Hub's cache links to blobs beside its
+    snapshots, which is allowed."""
     root = folder.resolve()
     root = root.parent.parent if root.parent.name == "snapshots" else root
     for file in files:
@@ -250,8 +251,8 @@ def check_links(folder: Path, files: list[Path]) -> None:
 
 
 def check_contents(folder: Path, files: list[str], entries: dict[str, tuple[str, str]]) -> None:
-    """OSError for weights that are not whole, and where an index of shards names something else than the
-    folder's shards, or a config another model or code: transformers' loaders would follow them."""
+    """Raises OSError for incomplete weights, for an index of shards that names anything but the folder's
+    shards, and for a config that names another model or code: transformers' loaders would follow them."""
     for file in files:
         component, _, base = file.partition("/")
         place, kind = folder / file, entries[component][1] if component in entries else ""
@@ -282,7 +283,7 @@ def check_contents(folder: Path, files: list[str], entries: dict[str, tuple[str,
 
 
 def check_whole(file: Path) -> None:
-    """OSError for what is no safetensors file or only the beginning of one; tensors are not read."""
+    """Raises OSError if this is not a safetensors file or only the beginning of one; tensors are not read."""
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -294,7 +295,7 @@ def check_whole(file: Path) -> None:
 
 
 def kernels_of(config: dict[str, Any]) -> list[str]:
-    """The repositories whose attention code a config of transformers, or one inside it, asks for."""
+    """The repositories whose attention code a transformers config, or one nested in it, asks for."""
     found = []
     for key, value in config.items():
         if key.endswith("attn_implementation") and "/" in str(value):
@@ -318,8 +319,8 @@ def _single_file_hint(folder: Path) -> str:
 def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.float32) -> dict[str, Any]:
     """Every component of `folder` that `OWN_CLASSES` covers and that is not in `given`, in our class.
 
-    `given` are from_pretrained's keywords; of them `variant` and `device_map` count here. `dtype` is one for
-    all, or diffusers' dict by component, with "default".
+    `given` are from_pretrained's keywords, of which `variant` and `device_map` are used here. `dtype` is one
+    dtype for all, or diffusers' dict by component, with "default".
     """
     index = read_config(folder / INDEX)
     variant = given.get("variant")
@@ -343,10 +344,10 @@ def load_own_components(folder: Path, given: dict[str, Any], dtype: Any = torch.
 def follow_stable_diffusion(folder: Path, pipeline: Any) -> None:
     """Give the parts of a Stable Diffusion folder the settings that StableDiffusionPipeline forces on them.
 
-    Old folders say clip_sample = true, which would clip latents to [-1, 1], and steps_offset = 0; and what
-    diffusers before 0.9 saved says sample_size = 32 for models of 64. diffusers overrules all three, also on
-    parts that it is handed, so pictures would differ from everybody else's without this. Its upscaler's
-    folders it takes as they are.
+    Old folders have clip_sample = true, which would clip latents to [-1, 1], and steps_offset = 0. Folders
+    saved by diffusers before 0.9 have sample_size = 32 for models of 64. diffusers overrules all three, even
+    for parts passed to it, so without this pictures would differ from everybody else's. Upscaler folders are
+    left as they are, as in diffusers.
     """
     saved_as = str(read_config(folder / INDEX).get("_class_name", ""))
     if not saved_as.startswith("StableDiffusion") or "Upscale" in saved_as:
@@ -362,10 +363,10 @@ def follow_stable_diffusion(folder: Path, pipeline: Any) -> None:
 
 
 def align_weights(pipeline: Any) -> None:
-    """Copy weights that safetensors left at odd addresses in the mapped file to aligned memory, on the CPU.
+    """Copy CPU weights that safetensors left at unaligned addresses in the mapped file to aligned memory.
 
-    Matrix kernels round differently by alignment: without this, a reloaded model's pictures differ in the
-    seventh digit from those it drew before it was saved.
+    Rounding in matrix kernels depends on alignment: without this, a reloaded model's pictures differ in the
+    seventh digit from those that it drew before it was saved.
     """
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
@@ -375,7 +376,7 @@ def align_weights(pipeline: Any) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises OSError that names the file if it holds anything else."""
+    """The JSON object in a file. Raises OSError that names the file if it holds anything else."""
     try:
         content = read_json(path)
     except ValueError as error:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-PROMPT = "a corgi in a party hat"  # of the page's widget, unless the front matter has its own
-# What a model takes over from the card of the one it was loaded from. Results are not among them: they were
+PROMPT = "a corgi in a party hat"  # for the Hub page's widget, unless the front matter has its own
+# What a card inherits from the card of the model that was loaded. Results are not inherited: they were
 # probably measured on other weights.
 INHERITED = ("license", "license_name", "license_link", "base_model", "datasets", "language", "widget")
 
@@ -23,7 +23,7 @@ class ModelCardMixin:
 
     config: Any
     components: dict[str, Any]
-    _model_card: str | None = None  # the text of the card it was loaded with
+    _model_card: str | None = None  # the text of the loaded model's card
     _loaded_name: str | None = None  # its name on the Hub, None for a local folder
 
     def make_card(
@@ -33,13 +33,13 @@ class ModelCardMixin:
         """The text of README.md.
 
         Args:
-            name: what the model is called, by folder or on the Hub.
+            name: the model's name, that of its folder or on the Hub.
             has_code: whether diffusers needs `trust_remote_code` to load it.
             card: the text of the folder's own card, kept as it is except for the fields in `given`.
             given: front matter as huggingface_hub's ModelCardData takes it, or a Markdown file to copy.
 
-        Raises ValueError for front matter, given or in `card`, that cannot be read, and for a file not in
-        UTF-8.
+        Raises ValueError for front matter, given or in `card`, that cannot be read, and for a file that is
+        not in UTF-8.
         """
         from huggingface_hub import ModelCard, ModelCardData
         from yaml import YAMLError
@@ -118,7 +118,7 @@ class ModelCardMixin:
 
 
 def well_formed(key: str, value: Any) -> bool:
-    """Whether front matter of somebody else's is what the Hub takes there, and not empty."""
+    """Whether an inherited front matter field is not empty and has the form that the Hub accepts."""
     if key == "widget":
         return bool(value) and isinstance(value, list) and all(isinstance(one, dict) for one in value)
     listed = value if isinstance(value, list) else [value]

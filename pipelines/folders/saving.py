@@ -1,10 +1,10 @@
-"""Model folders out: whole, so that one loads by name on a machine that never saw this package.
+"""Saving model folders, complete, so that they load by name on a machine without this package.
 
 A folder holds weights in safetensors, configs, a model card and, unless diffusers' own classes can read it,
 our code (see `travel`). `model_index.json` names the classes where diffusers looks for them.
 
-Files are written into a folder of their own first and then renamed into place, so nothing that was there is
-ever half overwritten, not even the file that the weights being saved are mapped from.
+Files are first written into a temporary folder and then renamed into place, so that no existing file is ever
+half overwritten, not even the file from which the weights being saved are mapped.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from .travel import CODE, LIBRARIES, code_files, source_file
 
 logger = logging.get_logger(__name__)
 
-# our class -> the class of diffusers that reads the same folder while no feature of ours is on
+# our class -> diffusers' class, which reads the same folder if none of our own features is on
 DIFFUSERS_CLASSES = {
     "TextToImagePipeline": "StableDiffusionPipeline",
     "ConditionalUNet": "UNet2DConditionModel",
@@ -57,21 +57,21 @@ class SaveMixin:
         commit_message: str | None = None, private: bool | None = None, token: str | bool | None = None,
         create_pr: bool = False,
     ) -> None:  # fmt: skip
-        """As diffusers', always in safetensors, with everything that the folder needs to load elsewhere.
+        """As in diffusers, always in safetensors, with everything that the folder needs to load elsewhere.
 
         Args:
-            variant: goes into the names of the weights' files, which lie beside those of other variants. The
-                weights keep the precision they have: for "fp16" call `to(torch.float16)` first.
+            variant: becomes part of the weights' file names, so that they can lie beside other variants. The
+                weights keep their precision: for "fp16" call `to(torch.float16)` first.
             diffusers_format: True writes diffusers' class names, so that StableDiffusionPipeline and
-                DiffusionPipeline load the folder without any code of ours; ValueError names the features that
-                stand in the way. False writes our class names and code, None the first where it is possible.
+                DiffusionPipeline load the folder without our code; a ValueError names any features that
+                prevent it. False writes our class names and code. None means True if possible, else False.
             model_card: front matter (license, base_model, datasets, widget, eval_results and whatever else
-                huggingface_hub's ModelCardData takes), or a Markdown file to take as the whole card. A card
-                that is there already keeps its text, and all front matter that this does not name.
+                huggingface_hub's ModelCardData takes), or a Markdown file to use as the whole card. An
+                existing card keeps its text, and all front matter that this does not name.
             push_to_hub: upload the folder too, to `repo_id` or else the folder's name; see `push_to_hub`.
         """
         folder = Path(save_directory)
-        name = folder.resolve().name.removesuffix(".partial")  # which recipes drop when all is written
+        name = folder.resolve().name.removesuffix(".partial")  # recipes drop that when all is written
         settings = safe_serialization, variant, max_shard_size, diffusers_format, model_card
         self._save(
             folder, name, repo_id or name if push_to_hub else None, None, *settings,
@@ -84,10 +84,10 @@ class SaveMixin:
         variant: str | None = None, subfolder: str | None = None, max_shard_size: int | str | None = None,
         diffusers_format: bool | None = None, model_card: Card = None,
     ) -> Any:  # fmt: skip
-        """As diffusers', for what `save_pretrained` would write. Returns huggingface_hub's CommitInfo.
+        """As in diffusers, for what `save_pretrained` would write. Returns huggingface_hub's CommitInfo.
 
-        All of it is one commit: an upload that breaks off leaves the repository as it was. A card that is
-        there already is kept as `save_pretrained` keeps one. Raises OSError if the Hub refuses or is silent.
+        Everything is one commit: an interrupted upload leaves the repository unchanged. An existing card is
+        kept, as by `save_pretrained`. Raises OSError if the Hub refuses or does not answer.
         """
         with tempfile.TemporaryDirectory() as temporary:
             settings = safe_serialization, variant, max_shard_size, diffusers_format, model_card
@@ -95,7 +95,7 @@ class SaveMixin:
             return self._save(Path(temporary), repo_id, repo_id, subfolder, *settings, *hub)
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
-        """Writes model_index.json and the code of the classes that it names; `push_to_hub` uploads."""
+        """Writes model_index.json and the code of the classes that it names; to upload, use `push_to_hub`."""
         super().save_config(str(save_directory))  # type: ignore[misc]
         write_code(self, Path(save_directory))
 
@@ -125,7 +125,7 @@ class SaveMixin:
                 finish_component(staging / component)
             clean_config(staging / INDEX)
             text = self.make_card(name, not in_diffusers_format, card, model_card)
-            if text != read_text(folder / CARD):  # else not a byte of it changes
+            if text != read_text(folder / CARD):  # else it stays as it is, byte for byte
                 (staging / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
             move_into(staging, folder, variant)
         if repo_id is None:
@@ -142,7 +142,7 @@ def check_saving(
     pipeline: Any, folder: Path, safe_serialization: bool, variant: str | None,
     diffusers_format: bool | None, card: Card,
 ) -> bool:  # fmt: skip
-    """Whether the folder gets diffusers' class names. Raises ValueError for what cannot be saved."""
+    """Whether the folder gets diffusers' class names. Raises ValueError for anything that cannot be saved."""
     if not safe_serialization:
         logger.warning("safe_serialization=False is ignored: weights are saved as safetensors only.")
     if folder.exists() and not folder.is_dir():
@@ -150,7 +150,7 @@ def check_saving(
     file = isinstance(card, (str, os.PathLike)) and Path(card).is_file()
     if not (card is None or isinstance(card, dict) or file):
         raise ValueError(f"`model_card` must be a dict of front matter or a Markdown file, got {card!r}")
-    pipeline.make_card(folder.name, has_code=True, given=card)  # raises for what cannot be a card
+    pipeline.make_card(folder.name, has_code=True, given=card)  # raises if it cannot be a card
     for name, component in modules_of(pipeline).items():
         if any(".lora_A." in key for key in component.state_dict()):
             raise ValueError(
@@ -178,7 +178,7 @@ def obstacles(pipeline: Any) -> list[str]:
     """What keeps diffusers' own classes from reading this pipeline's folder and drawing the same pictures."""
     found: list[str] = []
     if type(pipeline).__name__ not in DIFFUSERS_CLASSES:
-        return [f"{type(pipeline).__name__}, a pipeline that diffusers has not"]
+        return [f"{type(pipeline).__name__}, a pipeline that diffusers does not have"]
     if pipeline.unet is None or pipeline.scheduler is None:
         return ["no unet or no scheduler"]
     for name, part in (pipeline.components | modules_of(pipeline)).items():
@@ -186,7 +186,7 @@ def obstacles(pipeline: Any) -> list[str]:
         if part is None or ours.__module__.split(".")[0] in LIBRARIES:
             continue
         if ours.__name__ not in DIFFUSERS_CLASSES:
-            found.append(f"{name} of class {ours.__name__}, which diffusers has not")
+            found.append(f"{name} of class {ours.__name__}, which diffusers does not have")
             continue
         given = {key: part.config[key] for key, off in own_keys(ours).items() if part.config[key] != off}
         found += [f"{name}.{key}={value!r}" for key, value in given.items()]
@@ -206,7 +206,7 @@ def obstacles(pipeline: Any) -> list[str]:
         found.append("scheduler.clip_sample=True")
     if scheduler.get("timestep_spacing", "leading") == "leading" and scheduler.get("steps_offset", 1) != 1:
         found.append(f"scheduler.steps_offset={scheduler['steps_offset']}")
-    # where diffusers' class of that name errs, see ours
+    # cases in which diffusers' class of that name is wrong; see our class
     ours = type(pipeline.scheduler)
     if ours.__name__ == "DDPMScheduler" and ours.__module__.split(".")[0] not in LIBRARIES:
         if scheduler.variance_type not in (None, "fixed_small", "fixed_small_log"):
@@ -227,7 +227,7 @@ def own_keys(cls: type) -> dict[str, Any]:
 
 
 def write_code(pipeline: Any, folder: Path) -> None:
-    """Write the code of all classes that the libraries do not have, and name it in the model index."""
+    """Write the code of all classes that are not in the libraries, and name it in the model index."""
     index = read_json(folder / INDEX)
     components: dict[str, Path] = {}
     for name, part in (pipeline.components | modules_of(pipeline)).items():
@@ -246,7 +246,7 @@ def write_code(pipeline: Any, folder: Path) -> None:
 
 
 def name_diffusers_classes(pipeline: Any, folder: Path) -> None:
-    """Turn a freshly written folder of ours into diffusers': its class names, no code and no key of ours."""
+    """Turn our freshly written folder into diffusers': with its class names, without our code and keys."""
     for code in (*folder.glob("*.py"), *folder.glob("*/*.py")):
         code.unlink()
     index = read_json(folder / INDEX)
@@ -273,10 +273,10 @@ def name_diffusers_classes(pipeline: Any, folder: Path) -> None:
 
 
 def finish_component(folder: Path) -> None:
-    """Put right what the libraries wrote: see `clean_config`; and add what transformers before 5 reads.
+    """Correct what the libraries wrote (see `clean_config`), and add what transformers before 5 reads.
 
-    That is names of weights with the prefixes of `OLDER_PREFIX`, which 5 takes as well, and vocab.json and
-    merges.txt of a tokenizer.
+    That is: weights' names get the prefixes of `OLDER_PREFIX`, which version 5 accepts as well, and a
+    tokenizer gets vocab.json and merges.txt.
     """
     for path in folder.glob("*config.json"):
         clean_config(path)
@@ -304,7 +304,7 @@ def finish_component(folder: Path) -> None:
 
 
 def clean_config(path: Path) -> None:
-    """Take this machine's paths out of a config, and let transformers load float32 whatever is on disk.
+    """Take this machine's paths out of a config, and have transformers load float32 whatever is on disk.
 
     Otherwise a tower saved in fp16 would load as fp16 beside a U-Net that diffusers loads as float32, and the
     first call would fail.
@@ -315,8 +315,8 @@ def clean_config(path: Path) -> None:
 
 
 def move_into(staging: Path, folder: Path, variant: str | None) -> None:
-    """Rename each file into place, the model index last; then drop weights of an earlier save that are not
-    among the new ones, because a left-over index of shards would win over a new single file."""
+    """Rename each file into place, the model index last. Then delete weights of an earlier save that are not
+    among the new ones, because a left-over index of shards would take precedence over a new single file."""
     files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda file: str(file) == INDEX):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -329,7 +329,7 @@ def move_into(staging: Path, folder: Path, variant: str | None) -> None:
 
 
 def weight_patterns(component: str, variant: str | None) -> list[str]:
-    """Glob patterns of all files that weights of a component may be in."""
+    """Glob patterns for all files that may hold a component's weights."""
     kind = "" if variant is None else f".{variant}"
     ends = f"{kind}.safetensors", f"{kind}-?????-of-?????.safetensors", f".safetensors.index{kind}.json"
     stems = ("model", "diffusion_pytorch_model")

@@ -1,14 +1,15 @@
 """Code beside weights: what a saved folder holds so that it loads where this package is not installed.
 
     pipeline.py                 the module of the pipeline's class
-    <module>.py                 every other module of its closure of relative imports, side by side
+    <module>.py                 every other of our modules that it imports, directly or not, side by side
     <component>/<module>.py     a component's class and everything of ours that it imports, in one file
 
-diffusers copies the modules that pipeline.py itself imports (it looks for lines `from .name import` with a
-regular expression), and not what those import in turn; so pipeline.py imports every one of them. From the Hub
-it does follow them, and asks the Hub once for each path through the graph of imports; so in the others the
-line reads `from.name import`, which Python takes and the expression does not. Of a component it fetches one
-file. All of it ends up in one package, so module names must be unique.
+diffusers copies the modules that pipeline.py itself imports (a regular expression looks for lines
+`from .name import`), but not those that these import in turn. So pipeline.py imports every one of them. From
+the Hub, diffusers does follow imports, and asks the Hub once for each path through the graph of imports. So
+the other modules write `from.name import`, which Python accepts and the regular expression does not match.
+For a component, diffusers fetches a single file. Everything ends up in one package, so module names must be
+unique.
 """
 
 import ast
@@ -41,9 +42,9 @@ def source_file(cls: type) -> Path | None:
 
 
 def code_files(pipeline: Path | None, components: dict[str, Path]) -> dict[str, str]:
-    """Place in the folder -> text, for the source of a pipeline's class and of its components' classes.
+    """Path in the folder -> text, for the source of a pipeline's class and of its components' classes.
 
-    Raises ValueError if two different modules have one name, or one imports what cannot travel.
+    Raises ValueError if two different modules share a name, or if one imports what cannot be saved with it.
     """
     merged = {source: component_code(source) for source in components.values()}
     files = {f"{name}/{source.name}": merged[source] for name, source in components.items()}
@@ -64,7 +65,7 @@ def parse(source: Path) -> ast.Module:
 
 
 def relative_imports(tree: ast.AST) -> list[ast.ImportFrom]:
-    """Every `from .x import y`, also inside functions."""
+    """Every `from .x import y`, including those inside functions."""
     return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
 
 
@@ -78,7 +79,7 @@ def imported_module(source: Path, node: ast.ImportFrom) -> Path | None:
 
 
 def imported_files(source: Path, node: ast.ImportFrom) -> list[Path]:
-    """The files that a statement imports. Raises ValueError if it imports anything but modules and names of
+    """The files that a statement imports. Raises ValueError if it imports anything but modules and names from
     modules."""
     if (module := imported_module(source, node)) is not None:
         return [module]
@@ -94,7 +95,7 @@ def imported_files(source: Path, node: ast.ImportFrom) -> list[Path]:
 
 
 def closure(source: Path) -> list[Path]:
-    """The files that a file imports, directly or not, in the order of their imports; `source` comes last."""
+    """The files that a file imports, directly or not, in import order; `source` comes last."""
     order: list[Path] = []
     seen: set[Path] = set()
 
@@ -116,8 +117,8 @@ def closure(source: Path) -> list[Path]:
 def pipeline_code(source: Path, merged: dict[Path, str] | None = None) -> dict[str, str]:
     """File name -> text of pipeline.py and all modules beside it.
 
-    `merged` has the one-file form of the components that travel along; a pipeline that imports their modules
-    gets the same file. Raises ValueError if two modules have one name.
+    `merged` has the one-file form of the components that are saved too; a pipeline that imports their modules
+    gets the same file. Raises ValueError if two modules share a name.
     """
     modules = closure(source)
     names = {file: file.stem for file in modules} | {source: Path(CODE).stem}
@@ -136,7 +137,7 @@ def pipeline_code(source: Path, merged: dict[Path, str] | None = None) -> dict[s
 
 
 def flattened(source: Path, names: dict[Path, str]) -> str:
-    """The text of a module with its imports rewritten for one flat package; see the docstring above."""
+    """The text of a module with its imports rewritten for one flat package; see the module's docstring."""
     text = source.read_text(encoding="utf-8")
     edits = []
     for node in relative_imports(ast.parse(text)):
@@ -172,7 +173,7 @@ def edited(text: str, edits: Iterable[tuple[int, int, str]]) -> str:
 def component_code(source: Path) -> str:
     """The text of a component's module with those that it imports merged into it.
 
-    Raises ValueError if a name means one thing in one of them and another in another.
+    Raises ValueError if a name means different things in two of them.
     """
     modules = closure(source)
     if len(modules) == 1:
@@ -219,8 +220,8 @@ def import_lines(plain: set[str], imported: dict[str, set[str]]) -> str:
 
 
 def check_names(modules: list[Path], places: dict[Path, str]) -> None:
-    """ValueError for a name of module scope that would mean two things in one file, and for modules imported
-    as such, whose name would mean nothing."""
+    """Raises ValueError for a module-level name that would mean two things in one file, and for our modules
+    imported as modules, whose names would mean nothing."""
     meanings: dict[Path, dict[str, str]] = {}
     first: dict[str, tuple[str, str]] = {}  # name -> (meaning, place)
     for file in modules:
@@ -256,7 +257,7 @@ def check_names(modules: list[Path], places: dict[Path, str]) -> None:
 
 
 def module_scope(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Every statement that runs in the module's own scope, also under `if` and `try`."""
+    """Every statement that runs in the module's own scope, including those under `if` and `try`."""
     for node in body:
         yield node
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

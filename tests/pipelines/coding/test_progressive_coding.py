@@ -329,6 +329,7 @@ def test_progressive_costs_what_the_coder_s_theory_says(model):
     assert kl < coded < allowed
 
 
+@pytest.mark.slow
 def test_an_archive_costs_its_kl_sum(model):
     """40 pictures, initial bits included, at most 8 % above; without them within 3 %: the grid of the
     x_t costs about 1 %, and what is drawn, which other processors round otherwise, varies by as much."""
@@ -438,7 +439,7 @@ def decode_lossless_of_another_seed(pipe: TextToImagePipeline) -> None:
     decode(pipe, rewritten(data, seed=1))
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_chain_ends_where_the_bound_is_least(make_model, many):
     """By vlb_terms, 6 draws for each of 12 ends, none is better by more than 1 %; the last timesteps of a
     model that guesses grey cost it as much again. Of several pictures their sum counts."""
