@@ -1,9 +1,9 @@
-"""Train a small AutoencoderKL: the space that latent diffusion works in (Rombach 2022).
+"""Train a small AutoencoderKL, whose latents are the space of latent diffusion (Rombach 2022).
 
     accelerate launch -m training.autoencoder --config training/configs/autoencoder.yaml
 
-The class is diffusers' own. The scaling factor that brings the latents to unit variance is measured on the
-training pictures and saved in the config.
+The class is diffusers' own. The shift and scaling factor that give the latents zero mean and unit variance
+are measured on training pictures and saved in the config.
 """
 
 from pathlib import Path
@@ -41,27 +41,28 @@ class AutoencoderConfig(RunSettings, PictureSettings, ColumnSettings, TimeSettin
 
 
 class Autoencoder(AutoencoderKL):
-    """AutoencoderKL with all that training needs in one forward pass, so that processes share gradients."""
+    """AutoencoderKL with one forward pass for all of training, so that processes can average gradients."""
 
     def forward(  # type: ignore[override]
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> (pictures decoded from a draw of q(z given x), KL(q, N(0, I)) per value of x)."""
+        """(B, 3, H, W) -> (pictures decoded from z ~ q(z|x), KL(q(z|x), N(0, I)) per value of x)."""
         posterior = self.encode(images).latent_dist
         decoded = self.decode(posterior.sample(generator)).sample
         return decoded, posterior.kl().mean() / images[0].numel()
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error of the picture and, as much again, of its differences between neighbours: flat art
-    lives by its edges, and the plain error blurs them."""
+    """Mean absolute error of the pictures, plus the mean absolute errors of the differences between
+    horizontal and between vertical neighbours: sharp edges are essential to flat art, and the plain error
+    blurs them."""
     across, down = (F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
     return F.l1_loss(decoded, images) + (across + down)
 
 
 class AutoencoderLoss:
-    """The loss of one micro-batch: reconstruction_loss + kl_weight KL. The latent noise depends on (seed,
-    step) and the process alone."""
+    """The loss of one micro-batch: reconstruction_loss + kl_weight KL. The latent noise depends only on the
+    seed, the step and the process."""
 
     def __init__(self, config: AutoencoderConfig, vae: torch.nn.Module, pictures: PictureCache, run: Run):
         self.config, self.vae, self.pictures, self.run = config, vae, pictures, run
@@ -109,7 +110,7 @@ def main() -> None:
 
 @torch.no_grad()
 def finish(vae: AutoencoderKL, cache: Any, output: Path) -> None:
-    """Measure the latents' scale and the reconstruction on 512 pictures, then save."""
+    """Measure the latents' mean and scale and the reconstruction error on 512 pictures, then save."""
     images = cache.images(torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))[:512])
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)])
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(64)])

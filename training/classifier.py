@@ -3,7 +3,8 @@
     accelerate launch -m training.classifier --config training/configs/noisy_classifier.yaml
     accelerate launch -m training.classifier --config training/configs/style_classifier.yaml
 
-The classes are the values of a column of the data set; what it sees is x_t of the model that it will guide.
+The classes are the values of a column of the data set. The classifier sees the x_t of the model that it will
+guide.
 """
 
 import functools
@@ -48,7 +49,7 @@ class ClassifierConfig(TowerSettings, AverageSettings, TimestepSettings):
 
 @dataclass
 class LabelSet:
-    """A column of classes: their names, each picture's class, and below which t they are learned."""
+    """A column of classes: their names, each picture's class, and the t below which they are learned."""
 
     column: str
     names: list[str]
@@ -57,16 +58,17 @@ class LabelSet:
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """What each class counts in the loss, (classes,): (N / (classes n_k))^(1/2), so that a class that few
-        pictures have is not given up for one that most have. All pictures together count N or less."""
+        """The weight of each class in the loss, (K,): (N / (K n_k))^(1/2) for K classes, n_k of the N
+        pictures being in class k. A rare class is thus not sacrificed to a common one. The weights of all
+        pictures sum to at most N."""
         counts = torch.bincount(self.labels, minlength=len(self.names)).clamp(min=1)
         return (len(self.labels) / (len(self.names) * counts)).sqrt()
 
 
 def label_set(pictures: NoisedPictures, column: str) -> tuple[list[str], Tensor]:
-    """The values of a column, sorted, and each picture's place among them.
+    """(the column's distinct values in sorted order, each picture's index among them, (N,)).
 
-    Raises ValueError if there is no such column, or it has only one value."""
+    Raises ValueError if the column does not exist or has fewer than two distinct values."""
     values = pictures.columns.get(column)
     has = ", ".join(pictures.columns)
     require(values is not None, "label_column", column, f"a column of the data set ({has})")
@@ -76,8 +78,8 @@ def label_set(pictures: NoisedPictures, column: str) -> tuple[list[str], Tensor]
 
 
 def label_sets(config: ClassifierConfig, pictures: NoisedPictures) -> list[LabelSet]:
-    """A set for each column of label_column. Raises ValueError if a class stands in two of them, or
-    timestep_limits do not fit."""
+    """A label set for each column named by label_column. Raises ValueError if two sets share a class, or
+    timestep_limits does not fit."""
     columns, total, limits = config.label_column.split("+"), len(pictures.chain), config.timestep_limits
     found = [label_set(pictures, column) for column in columns]
     names = [name for own, _ in found for name in own]
@@ -91,7 +93,8 @@ def label_sets(config: ClassifierConfig, pictures: NoisedPictures) -> list[Label
 
 @dataclass
 class ClassifierLoss:
-    """The sum over the label sets of the weighted cross-entropy of noised pictures below each set's limit."""
+    """The weighted cross-entropy of the noised pictures whose t is below a label set's limit, summed over the
+    sets."""
 
     config: ClassifierConfig
     pictures: NoisedPictures
@@ -109,7 +112,7 @@ class ClassifierLoss:
         loss, details = torch.zeros((), device=device), {}
         for own, logits in zip(self.sets, parts, strict=True):
             truth = own.labels[indices].to(device)
-            counts = (t < own.limit).to(device)  # the others' loss is a constant
+            counts = (t < own.limit).to(device)  # other pictures get no weight
             weight = own.weights.to(device)[truth] * counts
             each = F.cross_entropy(logits, truth, reduction="none")
             loss = loss + (weight * each).sum() / weight.sum().clamp(min=1e-6)
@@ -127,7 +130,7 @@ def main() -> None:
     pictures = NoisedPictures(pipe, config.dataset, config.splits, config.cache_dir)
     sets = label_sets(config, pictures)
     set_seed(config.seed)  # so that the weights depend on nothing else
-    # By name: diffusers takes what is passed by place for a default, which it may drop
+    # By keyword: diffusers takes positional arguments for defaults, which it may drop
     model = NoisyClassifier(
         labels=[name for own in sets for name in own.names],
         label_sets=[len(own.names) for own in sets] if len(sets) > 1 else None,

@@ -3,18 +3,18 @@
     accelerate launch -m training.clip --config training/configs/clip.yaml
     accelerate launch -m training.clip --noised --config training/configs/noisy_clip.yaml
 
-Two are shipped or kept: one whose text tower conditions the image model, trained on the training split
-only; and a judge, of another size and seed, that sees every split and only scores.
+There are two such CLIPs. One is trained on the training split only, and its text tower conditions the image
+model. The other is the judge: it has another size and seed, sees every split, and only scores pictures.
 
 The first also learns from a sentence encoder (`--distill words`, `training.objectives.distillation`), so that
-words that stand in no caption land near those that do: for `text_steps` on text alone, then beside the
-contrastive loss.
+words that occur in no caption land near those that do. It learns from text alone for `text_steps`, then with
+the contrastive loss as well.
 
-With `--text_encoder` an image tower is trained against an existing text tower, which is frozen (Zhai 2022,
-LiT): a CLIP that reads words as your pipeline does, to guide it or rank what it draws.
+With `--text_encoder`, an image tower is trained against an existing text tower, which stays frozen (LiT, Zhai
+2022). The result is a CLIP that reads words as your pipeline does, to guide it or to rank its pictures.
 
-With `--noised` only an image tower is trained, on a model's noised pictures, against the model's own frozen
-text tower (GLIDE, Nichol 2022, section 2.3): the `noisy_clip` of CLIP guidance.
+With `--noised`, only an image tower is trained, on a model's noised pictures and against the model's own
+frozen text tower (GLIDE, Nichol 2022, section 2.3). The result is the `noisy_clip` of CLIP guidance.
 """
 
 import functools
@@ -59,7 +59,7 @@ from training.run.settings import (
 )
 from training.run.start import Run
 
-MAX_LOGIT_SCALE = 4.6052  # the temperature's inverse is at most 100, as CLIP's
+MAX_LOGIT_SCALE = 4.6052  # the inverse of the temperature is at most 100, as in CLIP
 
 
 class ClipTrainingConfig(TowerSettings, DistillationSettings, PictureSettings, CaptionSettings):
@@ -111,8 +111,8 @@ class ClipTrainingConfig(TowerSettings, DistillationSettings, PictureSettings, C
 
 
 def build_clip(config: ClipTrainingConfig, tower: CLIPTextModelWithProjection | None = None) -> "Towers":
-    """A CLIP (Radford 2021) of the configured sizes, with the vocabulary of `training.data.tokenizer`. With a
-    `tower`, its text tower is that one, sizes and weights, frozen."""
+    """A CLIP (Radford 2021) of the configured sizes, with the vocabulary of `training.data.tokenizer`. If
+    `tower` is given, the text tower is a frozen copy of it."""
     vocabulary = config.num_merges + 514
     space = config.projection_dim if tower is None else tower.config.projection_dim
 
@@ -141,16 +141,18 @@ def build_clip(config: ClipTrainingConfig, tower: CLIPTextModelWithProjection | 
 
 
 class Towers(CLIPModel):
-    """CLIPModel with the forward pass that training needs: text in parts, pictures or none."""
+    """CLIPModel with the forward pass that training needs: text in several parts, with or without
+    pictures."""
 
     def forward(  # type: ignore[override]
         self, input_ids: list[Tensor], pixel_values: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Parts (B_i, L_i) of ids -> l2-normalised texts (B, 3, D) and images (B', D) or None.
+        """Ids in parts (B_i, L_i) -> text embeddings (B, 3, D) and image embeddings (B', D) or None, all
+        l2-normalised.
 
-        A text is embedded by its state at the first end of text (CLIP's `text_embeds`), by the mean of its
-        words' states, and by the state at the last position, all through the text projection. A U-Net reads
-        the last two kinds as well: the padding is ends of text.
+        A text has three embeddings: its state at the first end of text (CLIP's `text_embeds`), the mean of
+        its words' states, and the state at the last position, all through the text projection. The last two
+        matter because a U-Net reads these states as well; the padding consists of ends of text.
         """
         rows = []
         for ids in input_ids:
@@ -174,8 +176,9 @@ class Towers(CLIPModel):
 def tokenize_by_length(
     tokenizer: Any, texts: list[str], rows: int = 128, device: torch.device | str = "cpu"
 ) -> tuple[list[Tensor], Tensor]:
-    """(parts, place): texts of like length together, `rows` at a time, each part padded to its own longest,
-    so that little is padding; text i is row place[i] of the parts laid end to end."""
+    """(parts, place): the ids of the texts in parts of `rows` texts of similar length. Each part is padded to
+    its own longest text, so that there is little padding. Text i is row place[i] of the concatenated
+    parts."""
     ids = tokenizer(texts, truncation=True).input_ids
     order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
     parts = []
@@ -188,8 +191,9 @@ def tokenize_by_length(
 
 
 def learning_rate_factor(step: int, warmup: int, text_steps: int, total: int) -> float:
-    """Warm-up to 1 over the first `warmup` steps, flat until the pictures come; then the same warm-up for the
-    image tower, and half a cosine down to 0 at `total`."""
+    """The factor of the learning rate at a step. During the `text_steps`, it rises to 1 over `warmup` steps
+    and then stays constant. When the pictures start, it rises to 1 again for the image tower, and then
+    follows half a cosine to 0 at `total`."""
     if step < text_steps:
         return min(1.0, (step + 1) / max(1, warmup))
     done = step - text_steps
@@ -199,7 +203,7 @@ def learning_rate_factor(step: int, warmup: int, text_steps: int, total: int) ->
 
 
 def contrastive_loss(run: Run, images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy (Radford 2021, figure 3), over the pairs of all processes."""
+    """CLIP's symmetric cross-entropy (Radford 2021, figure 3) over the pairs of all processes."""
     several = run.world > 1
     loss = ClipLoss(local_loss=several, gather_with_grad=several, rank=run.rank, world_size=run.world)
     return loss(images, texts, scale)
@@ -207,8 +211,9 @@ def contrastive_loss(run: Run, images: Tensor, texts: Tensor, scale: Tensor) -> 
 
 @dataclass
 class ClipTrainingLoss:
-    """The contrastive loss of a micro-batch of pictures, from `text_steps` on, plus distill_weight times the
-    distance of its captions' and other texts' embeddings to the teacher's."""
+    """The contrastive loss of a micro-batch of pictures, from step `text_steps` on, plus distill_weight times
+    the distance between the teacher's embeddings and the tower's, for the micro-batch's captions and other
+    texts."""
 
     config: ClipTrainingConfig
     run: Run
@@ -249,7 +254,7 @@ class ClipTrainingLoss:
 
 @dataclass
 class NoisyClipLoss:
-    """The contrastive loss of a micro-batch of noised pictures and their captions' pooled text."""
+    """The contrastive loss of a micro-batch of noised pictures and the pooled text of their captions."""
 
     config: ClipTrainingConfig
     pictures: NoisedPictures
@@ -274,7 +279,8 @@ class NoisyClipLoss:
 
 
 def train_noised(config: ClipTrainingConfig, run: Run) -> None:
-    """`--noised`: of the sizes only patch_size (of x_t), vision_width, vision_layers and head_dim count."""
+    """Train with `--noised`. The only sizes it uses are patch_size (of x_t), vision_width, vision_layers and
+    head_dim."""
     pipe = load_pipeline(config.pretrained_model_name_or_path)
     side = pipe.unet.config.sample_size
     fits = isinstance(side, int) and side % config.patch_size == 0
@@ -292,7 +298,7 @@ def train_noised(config: ClipTrainingConfig, run: Run) -> None:
 
 
 def start_distillation(config: ClipTrainingConfig, pictures: PictureCache, run: Run) -> Distillation | None:
-    """What the text tower learns from the teacher; None without `distill`."""
+    """The texts and targets that the text tower learns from the teacher; None without `distill`."""
     if config.distill == "none":
         return None
     distillation = Distillation(config, pictures.captions, {"concept", "name"} <= pictures.columns.keys())
@@ -318,7 +324,7 @@ def main() -> None:
     run = Run(config)
     if config.noised:
         return train_noised(config, run)
-    if run.accelerator.ddp_handler is not None:  # without pictures the image tower has no part in a step
+    if run.accelerator.ddp_handler is not None:  # a step without pictures does not use the image tower
         run.accelerator.ddp_handler.find_unused_parameters = config.text_steps > 0
 
     # 2. Pictures, teacher, towers.

@@ -1,11 +1,11 @@
-"""Build the emoji data set: vector art with names, from npm packages, as a `datasets` folder.
+"""Build the emoji data set, a `datasets` folder, from vector art with names in npm packages.
 
     python -m training.emoji --output_dir data/emoji --resolution 64
 
-The art comes from Iconify's JSON packages (one per drawing style, the licence of each in its
-`info.json`), the names and tags from `emojibase-data`. npm must be on the machine; the packages are
-fetched once into `--npm_dir`. OpenMoji is share-alike, so it is only drawn when asked for
-(`--include_openmoji`) and never goes into weights that this repository ships.
+The art comes from Iconify's JSON packages, one for each drawing style, with the licence in its `info.json`.
+The names and tags come from `emojibase-data`. npm must be installed; the packages are fetched once into
+`--npm_dir`. OpenMoji is share-alike, so it is drawn only with `--include_openmoji` and is never used for
+weights that this repository ships.
 """
 
 import io
@@ -54,13 +54,13 @@ class EmojiConfig(NpmSettings):
 
 
 def render(svg: str, resolution: int) -> Image.Image:
-    """Draw an SVG on white at resolution x resolution, antialiased (resvg)."""
+    """Draw an SVG on white at resolution x resolution pixels, antialiased (resvg)."""
     import resvg_py
 
     try:
         size: dict[str, Any] = {"width": resolution, "height": resolution}
         png = resvg_py.svg_to_bytes(svg_string=svg, **size, background="#ffffff", skip_system_fonts=True)
-    except BaseException as error:  # a panic, as of resvg 0.48 on one icon at 16 pixels, is no Exception
+    except BaseException as error:  # a panic (resvg 0.48 has one on one icon at 16 pixels) is no Exception
         if type(error).__name__ != "PanicException" or resolution > 2048:
             raise
         return render(svg, 2 * resolution).reduce(2)
@@ -90,10 +90,10 @@ def picture_rows(
 
 
 def build(config: EmojiConfig) -> dict[str, Any]:
-    """Render everything and write the data set; returns the summary that `splits.json` holds.
+    """Render everything and write the data set; return the summary that is also written to `splits.json`.
 
     Raises:
-        ValueError: a setting is out of range, named with what is allowed.
+        ValueError: a setting is out of range; the message names it and what is allowed.
         RuntimeError: npm is missing or failed.
     """
     config.check()

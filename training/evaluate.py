@@ -1,4 +1,4 @@
-"""Measure what was trained. Each command prints its figures and, with --json FILE, writes them.
+"""Measure trained models. Each command prints its figures and, with --json FILE, writes them to a file.
 
     python -m training.evaluate zero-shot --clip models/judge
     python -m training.evaluate retrieval --model models/emoji --judge models/judge
@@ -15,8 +15,8 @@
     python -m training.evaluate upscaling --model models/emoji-upsampler --output upscaling.png
     python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
 
-The judge is a CLIP that took no part in conditioning or guidance, of another seed and size than the one
-whose text tower the model reads, and trained on every split.
+The judge is a CLIP that took no part in conditioning or guidance. Its seed and size differ from those of the
+CLIP whose text tower the model reads, and it was trained on every split.
 """
 
 import json
@@ -38,7 +38,7 @@ from training.evaluation.upscaling import upscaling
 from training.evaluation.words import words
 from training.run.settings import parse_config
 
-COMMANDS: dict[str, Callable[[Any], dict[str, Any]]] = {  # the settings of each are its argument's class
+COMMANDS: dict[str, Callable[[Any], dict[str, Any]]] = {  # each one's settings are its argument's class
     measure.__name__.replace("_", "-"): measure
     for measure in (
         zero_shot, retrieval, sheet, words, bits_per_dim, text_information, sampling_steps, report, card,
@@ -48,7 +48,7 @@ COMMANDS: dict[str, Callable[[Any], dict[str, Any]]] = {  # the settings of each
 
 
 def show(figures: dict[str, Any], indent: str = "") -> None:
-    """Print them, long lists of numbers excepted."""
+    """Print the figures; of a long list of numbers, print only the length."""
     for name, value in figures.items():
         if isinstance(value, dict):
             print(f"{indent}{name}:")

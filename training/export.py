@@ -1,4 +1,4 @@
-"""Turn a training run into a folder to ship: averaged weights, fp16 on disk, defaults and a model card.
+"""Turn a training run into a folder to ship: averaged weights in fp16, defaults and a model card.
 
     python -m training.export --config training/configs/emoji.yaml \\
         --checkpoint runs/emoji/checkpoint-9000 --to models/emoji
@@ -47,7 +47,7 @@ class ExportConfig(Settings):
     card: str | None = setting("Markdown file that becomes the folder's model card.", None)
 
     def check(self) -> None:
-        """Raise a ValueError unless exactly one source is given, and is there."""
+        """Raise a ValueError unless exactly one source is given and it exists."""
         super().check()
         sources = ("checkpoint", "clip", "folder", "unets", "classifiers")
         given = {name: getattr(self, name) for name in sources if getattr(self, name)}
@@ -59,8 +59,11 @@ class ExportConfig(Settings):
 
 
 def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: Path) -> None:
-    """The run's frozen parts with the U-Net of the checkpoint, its average where there is one; or with the
-    mean of several."""
+    """Save a pipeline of the run's frozen parts and a U-Net, in fp16 and with the default settings of calls.
+
+    The U-Net is the mean of `unets` or the checkpoint's: the average with decay `ema` if that is given,
+    otherwise the main average if there is one, otherwise the trained weights.
+    """
     pipe = build_pipeline(training)
     checkpoint = Path(config.checkpoint or "")
     weights = checkpoint / ("unet_ema" if (checkpoint / "unet_ema").is_dir() else "unet")
@@ -78,8 +81,9 @@ def export_pipeline(training: TextToImageConfig, config: ExportConfig, folder: P
 
 
 def mean_unet(folders: list[str]) -> ConditionalUNet:
-    """One U-Net with the mean of the weights, good where all were trained on from one and the same ("soups",
-    Wortsman 2022, https://arxiv.org/abs/2203.05482). Raises ValueError where they differ in shape."""
+    """One U-Net with the mean of the weights, which works well if all were fine-tuned from the same model
+    ("model soups", Wortsman 2022, https://arxiv.org/abs/2203.05482). Raises ValueError if their shapes
+    differ."""
     mean = ConditionalUNet.from_pretrained(folders[0])
     own = mean.state_dict()
     for number, folder in enumerate(folders[1:], start=2):
@@ -92,14 +96,15 @@ def mean_unet(folders: list[str]) -> ConditionalUNet:
 
 
 def class_name(settings: dict[str, Any]) -> str:
-    """Of a saved config, without the file that the class is in where it travels with the weights."""
+    """The class name in a saved config, without the file that defines the class if its code is saved with the
+    weights."""
     name = settings["_class_name"]
     return name if isinstance(name, str) else name[1]
 
 
 def drop_code(folder: Path) -> None:
-    """Leave out the copies of `pipelines/` that saving adds: in this repository they would only grow old.
-    `save_pretrained` and `push_to_hub` of the shipped model write today's."""
+    """Remove the copies of `pipelines/` that saving adds: in this repository they would only become outdated.
+    `save_pretrained` and `push_to_hub` of the shipped model write current ones."""
     for path in folder.rglob("*.py"):
         path.unlink()
     index = read_json(folder / "model_index.json")
@@ -108,7 +113,7 @@ def drop_code(folder: Path) -> None:
 
 
 def compact_tokenizers(folder: Path) -> None:
-    """The same tokenizer.json without indents: more than half of it is spaces."""
+    """Rewrite each tokenizer.json without indentation, which is more than half of the file."""
     for path in folder.rglob("tokenizer.json"):
         text = json.dumps(read_json(path), ensure_ascii=False, separators=(",", ":"))
         write_file(path, text + "\n")
@@ -120,13 +125,13 @@ EMA_KEYS = {
 
 
 def drop_ema_keys(path: Path) -> None:
-    """EMAModel keeps its own state in the config of what it saves; the shipped config is the U-Net's."""
+    """Remove EMAModel's state from a saved config, so that the shipped config is the model's alone."""
     left_out = EMA_KEYS | {"_name_or_path"}
     write_json(path, {key: value for key, value in read_json(path).items() if key not in left_out})
 
 
 def export_clip(source: str, folder: Path) -> None:
-    """The whole CLIP in fp16; it loads as float32."""
+    """Save the whole CLIP in fp16; it loads as float32."""
     CLIPModel.from_pretrained(source).save_pretrained(str(folder))
     CLIPTokenizer.from_pretrained(source).save_pretrained(str(folder))
     path = folder / "model.safetensors"
@@ -135,7 +140,7 @@ def export_clip(source: str, folder: Path) -> None:
 
 
 def export_folder(source: Path, folder: Path) -> None:
-    """An upsampler's pipeline, or a model that guides, as its training saved it."""
+    """Save an upsampler's pipeline or a guide, as its training saved it, in fp16."""
     kinds = {cls.__name__: cls for cls in (SuperResolutionPipeline, NoisyClassifier, NoisyCLIP)}
     index, config = source / "model_index.json", source / "config.json"
     rule = "one with a model_index.json or config.json"
@@ -150,9 +155,9 @@ def export_folder(source: Path, folder: Path) -> None:
 
 
 def export_ensemble(sources: list[str], folder: Path) -> None:
-    """One NoisyClassifier of several that differ in their weights alone, in fp16.
+    """Join several NoisyClassifiers that differ only in their weights into one ensemble, in fp16.
 
-    Raises ValueError where one is of another configuration."""
+    Raises ValueError if their configurations differ or the first is already an ensemble."""
     members = [NoisyClassifier.from_pretrained(source) for source in sources]
     own, *others = ({k: v for k, v in member.config.items() if k[0] != "_"} for member in members)
     for source, other in zip(sources[1:], others, strict=True):
@@ -188,7 +193,7 @@ def main() -> None:
             write_export(config, partial)
             if config.card:
                 shutil.copy(config.card, partial / "README.md")
-            for kept in (target / name for name in ("README.md", "samples.png")):  # a card and its picture
+            for kept in (target / name for name in ("README.md", "samples.png")):  # the card and its picture
                 if kept.is_file() and not (config.card and kept.name == "README.md"):
                     shutil.copy(kept, partial / kept.name)
     except ValueError as error:

@@ -1,18 +1,19 @@
-"""Train an upsampler: a diffusion model of large pictures that is told the small one (Saharia 2021, "SR3").
+"""Train an upsampler: a diffusion model of large pictures conditioned on small ones (Saharia 2021, "SR3").
 
     python -m training.emoji --output_dir data/emoji-256 --resolution 256
     accelerate launch -m training.super_resolution --config training/configs/super_resolution.yaml
 
-Pairs are drawn from the vector art at both sizes: `training.emoji` builds a data set of each, with the same
-pictures in the same order. The U-Net is convolutional and is trained on crops, so it runs on any size. Its
-condition is the small picture y, blurred and noised by a random level that it is told too (Ho 2021, "Cascaded
-diffusion models", section 4.2), enlarged by E of `pipelines.chain.back_projection`; it predicts what that
-lacks:
+The pairs are the vector art rendered at both sizes: `training.emoji` builds a data set of each, with the same
+pictures in the same order. The U-Net is convolutional and trained on crops, so it runs at any size. It is
+conditioned on the small picture y, blurred and noised to a random level s, and on s itself (Ho 2021,
+"Cascaded diffusion models", section 4.2). The noised y is enlarged by E of `pipelines.chain.back_projection`,
+and the U-Net predicts the difference between it and the large picture x:
 
     y_s = sqrt(abar_s) blur(y) + sqrt(1 - abar_s) eps',  x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps
     loss = mean |E(y_s) + U-Net([x_t, E(y_s)], t, s) - x|                 SR3, equation 6 with p = 1, for x0
 
-A colour is the enlarged input's own in this way, from the first step on, and the network draws edges.
+(SR3 writes x for the small picture and y for the large one.) Colours thus come from the enlarged input from
+the first step on, and the network draws the edges.
 """
 
 from pathlib import Path
@@ -71,7 +72,7 @@ class SuperResolutionConfig(
         return self.resolution // self.low_resolution
 
     def chains(self) -> list[DDPMScheduler]:
-        """Of the large pictures, and of the small ones."""
+        """The chains of the large and of the small pictures."""
         names = ("noise_scheduler", "low_res_scheduler")
         return [DDPMScheduler(**as_mapping(getattr(self, name), name)) for name in names]
 
@@ -90,9 +91,9 @@ class SuperResolutionConfig(
 
 
 class SuperResolutionLoss:
-    """The loss of one micro-batch, from picture indices to a scalar; see the head of this file.
+    """The loss of one micro-batch, from picture indices to a scalar; see the top of this file.
 
-    Every draw is a function of (seed, step) and the place in the global batch alone.
+    Every draw is a function of the seed, the step and the process alone.
     """
 
     def __init__(self, config: SuperResolutionConfig, unet: Any, pairs: Pairs, rank: int = 0) -> None:
@@ -103,13 +104,14 @@ class SuperResolutionLoss:
         generator = torch.Generator().manual_seed(seed_for(self.config.seed, "noise", step, self.rank))
         count, chain = len(indices), self.chain
         x, y = self.pairs.crops(indices, self.config.crop, generator)
-        # squared: half of the levels are in the lowest quarter, where drawn pictures need them
+        # squared: half of the levels are in the lowest quarter, where generated pictures need them
         level = (torch.rand(count, generator=generator).square() * (self.config.max_noise_level + 1)).long()
         t = torch.randint(0, len(chain), (count,), generator=generator)
         return self.of(x, blur(y, self.config.max_blur, generator), t, level, generator), {}
 
     def of(self, x: Tensor, y: Tensor, t: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss at timesteps t and noise levels `level`, (B,) both, of large x and small y."""
+        """The loss of large pictures x and small pictures y at timesteps t and noise levels `level`, both
+        (B,)."""
         y = self.low_chain.add_noise(y, torch.randn(y.shape, generator=generator), level)
         x_t = self.chain.add_noise(x, torch.randn(x.shape, generator=generator), t)
         told = enlarge(y, self.config.scale)  # (B, 3, side, side)
@@ -120,7 +122,8 @@ class SuperResolutionLoss:
 
 @torch.no_grad()
 def validation_loss(loss: SuperResolutionLoss, pairs: Pairs) -> dict[str, float]:
-    """The loss on fixed crops and noise of 64 pictures by timestep, at noise level 0, and E's alone."""
+    """The loss on fixed crops of 64 pictures with fixed noise, at three timesteps and noise level 0, and that
+    of E alone."""
     indices = torch.linspace(0, len(pairs) - 1, min(64, len(pairs))).long().tolist()
     generator = torch.Generator().manual_seed(0)
     x, y = pairs.crops(indices, loss.config.crop, generator)
@@ -132,8 +135,8 @@ def validation_loss(loss: SuperResolutionLoss, pairs: Pairs) -> dict[str, float]
 
 
 def save_result(config: SuperResolutionConfig, unet: ConditionalUNet) -> Path:
-    """The pipeline in output_dir/pipeline, with DDIM's steps, which at a few steps draw better than the
-    ancestral sampler's."""
+    """Save the pipeline as output_dir/pipeline, with a DDIM scheduler, which draws better in a few steps than
+    the ancestral sampler."""
     chain, low_chain = config.chains()
     pipe = SuperResolutionPipeline(
         unet=unet, low_res_scheduler=low_chain, scheduler=DDIMScheduler.from_config(chain.config),
@@ -152,7 +155,7 @@ def main() -> None:
     config.check()
     run = Run(config)
     sides = (config.resolution, config.low_resolution)
-    with run.accelerator.local_main_process_first():  # it decodes the pictures, the others read them
+    with run.accelerator.local_main_process_first():  # decodes the pictures; the other processes read them
         train, held_out = (
             load_pairs(config.dataset, config.low_dataset, split, *sides, config.cache_dir)
             for split in ("train", "validation")
@@ -171,7 +174,7 @@ def main() -> None:
     averages = [make_ema(config.ema_decay, unet)] if run.is_main else []
     training = Training(run, [unet], optimizer, schedule, "unet", config.max_train_steps, averages, limit=2)
 
-    # 3. Train; what follows each step happens between steps.
+    # 3. Train; validation runs between steps, whenever a checkpoint is due.
     loss = SuperResolutionLoss(config, training.models[0], train, run.rank)
     batches = run.batches(train.large, training.start)
     for progress in training.steps(batches, loss, max_train_minutes=config.max_train_minutes):

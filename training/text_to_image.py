@@ -1,12 +1,12 @@
-"""Train the text-to-image U-Net, from scratch or from a saved model, whole or by low-rank adapters.
+"""Train the text-to-image U-Net, from scratch or from a saved model, in full or with low-rank adapters.
 
     accelerate launch -m training.text_to_image --config training/configs/emoji.yaml
     accelerate launch -m training.text_to_image --pretrained_model_name_or_path models/emoji \\
         --train_data_dir my_folder --output_dir runs/mine --rank 8
 
-One step: pictures (or latents) x0 and their captions' states, cached; t and eps drawn by (seed, step);
-x_t = q_sample(x0, t, eps); the U-Net's prediction against its target; EMA. Argument names are those of
-diffusers' train_text_to_image.py and train_text_to_image_lora.py.
+One step takes cached pictures (or latents) x0 and their captions' states, draws t and eps from (seed, step),
+computes x_t = q_sample(x0, t, eps), compares the U-Net's prediction with its target, and updates the EMA. The
+arguments are named as in diffusers' train_text_to_image.py and train_text_to_image_lora.py.
 """
 
 import math
@@ -147,8 +147,8 @@ class TextToImageConfig(
 
 
 def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
-    """The side of the pictures: `resolution`, by default the model's own. Raises ValueError if the model
-    cannot take it."""
+    """The side of the pictures in pixels: `resolution`, by default the model's own. Raises ValueError if the
+    model does not support it."""
     unit = pipe.vae_scale_factor * pipe.unet.config.get("patch_size", 1)
     size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     require(size % unit == 0, "resolution", size, f"a multiple of {unit} for this model")
@@ -156,7 +156,7 @@ def resolution_of(config: TextToImageConfig, pipe: TextToImagePipeline) -> int:
 
 
 def load_data(config: TextToImageConfig, pipe: TextToImagePipeline, split: str, run: Run) -> Any:
-    """Pictures in [-1, 1], or latents where the pipeline has a VAE, with captions; or a stream of them."""
+    """Captioned pictures, or their latents if the pipeline has a VAE; with `streaming`, a PictureStream."""
     folder, column = config.train_data_dir, config.caption_column
     require(folder is None or Path(folder).is_dir(), "train_data_dir", folder, "a folder that is there")
     source, named = folder or config.dataset_name or "", config.dataset_config_name
@@ -201,8 +201,8 @@ def validate(
     config: TextToImageConfig, pipe: TextToImagePipeline, loss: DenoisingLoss,
     parts: dict[str, Any], step: int,
 ) -> dict[str, float]:  # fmt: skip
-    """Print the losses by timestep on the fixed noise of each part of the data, draw the prompts; returns
-    what the tracker is to log."""
+    """Print the losses by timestep for each part of the data, on fixed noise, and draw the prompts; return
+    the values for the tracker to log."""
     log: dict[str, float] = {}
     for name, part in parts.items():
         buckets = validation_loss(loss, part, config.seed)
@@ -216,11 +216,12 @@ def validate(
 
 
 def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: int) -> None:
-    """Draw the prompts with 25 steps and the seeds seed, seed + 1, ..., eight in a row."""
+    """Draw the prompts with 25 steps and the seeds seed, seed + 1, ..., and save the pictures in rows of
+    eight."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     pipe.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {}
-    if isinstance(pipe, InpaintPipeline):  # all of it is to be painted
+    if isinstance(pipe, InpaintPipeline):  # paint the whole picture
         white = Image.new("L", pipe.sample_size, "white")
         given = {"image": white, "mask_image": white}
     drawn: Any = pipe(prompts, num_inference_steps=25, generator=generators, **given)
@@ -231,13 +232,13 @@ def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: 
 def save_result(
     config: TextToImageConfig, pipe: TextToImagePipeline, models: list[Any], repo: str | None
 ) -> Path:
-    """The trained pipeline in output_dir/pipeline, or the adapters' file in output_dir; also uploaded if
-    `repo` names a Hub repository."""
+    """Save the trained pipeline as output_dir/pipeline, or the adapters' file in output_dir, and return its
+    path. The result is also uploaded if `repo` names a Hub repository."""
     output, token = Path(config.output_dir), config.hub_token
     result = output / ("pipeline" if config.rank is None else FILE)
     with tempfile.TemporaryDirectory(dir=output) as aside:
         if config.rank is None:
-            named = Path(aside) / output.resolve().name  # the model card is headed by the folder's name
+            named = Path(aside) / output.resolve().name  # the folder's name becomes the model card's title
             pipe.save_pretrained(str(named))
             with written_aside(result) as partial:
                 named.rename(partial)
@@ -255,7 +256,7 @@ def save_result(
 
 
 def check_machine(config: TextToImageConfig, run: Run) -> None:
-    """Raise a ValueError for what this machine or this number of processes cannot do."""
+    """Raise a ValueError for settings that this machine or these processes cannot support."""
     sharded = run.accelerator.distributed_type == DistributedType.FSDP
     require(not (sharded and config.use_ema), "use_ema", True, "false with FSDP, which shards the weights")
     kind = config.optimizer
@@ -266,8 +267,8 @@ def check_machine(config: TextToImageConfig, run: Run) -> None:
 
 
 def prepare_learning(config: TextToImageConfig, pipe: TextToImagePipeline) -> list[Any]:
-    """The models that learn: the U-Net and, with train_text_encoder, the text encoder; with `rank` only the
-    adapters that they get here."""
+    """The models to train: the U-Net and, with train_text_encoder, the text encoder. With `rank`, they get
+    adapters here, and only these are trained."""
     models = [pipe.unet, pipe.text_encoder] if config.train_text_encoder else [pipe.unet]
     if config.rank is not None:
         for model, layers in zip(models, (config.lora_layers or UNET_LAYERS, TEXT_LAYERS), strict=False):
@@ -282,7 +283,7 @@ def prepare_learning(config: TextToImageConfig, pipe: TextToImagePipeline) -> li
 def start_training(
     config: TextToImageConfig, run: Run, models: list[Any], train: Any, timesteps: LossAwareTimesteps | None
 ) -> Training:
-    """Optimizer, schedule and averages of the models, and the checkpoint to resume from."""
+    """Set up the models' optimizer, schedule and averages, and resume from a checkpoint if asked to."""
     pictures_a_step = config.train_batch_size * config.gradient_accumulation_steps * run.world
     total = config.max_train_steps or 100_000
     if config.num_train_epochs and not config.max_train_steps:
@@ -306,7 +307,7 @@ def start_training(
             settings={"seed": config.seed, "pictures_a_step": pictures_a_step, "streaming": config.streaming},
             also_saved=[] if timesteps is None else [timesteps],
         )  # fmt: skip
-    except RuntimeError as error:  # accelerate's, if only one of the two runs draws t by its losses
+    except RuntimeError as error:  # from accelerate, if only one of the two runs draws t by its losses
         alike, rule = "custom checkpoints" not in str(error), f"of a run with loss {config.loss}, too"
         require(alike, "resume_from_checkpoint", config.resume_from_checkpoint, rule)
         raise
@@ -324,7 +325,7 @@ def batches_of(config: TextToImageConfig, run: Run, train: Any, training: Traini
 
 
 def gather_weights(run: Run, training: Training, pipe: TextToImagePipeline) -> None:
-    """With FSDP: the whole U-Net, from the shards of all processes."""
+    """With FSDP: assemble the whole U-Net from the shards of all processes."""
     whole = run.accelerator.get_state_dict(training.models[0])
     if run.is_main:
         pipe.unet = ConditionalUNet.from_config(pipe.unet.config)
@@ -332,7 +333,7 @@ def gather_weights(run: Run, training: Training, pipe: TextToImagePipeline) -> N
 
 
 def main() -> None:
-    # 1. Settings, and everything that can be refused at once.
+    # 1. Settings, and all checks that need no data or model.
     config = parse_config(TextToImageConfig)
     config.check()
     run = Run(config, config.tracker, config.num_processes)
@@ -340,20 +341,20 @@ def main() -> None:
     sharded = run.accelerator.distributed_type == DistributedType.FSDP
     repo = run.create_repository(config.hub_model_id, config.hub_token) if config.push_to_hub else None
 
-    # 2. Model, data and the caches of what stays frozen.
+    # 2. Model, data, and the caches of the frozen parts' outputs.
     pipe = build_pipeline(config).to(run.device)
     latents_too = "without a VAE: of latents only whole pictures' are cached"
     require(pipe.vae is None or not config.inpainting, "inpainting", True, latents_too)
     chain = diffusion_loss(config.loss, pipe).chain  # raises if loss, variance and out_channels do not fit
-    with run.accelerator.local_main_process_first():  # it computes the caches, the others read them
+    with run.accelerator.local_main_process_first():  # computes the caches; the other processes read them
         train, held_out, text = load_all(config, pipe, run)
     models = prepare_learning(config, pipe)
 
-    # 3. Optimizer, schedule, averages, checkpoints; the loss and what it is measured on.
+    # 3. Optimizer, schedule, averages, checkpoints; the losses and the data for validation.
     timesteps = LossAwareTimesteps(len(chain)) if config.loss == "vlb" else None
     training = start_training(config, run, models, train, timesteps)
     ema = training.averages[0] if training.averages else None
-    # Of the bare models: one process validates
+    # On the unwrapped models, since only one process validates
     fixed_loss = DenoisingLoss(config, pipe, pipe.unet, None, text)
     fixed_parts = {"validation": held_out} if held_out else {}
     if held_out and not config.streaming:
@@ -363,7 +364,7 @@ def main() -> None:
     data = None if config.streaming else train
     loss = DenoisingLoss(config, pipe, training.models[0], data, text, run.rank, run.world, timesteps)
 
-    # 4. Train; what follows each step happens between steps.
+    # 4. Train; validation runs between steps.
     batches, step = batches_of(config, run, train, training), training.start
     if config.tracker:
         run.init_tracker(config.tracker_project_name)

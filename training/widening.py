@@ -1,20 +1,21 @@
-"""More captions and compositions than the art comes with: the data set that models/emoji was last trained on.
+"""Widen the emoji data set with more captions and compositions; models/emoji was last trained on the result.
 
     python -m training.widening                       # data/emoji -> data/emoji-wide
 
-A text tower that knows a word is of no use to a U-Net that has never read it. So the pictures here are called
-by more words, and some of them put together:
+A text tower that knows a word is of no use to a U-Net that has never seen the word in training. The data set
+therefore gets captions with more words, and new pictures composed from its own:
 
-- words: WordNet's nouns that mean a concept, or a kind of it, and no nearer concept ("corgi", a dog); and any
-  other word whose nearest concept by the sentence encoder is near enough. None is a word that
-  `training.evaluate words` keeps out, nor one that a caption holds.
-- hats: heads (dog face, fox, robot, ...) that wear the hats of their own style's set, or a party hat, which
-  no set has by itself and which is drawn here.
-- kinds: every word for a head is a concept of its own, bareheaded and in hats: else training would read each
-  of them about once. "a corgi in a party hat" alone is left out, and so stays a test.
-- hats alone: each a few more times in each style; otherwise "a crown" is drawn on a head, as thirty wear one.
+- words: WordNet's nouns that mean a concept or a kind of it, unless another concept is closer ("corgi" for
+  dog); and any other word that the sentence encoder places close enough to a concept. None of them occurs in
+  a caption or is kept out by `training.evaluate words`.
+- hats: heads (dog face, fox, robot, ...) wearing the hats of their own style's set, or a party hat, which no
+  set has by itself and which is drawn here.
+- kinds: every word for a head becomes a concept of its own, bareheaded and in hats; otherwise training would
+  see each word about once. Only "a corgi in a party hat" is left out, so that it remains a test.
+- hats alone: each hat a few more times in each style; otherwise the model would draw "a crown" on a head,
+  since thirty heads wear one.
 
-The splits that are kept out of training are those of data/emoji, unchanged.
+The held-out splits are copied from data/emoji unchanged.
 """
 
 import itertools
@@ -44,14 +45,14 @@ from training.data.words import (
 from training.objectives.distillation import Teacher, distillation_texts
 from training.run.settings import CacheSettings, WordSettings, parse_config, setting
 
-LEVELS = 3  # of kinds below a concept: corgi, dog; not cardigan welsh corgi, and not corgi, animal
-NEAR = 0.7  # cosine of a word's embedding to its nearest concept's, where WordNet does not tell
-UNSEEN = "corgi"  # never beside the party hat
-HATS_ALONE = 4  # times that a hat by itself stands there again, each a concept of its own
-HATS_EACH = 2  # of one word in one style, beside the party hat
-WORDS_EACH = 10  # of one picture; other pictures of the concept have others
-COMMON = 2.7  # Zipf frequency; rarer words would each be read once or twice in a whole training
-TEMPLATES = ("{0}, {2} style", "{0}", "{1}", "{1} in {2} style")  # as training.emoji's
+LEVELS = 3  # how many levels of kinds below a concept count as words for it
+NEAR = 0.7  # least cosine between a word's and its nearest concept's embeddings, for words not from WordNet
+UNSEEN = "corgi"  # never shown in a party hat
+HATS_ALONE = 4  # how often a picture of a hat is repeated, each time as a concept of its own
+HATS_EACH = 2  # hats for each word in each style, besides the party hat
+WORDS_EACH = 10  # for one picture; other pictures of the concept get other words
+COMMON = 2.7  # least Zipf frequency; training would see each rarer word only once or twice
+TEMPLATES = ("{0}, {2} style", "{0}", "{1}", "{1} in {2} style")  # the same as in training.emoji
 HEADS = (
     "dog face", "cat face", "mouse face", "rabbit face", "cow face", "pig face", "tiger face", "horse face",
     "monkey face", "dragon face", "hamster", "fox", "bear", "panda", "koala", "lion", "polar bear", "frog",
@@ -76,10 +77,10 @@ class WideningConfig(WordSettings, CacheSettings):
 
 
 def kinds(names: dict[str, set[str]], wordnet: WordNet, levels: int = LEVELS) -> dict[str, set[str]]:
-    """Concept -> the words that mean it or a kind of it, up to `levels` below, as their first sense.
+    """Concept -> the words whose first sense is the concept or a kind of it, up to `levels` levels below.
 
-    Going down from a concept's name ends where another concept's begins: a poodle is no word for "dog" where
-    there is a picture of a poodle. "dog face" counts as "dog" here.
+    The search stops at a synset that is itself a concept: "poodle" is not a word for dog if the data set has
+    a poodle. A name that is not a noun is looked up without " face": "dog face" as "dog".
     """
     concepts_of = wordnet.concepts_by_sense(names, " face")
     found: dict[str, set[str]] = defaultdict(set)
@@ -96,7 +97,8 @@ def kinds(names: dict[str, set[str]], wordnet: WordNet, levels: int = LEVELS) ->
 
 
 def nearest(words: list[str], names: dict[str, set[str]], teacher: Any) -> dict[str, set[str]]:
-    """Concept -> the words nearest to it of all concepts by the teacher, at a cosine of NEAR or more."""
+    """Concept -> the words for which it is the nearest concept to the teacher, with a cosine of at least
+    NEAR."""
     owners = [concept for concept, own in names.items() for _ in own]
     own_names = [name for own in names.values() for name in sorted(own)]
     targets = teacher.embed_texts(own_names)
@@ -111,7 +113,8 @@ def nearest(words: list[str], names: dict[str, set[str]], teacher: Any) -> dict[
 
 
 def more_words(config: WideningConfig, names: dict[str, set[str]]) -> dict[str, list[str]]:
-    """Concept -> single words for it that no caption holds and that the test of words has not kept out."""
+    """Concept -> single words for it that occur in no caption and that `training.evaluate words` does not
+    keep out."""
     wordnet = read_wordnet(config.wordnet_dir)
     _, kept_out, _ = word_lists(config.dataset, config.npm_dir, wordnet)
     captions = concept_names(config.dataset)[1]
@@ -130,7 +133,8 @@ def more_words(config: WideningConfig, names: dict[str, set[str]]) -> dict[str, 
 
 
 def captions_of(words: Iterable[str], row: dict[str, Any]) -> list[str]:
-    """Of WORDS_EACH of the words, chosen by the picture, each in one of the templates."""
+    """Captions for a picture: up to WORDS_EACH of the words, chosen by the picture's hash, each in one of the
+    templates."""
     key = f"{row['hexcode']} {row['style']}"
     chosen = sorted(words, key=lambda word: unit_hash(f"{key} {word}", "words"))[:WORDS_EACH]
     forms = (TEMPLATES[int(unit_hash(f"{key} {word}", "template") * len(TEMPLATES))] for word in chosen)
@@ -143,7 +147,7 @@ def captions_of(words: Iterable[str], row: dict[str, Any]) -> list[str]:
 
 
 def cut_out(image: Image.Image) -> Image.Image:
-    """The picture without the white around it, RGBA, cropped to what remains."""
+    """The picture with the surrounding white made transparent, RGBA, cropped to what remains."""
     rgb = image.convert("RGB")
     light = Image.fromarray((np.asarray(rgb).min(2) >= 248).astype(np.uint8) * 255)
     framed = Image.new("L", (rgb.width + 2, rgb.height + 2), 255)
@@ -156,7 +160,7 @@ def cut_out(image: Image.Image) -> Image.Image:
 
 
 def party_hat(chance: random.Random, size: int = 256) -> Image.Image:
-    """A striped cone with a ball on top, RGBA, in three colours by chance."""
+    """A striped cone with a ball on top, RGBA, in three random colours."""
     cone, stripes, ball = chance.sample(PARTY_COLOURS, 3)
     if cone == "#ffffff":
         cone, stripes = stripes, cone
@@ -177,7 +181,8 @@ def party_hat(chance: random.Random, size: int = 256) -> Image.Image:
 
 
 def put_on(head: Image.Image, hat: Image.Image, chance: random.Random, size: int) -> Image.Image:
-    """The head at the bottom of a white square and the hat on it, a little aslant by chance."""
+    """The head at the bottom of a white square with the hat on it, tilted by a random angle of up to 12
+    degrees."""
 
     def scaled(image: Image.Image, scale: float) -> Image.Image:
         side = (round(image.width * scale), round(image.height * scale))
@@ -198,7 +203,7 @@ def put_on(head: Image.Image, hat: Image.Image, chance: random.Random, size: int
 def dressed(
     pictures: dict[tuple[str, str], dict[str, Any]], style: str, name: str, hat: str, number: int
 ) -> Image.Image | None:
-    """The head in the hat of its own style, or in a party hat; None where the style lacks either."""
+    """The head in a hat of its own style, or in a party hat; None if the style has no such head or hat."""
     head, other = pictures.get((style, name)), pictures.get((style, hat))
     if head is None or (other is None and hat != "party hat"):
         return None
@@ -209,8 +214,8 @@ def dressed(
 
 
 def worn(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
-    """A row for every head and hat of one style; three for each party hat. The concept's further words stand
-    in some captions."""
+    """A row for every combination of a head and a hat in each style, and three for each party hat. Except
+    with the party hat, some captions use further words for the head's concept."""
     pictures = {(row["style"], row["name"]): row for row in rows}
     for style, name, hat in itertools.product(sorted({row["style"] for row in rows}), HEADS, HATS):
         for number in range(3 if hat == "party hat" else 1):
@@ -222,8 +227,9 @@ def worn(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[di
 
 
 def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> Iterable[dict[str, Any]]:
-    """For each word of a head, in each style: the head itself, and in a party hat and HATS_EACH others. Each
-    word is a concept of its own, and with each hat, or in a whole training it would be read a few times."""
+    """For each word for a head, in each style: the head bareheaded, in a party hat, and in HATS_EACH other
+    hats. Each word is a concept of its own, and so is each word with each hat; otherwise training would see
+    the word only a few times."""
     pictures = {(row["style"], row["name"]): row for row in rows}
     for (style, name), head in sorted(pictures.items()):
         for word in words.get(head["concept"], ()) if name in HEADS else ():
@@ -241,7 +247,7 @@ def kinds_of_heads(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> I
 
 
 def hats_alone(rows: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Each picture of a hat HATS_ALONE times again."""
+    """Each picture of a hat, repeated HATS_ALONE times."""
     for row in rows:
         for number in range(HATS_ALONE if row["name"] in HATS else 0):
             yield row | {"concept": f"{row['concept']} {row['style']} {number}"}
@@ -270,9 +276,9 @@ def worn_row(
 
 
 def widened(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """The rows of a data set with the concepts' words among their captions, and after them the heads in hats
-    and the hats alone.
-    Pictures in one of the skin tones take no words: in six tones, they are many already."""
+    """The rows of a data set with the concepts' words added to their captions, followed by the heads in hats,
+    the kinds of heads and the hats alone. Pictures with a skin tone get no further words: with six tones,
+    there are many of them already."""
     result = []
     for row in rows:
         own = words.get(row["concept"], ()) if TONES.isdisjoint(row["hexcode"].split("-")) else ()
@@ -281,7 +287,7 @@ def widened(rows: list[dict[str, Any]], words: dict[str, list[str]]) -> list[dic
 
 
 def build(config: WideningConfig) -> dict[str, Any]:
-    """Write the data set; returns the summary that `widening.json` holds.
+    """Write the data set; return the summary that is also written to `widening.json`.
 
     Raises:
         ValueError: the data set, WordNet's files, wordfreq or the sentence encoder is missing.

@@ -1,4 +1,4 @@
-"""Arrays that are computed once: memory-mapped files named by a digest of what they are computed from."""
+"""Arrays computed once and memory-mapped, in files named by a digest of what they are computed from."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ def content_key(*parts: bytes | str) -> str:
 
 
 def model_key(model: Any) -> str:
-    """A digest of a model's weights and config, without the name of its folder and library versions."""
+    """A digest of a model's weights and config, excluding the name of its folder and library versions."""
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-    incidental = ("architectures", "dtype", "transformers_version")  # of the file, not of what it computes
+    incidental = ("architectures", "dtype", "transformers_version")  # these do not affect what it computes
     kept = {key: value for key, value in config.items() if key[0] != "_" and key not in incidental}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -37,9 +37,10 @@ def memory_map(
 ) -> np.ndarray:
     """The array stored at `path`; if there is none, `fill` computes it first.
 
-    It is written aside and renamed, so a killed run leaves no half array. Processes that start together wait
-    for the first one, which holds a lock. Raises OSError before any work if the disk has no room for it:
-    writing to a mapped file that the disk cannot hold would kill the process without a message.
+    It is written to a temporary file and renamed, so a killed run leaves no partial array. Processes that
+    start together wait for the first one, which holds a lock. Raises OSError before any work if the disk has
+    no room for it: writing to a mapped file that does not fit on the disk would kill the process without a
+    message.
     """
     if not path.is_file():
         lock = path.with_name(path.name + ".lock")
@@ -50,7 +51,7 @@ def memory_map(
                     _fill_file(path, shape, dtype, fill)
         except OSError as error:
             raise OSError(f"cache_dir {path.parent}: {path.name} could not be written: {error}") from error
-        lock.unlink(missing_ok=True)  # whoever waits for it still finds the array when let in
+        lock.unlink(missing_ok=True)  # processes still waiting for it find the array once they get in
     array = np.load(path, mmap_mode="r")
     if array.shape != shape:
         raise ValueError(f"the cache {path} holds {array.shape}, not {shape}: delete it")

@@ -1,4 +1,4 @@
-"""Random changes to pictures that keep what they show."""
+"""Random changes to pictures that leave their content recognisable."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def augment(images: Tensor, shift: int, noise: float, generator: torch.Generator) -> Tensor:
-    """Shift each picture by up to `shift` pixels on its white ground, and add noise of a random deviation, so
-    that the tower looks at shapes rather than at single pixels."""
+    """Shift each picture by up to `shift` pixels on a white background and add Gaussian noise of a random
+    standard deviation up to `noise`, so that the tower looks at shapes rather than at single pixels."""
     batch, _, height, width = images.shape
     if shift:
         padded = F.pad(images, [shift] * 4, value=1.0)

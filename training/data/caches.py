@@ -1,4 +1,4 @@
-"""What stays the same throughout training and is computed once: text states and latents, in memory-mapped
+"""Text states and latents, which stay the same throughout training: computed once and kept in memory-mapped
 files named by a digest of the models and the data that they come from."""
 
 import contextlib
@@ -26,27 +26,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TextCache:
-    """Text-encoder outputs of every caption in one memory-mapped fp16 array: the states (L, D) and then the
-    pooled vector (P) of each, flat: (N, L * D + P)."""
+    """Text-encoder outputs of all captions in one memory-mapped fp16 array (N, L * D + P). Each row is one
+    caption's states (L, D), flattened, followed by its pooled vector (P,)."""
 
     rows: np.ndarray
     length: int  # L
     width: int  # D
-    numbers: dict[str, int] = field(default_factory=dict)  # of each caption, its row
+    numbers: dict[str, int] = field(default_factory=dict)  # caption -> its row
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """States (B, L, D) and pooled (B, P), float32, of captions that were cached."""
+        """States (B, L, D) and pooled vectors (B, P) of cached captions, float32."""
         return self.lookup(torch.tensor([self.numbers[caption] for caption in captions]))
 
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, of the captions with these numbers."""
+        """States and pooled vectors of the captions with these row numbers, as `__call__` returns them."""
         rows = torch.from_numpy(self.rows[ids.numpy()]).float()
         states, pooled = rows.tensor_split([self.length * self.width], dim=1)
         return states.unflatten(1, (self.length, self.width)), pooled
 
 
 def cache_text(captions: list[str], tokenizer: Any, text_encoder: Any, cache_dir: str | Path) -> TextCache:
-    """Encode every caption once with the frozen encoder, keyed by its weights, its config and the tokens."""
+    """Encode every caption once with the frozen encoder; the key is its weights, its config and the
+    tokens."""
     tokens = hashlib.sha256()
     length = context_length(tokenizer, text_encoder)
     too_long = []
@@ -80,8 +81,9 @@ def cache_text(captions: list[str], tokenizer: Any, text_encoder: Any, cache_dir
 
 @dataclass
 class LiveText:
-    """Like TextCache, but computed on demand: for streams, whose captions are not known in advance, and for a
-    text encoder that is trained, so that gradients flow through it."""
+    """Encodes captions on demand, with the same interface as TextCache. It is used for streams, whose
+    captions are not known in advance, and for a text encoder that is being trained: with `learns`, gradients
+    flow through it."""
 
     tokenizer: Any
     text_encoder: Any
@@ -94,8 +96,8 @@ class LiveText:
 
 @contextlib.contextmanager
 def without_cut_warnings() -> Iterator[None]:
-    """Silences the warning that `encode_text` logs for each prompt it truncates, which is too much for a data
-    set: `cache_text` counts the truncated captions instead."""
+    """Silence the warning that `encode_text` logs for each truncated prompt: a data set would log too many.
+    `cache_text` counts the truncated captions instead."""
     log = logging.getLogger("pipelines.drawing.text")
     was = log.disabled
     log.disabled = True
@@ -112,8 +114,9 @@ def without_cut_warnings() -> Iterator[None]:
 def encode_latents(vae: Any, images: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> (mean - shift_factor) * scaling_factor, (B, C, h, w).
 
-    The posterior's mean, where diffusers' own script draws a sample at every step: a cache holds one latent
-    for each picture, and the posterior's deviation is small beside the latents' own spread.
+    diffusers' own script samples the posterior at every step. A cache holds one latent for each picture, so
+    the posterior's mean is used instead; its standard deviation is small compared with the latents' own
+    spread.
     """
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (vae.encode(images.to(vae.device)).latent_dist.mode() - shift) * vae.config.scaling_factor
@@ -134,7 +137,7 @@ class LatentCache:
         return getattr(self.pictures, name)
 
     def images(self, indices: list[int] | Tensor, mirror: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) float; where `mirror`, (B,) bool, is True, of the mirrored picture."""
+        """Latents (B, C, h, w), float; those of the mirrored picture where `mirror`, (B,) bool, is True."""
         rows = np.asarray(indices)
         if mirror is not None:
             rows = rows + len(self) * mirror.numpy()
@@ -144,9 +147,9 @@ class LatentCache:
 def cache_latents(
     pictures: PictureCache, vae: Any, cache_dir: str | Path, mirrored: bool = False
 ) -> LatentCache:
-    """Encode every picture once with the frozen VAE, keyed by the content of pictures, weights and config.
+    """Encode every picture once with the frozen VAE; the key is the content of pictures, weights and config.
 
-    With `mirrored` a second time as its mirror image, whose latents are not the mirrored latents.
+    With `mirrored`, each picture's mirror image is encoded as well: its latents are not the mirrored latents.
     """
     path = Path(cache_dir) / f"latents-{content_key(pictures.key, model_key(vae), str(mirrored))}.npy"
     count = len(pictures)

@@ -1,8 +1,8 @@
-"""The parts of the emoji data set: the art's packages, the emoji's names, captions, and what is kept out of
-training.
+"""The parts of the emoji data set: the art packages, the names of the emoji, the captions, and what is kept
+out of training.
 
-A *hexcode* is an emoji's code points joined by "-", without the invisible ones (FE0F, 200D), for example
-"1F469-1F692". A *concept* is the hexcode without skin tone and gender, so that "woman firefighter: dark skin
+A *hexcode* is an emoji's code points joined by "-", without the invisible ones (FE0F, FE0E, 200D), for
+example "1F469-1F692". A *concept* is the hexcode without skin tone and gender: "woman firefighter: dark skin
 tone" and "firefighter" are one concept, drawn 18 times.
 """
 
@@ -28,7 +28,7 @@ STYLES = {
     "openmoji": "openmoji",
 }
 SHARE_ALIKE = {"openmoji"}
-PACKAGE_VERSIONS = {  # what the shipped model was trained on
+PACKAGE_VERSIONS = {  # those that the shipped model was trained on
     "@iconify-json/fluent-emoji": "1.2.7",
     "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/noto": "1.2.9",
@@ -44,13 +44,13 @@ GENDERLESS = {  # man, woman -> person; boy, girl -> child; old man, old woman -
     "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2",
     "1F474": "1F9D3", "1F475": "1F9D3",
 }  # fmt: skip
-# Pairs whose sequence form spells out the genders, under the code of the plain form.
+# Pairs whose sequence spells out both genders, mapped to the code of the plain form.
 SAME_CONCEPT = {
     "1F46B": "1F9D1-1F91D-1F9D1", "1F46C": "1F9D1-1F91D-1F9D1", "1F46D": "1F9D1-1F91D-1F9D1",  # holding hands
     "1F9D1-2764-1F48B-1F9D1": "1F48F", "1F9D1-2764-1F9D1": "1F491",  # kiss, couple with heart
     "1F9D1-1F430-1F9D1": "1F46F", "1FAF1-1FAF2": "1F91D",  # people with bunny ears, handshake
 }  # fmt: skip
-# Names of fxemoji, the oldest set, that no list of emoji names knows.
+# Names in fxemoji, the oldest set, that appear in no list of emoji names.
 FXEMOJI_NAMES = {
     "asiaaustraliaglobe": "1F30F", "europeafricaglobe": "1F30D", "bunny": "1F430", "bunnyside": "1F407",
     "cellphone": "1F4F1", "chartdownwardstrend": "1F4C9", "chartupwardstrendyen": "1F4B9", "catside": "1F408",
@@ -71,11 +71,11 @@ SHAPES = ("heart", "circle", "square", "book", "apple", "diamond")
 
 @dataclass
 class Emoji:
-    """One emoji character: its names, and how it counts among the others."""
+    """One emoji character: its names and how it is classified."""
 
     hexcode: str
     concept: str
-    name: str  # in words, tone and gender included: "woman firefighter, dark skin tone"
+    name: str  # in words, including tone and gender: "woman firefighter, dark skin tone"
     tags: list[str]
     group: str
     subgroup: str
@@ -89,14 +89,14 @@ def normalise_hexcode(hexcode: str) -> str:
 
 
 def concept_of(hexcode: str) -> str:
-    """The hexcode less skin tone and gender."""
+    """The hexcode without skin tone and gender."""
     points = [p for p in normalise_hexcode(hexcode).split("-") if p not in TONES | GENDER_SIGNS]
     concept = "-".join(GENDERLESS.get(p, p) for p in points)
     return SAME_CONCEPT.get(concept, concept)
 
 
 def gender_of(hexcode: str) -> str:
-    """ "woman", "man" or, where the character leaves it open, "person"."""
+    """ "woman", "man" or, if the character does not specify a gender, "person"."""
     points = set(hexcode.split("-"))
     if points & {"2640", "1F469", "1F467", "1F475"}:
         return "woman"
@@ -104,16 +104,16 @@ def gender_of(hexcode: str) -> str:
 
 
 def slug(name: str) -> str:
-    """Icon-name form of a label: "Woman’s hat" -> "womans-hat"."""
+    """A label in the form of an icon name: "Woman’s hat" -> "womans-hat"."""
     plain = name.lower().translate(str.maketrans("ñéô", "neo", "’'"))
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def install_packages(npm_dir: Path) -> Path:
-    """Fetch the art and the names through npm once; return the node_modules folder.
+    """Fetch the art and the names once, through npm; return the node_modules folder.
 
     Raises:
-        RuntimeError: npm is not on the machine, or could not fetch a package.
+        RuntimeError: npm is not installed, or could not fetch a package.
     """
     modules = npm_dir / "node_modules"
     if all((modules / package / "package.json").exists() for package in PACKAGE_VERSIONS):
@@ -132,7 +132,7 @@ def install_packages(npm_dir: Path) -> Path:
 
 
 def read_emoji(emojibase: Path) -> dict[str, Emoji]:
-    """All emoji of emojibase-data, skin tones included, by normalised hexcode."""
+    """All emoji in emojibase-data, including skin tones, by normalised hexcode."""
     meta = read_json(emojibase / "meta" / "groups.json")
     emoji: dict[str, Emoji] = {}
     for entry in read_json(emojibase / "en" / "data.json"):
@@ -158,7 +158,8 @@ def name_in_words(label: str) -> str:
 
 
 def names_to_hexcodes(modules: Path, emoji: dict[str, Emoji]) -> dict[str, str]:
-    """Every spelling of an emoji's name that a package may use, to its hexcode; the surest source wins."""
+    """Every spelling of an emoji's name that a package may use -> its hexcode; the most reliable source
+    wins."""
     known: dict[str, str] = {}
 
     def add(name: str, hexcode: str) -> None:
@@ -198,7 +199,7 @@ def names_to_hexcodes(modules: Path, emoji: dict[str, Emoji]) -> dict[str, str]:
 def iter_icons(
     modules: Path, package: str, emoji: dict[str, Emoji], names: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """(hexcode, svg) of each emoji of one package, once each, in the package's order."""
+    """(hexcode, svg) for each emoji in one package, once each, in the package's order."""
     folder = modules / "@iconify-json" / package
     icons = read_json(folder / "icons.json")
     # Both Fluent sets share their names, but only the flat one lists the characters.
@@ -222,7 +223,7 @@ def iter_icons(
 
 
 def with_article(name: str) -> str:
-    spoken_with_a = name.startswith(("one", "uni", "use", "eu"))  # they begin with a consonant to the ear
+    spoken_with_a = name.startswith(("one", "uni", "use", "eu"))  # these start with a consonant sound
     return f"{'an' if name[0] in 'aeiou' and not spoken_with_a else 'a'} {name}"
 
 
@@ -231,10 +232,10 @@ def words_of(text: str) -> set[str]:
 
 
 def telling_tags(emoji: dict[str, Emoji]) -> set[str]:
-    """Tags that may stand for an emoji by themselves, as "puppy" does for dog face.
+    """Tags that can stand for an emoji by themselves, as "puppy" does for dog face.
 
-    That is, those that fewer than 40 concepts share and of which no word stands in the name of any
-    emoji: "cat" is a tag of tiger, but who writes "cat" means the cat.
+    These are the tags that fewer than 40 concepts share and whose words occur in no emoji's name: "cat" is a
+    tag of tiger, but someone who writes "cat" means the cat.
     """
     concepts = {item.concept: item for item in emoji.values() if not any(item.tones)}
     in_names = set().union(*(words_of(item.name) for item in concepts.values()))
@@ -244,8 +245,9 @@ def telling_tags(emoji: dict[str, Emoji]) -> set[str]:
 
 
 def caption_variants(item: Emoji, style: str, telling: set[str]) -> list[str]:
-    """Captions of one picture; the first is its canonical one, "red heart, noto style". Toned pictures
-    take no tags: they are many already, and their words are tone and gender."""
+    """Captions of one picture; the first is the canonical one, such as "red heart, noto style". Pictures with
+    a skin tone take no tags: there are many of them
+    already, and the words that tell them apart are tone and gender."""
     one = with_article(item.name)
     captions = [f"{item.name}, {style} style", item.name, one, f"{one} in {style} style"]
     if not any(item.tones):
@@ -263,11 +265,12 @@ def unit_hash(text: str, salt: str) -> float:
 
 
 def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
-    """Hexcodes kept out of training although each of their parts is seen in other company, by rule.
+    """Rule -> the hexcodes that it keeps out of training, although training sees each of their parts in other
+    combinations.
 
-    colour x shape: the concept "<colour> <shape>" when (colour index + shape index) mod 4 is 2;
-    animal x expression: of the cat faces in alphabetical order, the fourth of each four;
-    profession x gender x tone: for each profession one (gender, tone) pair, picked by its hash.
+    colour x shape: the concepts "<colour> <shape>" where (colour index + shape index) mod 4 is 2;
+    animal x expression: every fourth of the cat faces in alphabetical order;
+    profession x gender x tone: for each profession, one (gender, tone) pair, picked by the profession's hash.
     """
     coloured, people = [], []
     plain = {code: item for code, item in emoji.items() if not any(item.tones)}
@@ -291,8 +294,9 @@ def heldout_compositions(emoji: dict[str, Emoji]) -> dict[str, list[str]]:
 
 
 def validation_concepts(emoji: dict[str, Emoji], heldout: set[str], fraction: float) -> list[str]:
-    """Concepts unseen in training, by hash. Flags, letters and keycaps stay in training: nothing in the
-    name of an unseen one says what it looks like. So do the parts that held-out compositions need."""
+    """Concepts that training does not see, chosen by hash. Flags, letters and keycaps stay in training, since
+    nothing in the name of an unseen one says what it looks like. The parts that held-out compositions need
+    stay as well."""
     items = emoji.values()
     drawable = (i for i in items if i.group != "flags" and i.subgroup not in ("keycap", "alphanum"))
     needed = {emoji[code].concept for code in heldout}

@@ -1,4 +1,4 @@
-"""The same pictures at two sizes, to train and to measure upsamplers."""
+"""The same pictures at two sizes, for training and measuring upsamplers."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ BLUR_KERNEL = 7  # pixels of the small picture: three standard deviations of the
 
 @dataclass
 class Pairs:
-    """Pictures at two sizes, row by row the same."""
+    """The same pictures at two sizes, in the same order."""
 
     large: PictureCache
     small: PictureCache
@@ -22,8 +22,9 @@ class Pairs:
         return len(self.large)
 
     def crops(self, indices: list[int], side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random squares of the pictures, half of them mirrored: (B, 3, side, side), and (B, 3, h, h) of the
-        same place in the small ones. Both in [-1, 1]."""
+        """Random square crops, each mirrored with probability 1/2: (B, 3, side, side) from the large
+        pictures, and (B, 3, h, h), with h = side / scale, from the same place in the small ones. Both in [-1,
+        1]."""
         large, small = self.large.images(indices), self.small.images(indices)
         scale = large.shape[-1] // small.shape[-1]
         h, room = side // scale, small.shape[-1] - side // scale + 1
@@ -45,7 +46,7 @@ def load_pairs(
     """The split at both sizes.
 
     Raises:
-        ValueError: the data sets differ in other things than size.
+        ValueError: the data sets differ in anything but size.
     """
 
     def load(name: str, side: int) -> PictureCache:
@@ -62,7 +63,8 @@ def load_pairs(
 
 
 def blur(y: Tensor, max_blur: float, generator: torch.Generator) -> Tensor:
-    """Half of the pictures blurred by a Gaussian of a random width, up to `max_blur` pixels."""
-    widths = ((torch.rand(len(y), generator=generator) * 2 - 1) * max_blur).tolist()  # below 0: none
+    """Blur each picture with probability 1/2, by a Gaussian whose random standard deviation is at most
+    `max_blur` pixels."""
+    widths = ((torch.rand(len(y), generator=generator) * 2 - 1) * max_blur).tolist()  # below 0: no blur
     pairs = zip(y, widths, strict=True)
     return torch.stack([gaussian_blur(p, [BLUR_KERNEL] * 2, [w] * 2) if w > 0.1 else p for p, w in pairs])

@@ -1,11 +1,11 @@
-"""Captioned pictures: where they come from, how they are drawn, and the cache of their pixels.
+"""Captioned pictures: where they come from, how batches are sampled, and the cache of their pixels.
 
 A data set is any of: the emoji folder that `training.emoji` writes, a local folder of pictures with a
 `metadata.jsonl` (columns `file_name` and `text` or `caption`), a folder of webdataset tars, or a name on the
 Hugging Face Hub.
 
-Which pictures make up step k is a pure function of (seed, k): no state to save, so a resumed run sees the
-same batches, and each process takes its own slice of the same global batch.
+Which pictures make up step k is a pure function of (seed, k). There is no state to save: a resumed run sees
+the same batches, and each process takes its own slice of the same global batch.
 """
 
 import csv
@@ -33,10 +33,10 @@ from training.data.arrays import content_key, memory_map
 logger = logging.getLogger(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 2**29  # of one picture, 2 GB when decoded; Pillow's own limit is a third of it
+MAX_PIXELS = 2**29  # in one picture, 2 GB when decoded; Pillow's own limit is a third of this
 
 
-BUILT = {  # data sets that are built, and how
+BUILT = {  # data sets that commands of ours build
     "data/emoji": "python -m training.emoji builds it (with npm)",
     "data/emoji-256": "python -m training.emoji --output_dir data/emoji-256 --resolution 256 builds it",
     "data/emoji-wide": "python -m training.widening builds it from data/emoji",
@@ -44,7 +44,7 @@ BUILT = {  # data sets that are built, and how
 
 
 class NoSuchSplit(ValueError):
-    """The data set is there, the split is not."""
+    """The data set exists, but the split does not."""
 
 
 # ------------------------------------------------------------ where they come from
@@ -54,12 +54,12 @@ def load_pictures(
     source: str, split: str = "train", config_name: str | None = None, cache_dir: str | None = None,
     streaming: bool = False, caption_column: str | None = None, strict: bool = False,
 ) -> Any:  # fmt: skip
-    """A `datasets.Dataset` (`streaming`: an IterableDataset) from a saved data set, a folder of pictures or
-    of webdataset tars, or a Hub name. A folder's metadata are checked first, see `check_picture_folder`.
+    """A `datasets.Dataset` (with `streaming`, an IterableDataset) from a saved data set, a folder of pictures
+    or webdataset tars, or a Hub name. A folder's metadata is checked first: see `check_picture_folder`.
 
     Raises:
-        ValueError: `source` is a folder without pictures, its metadata names files that are not there, or
-            the split does not exist (then it is a NoSuchSplit).
+        ValueError: `source` is a folder without pictures, or its metadata names files that do not exist.
+        NoSuchSplit: the split does not exist.
     """
     import datasets
 
@@ -79,7 +79,7 @@ def load_pictures(
     else:
         try:
             loaded = datasets.load_dataset(source, config_name, **options)
-        except Exception as error:  # out of reach or broken off; a network's errors are not all OSErrors
+        except Exception as error:  # unreachable or interrupted: not every network error is an OSError
             raise ValueError(f"data set {source!r}: there is no such folder, and {error}") from error
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}  # saved without splits
@@ -90,7 +90,7 @@ def load_pictures(
 
 
 def load_splits(source: str, splits: str) -> Any:
-    """A data set's splits, named joined by +, one after another."""
+    """Several splits of a data set, concatenated; `splits` gives their names, joined by +."""
     import datasets
 
     parts = [load_pictures(source, split) for split in splits.split("+")]
@@ -98,7 +98,8 @@ def load_splits(source: str, splits: str) -> Any:
 
 
 def tar_files(folder: Path) -> dict[str, list[str]]:
-    """Webdataset tars by split: those in the folder itself are `train`, those in a folder below its own."""
+    """Webdataset tars by split: `train` for those in the folder itself, the subfolder's name for the
+    others."""
     found: dict[str, list[str]] = {}
     for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
         found.setdefault("train" if path.parent == folder else path.parent.name, []).append(str(path))
@@ -106,13 +107,15 @@ def tar_files(folder: Path) -> dict[str, list[str]]:
 
 
 def check_picture_folder(folder: Path, caption_column: str | None = None, strict: bool = False) -> None:
-    """`datasets` drops pictures that the metadata leaves out, and fails on rows without a file only when it
-    reaches them: say both before work starts, the first as a warning.
+    """Check a picture folder's metadata before work starts.
+
+    `datasets` silently drops pictures that the metadata does not name, and fails on rows without a file only
+    when it reaches them. Here the former cause a warning, the latter an error.
 
     Raises:
-        ValueError: no metadata (metadata.jsonl or metadata.csv, here or in the folders below), or a line of
-            it is not JSON, lacks `file_name` or the caption (`caption_column`, or `text` or `caption`), or
-            names a file that is not there; with `strict` also pictures that no line names.
+        ValueError: there is no metadata (metadata.jsonl or metadata.csv, in the folder or below it); a line
+            of it is not JSON, lacks `file_name` or the caption (`caption_column`, or `text` or `caption`), or
+            names a file that does not exist; or, with `strict`, no line names one of the pictures.
     """
     paths = sorted(path for kind in ("jsonl", "csv") for path in folder.rglob(f"metadata.{kind}"))
     if not paths:
@@ -142,7 +145,8 @@ def check_picture_folder(folder: Path, caption_column: str | None = None, strict
 
 
 def metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a metadata.jsonl or metadata.csv; a row that is no mapping comes as {}."""
+    """(line number, row) for each row of a metadata.jsonl or metadata.csv; {} for a row that is no
+    mapping."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".csv":
         yield from enumerate(csv.DictReader(io.StringIO(text)), start=2)
@@ -157,7 +161,7 @@ def metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def is_caption(value: Any) -> bool:
-    """A text, or a list of them to choose from."""
+    """Whether the value is a string, or a non-empty list of strings to choose from."""
     several = isinstance(value, list) and len(value) > 0 and all(isinstance(one, str) for one in value)
     return isinstance(value, str) or several
 
@@ -169,8 +173,15 @@ def listed(names: list[str], count: int = 5) -> str:
 def find_columns(
     columns: list[str], image_column: str = "image", caption_column: str | None = None
 ) -> tuple[str, str]:
-    """The columns of pictures and captions: those asked for; else `image` or, in webdataset tars, the file
-    kind, and `caption`, `text` or, in tars, `txt`. Raises ValueError when there is none."""
+    """(picture column, caption column) of a data set.
+
+    A column named by the caller is used as it is. By default the pictures are in `image` or, in webdataset
+    tars, in the column of a file type such as `png`; the captions are in `caption`, `text` or, in tars,
+    `txt`.
+
+    Raises:
+        ValueError: there is no such column.
+    """
     kinds = [kind[1:] for kind in PICTURES] if image_column == "image" else []
     captions = [caption_column] if caption_column else ["caption", "text", "txt"]
 
@@ -187,18 +198,18 @@ def find_columns(
 
 
 def open_picture(value: Any) -> Image.Image:
-    """The picture in a row's undecoded image column: {"bytes", "path"}, bytes, a path or a PIL image.
+    """Open the picture in a row's undecoded image column: {"bytes", "path"}, bytes, a path or a PIL image.
 
     Raises:
-        ValueError: it holds none of these, or a picture of more than MAX_PIXELS.
-        OSError: it cannot be read.
+        ValueError: the value is none of these, or the picture has more than MAX_PIXELS pixels.
+        OSError: the picture cannot be read.
     """
     if isinstance(value, Image.Image):
         return value
     source = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if not isinstance(source, bytes | str) or not source:
         raise ValueError(f"its column holds {type(value).__name__}, not a picture")
-    if isinstance(source, str) and "://" in source:  # inside an archive, or elsewhere on the net
+    if isinstance(source, str) and "://" in source:  # inside an archive, or a URL
         import datasets
 
         return datasets.Image().decode_example({"path": source, "bytes": None})
@@ -213,10 +224,14 @@ def open_picture(value: Any) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> np.ndarray:
-    """(3, resolution, resolution) uint8: EXIF rotation applied, transparency on white, the shorter side
-    resized (Lanczos), the middle cropped; without `center_crop` the whole picture is padded with white."""
+    """Pixels (3, resolution, resolution), uint8, of a picture.
+
+    EXIF rotation is applied and transparency is put on white. With `center_crop`, the shorter side is resized
+    to `resolution` (Lanczos) and the middle is cropped; without it, the whole picture is resized to fit and
+    padded with white.
+    """
     if image.width * image.height > 2**26:
-        image.draft("RGB", (8 * resolution, 8 * resolution))  # a huge JPEG is decoded smaller than it is
+        image.draft("RGB", (8 * resolution, 8 * resolution))  # decode a huge JPEG at a reduced size
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's convert clips instead of scaling
@@ -237,7 +252,11 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
 def draw_row(
     row: dict[str, Any], number: int, image_column: str, resolution: int, center_crop: bool
 ) -> np.ndarray:
-    """`to_pixels` of a row. Raises ValueError that names its file, or its number where it has no name."""
+    """`to_pixels` of the picture in a row.
+
+    Raises:
+        ValueError: the picture cannot be read; the message names its file, or its number if it has no name.
+    """
     value = row[image_column]
     path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
     try:
@@ -253,12 +272,14 @@ def draw_row(
 def concept_weights(
     concepts: list[str], power: float = 0.25, styles: list[str] | None = None, style_power: float = 1.0
 ) -> Tensor:
-    """Sampling weight of each picture, (N,), summing to 1: a concept with n pictures gets n^power in all.
+    """Sampling weight of each picture, (N,), summing to 1.
 
-    At power 1 every picture counts the same and people in six skin tones drown the rest; at 0 every concept
-    does and each of those tones is rarely seen. 0.25 leans to the concepts. Each weight is multiplied by the
-    like of its style, m^(style_power - 1) for a style of m pictures: 1 leaves the styles as they come, at 0
-    the rare ones are seen more.
+    A concept with n pictures has a total weight proportional to n^power. At power 1 every picture counts the
+    same, and people in six skin tones drown out the rest. At power 0 every concept counts the same, and each
+    of those tones is rarely seen. 0.25 is closer to equal concepts.
+
+    Each weight is also multiplied by m^(style_power - 1), where m is the number of pictures in the picture's
+    style: 1 leaves the styles as they are, and at 0 rare styles are seen more often.
     """
     counts = Counter(concepts)
     weights = torch.tensor([counts[c] ** (power - 1.0) for c in concepts], dtype=torch.float64)
@@ -269,11 +290,11 @@ def concept_weights(
 
 
 class StepBatchSampler(Sampler[list[int]]):
-    """Indices of the pictures of each micro-batch, from `start` on, without end.
+    """Picture indices of each micro-batch, from number `start` on, without end.
 
-    Micro-batch k of the whole run holds batch_size * num_processes pictures, drawn by a generator seeded with
-    (seed, k) alone: with `weights`, independently in proportion to them; without, by shuffled epochs. A
-    process takes its own contiguous slice.
+    Global micro-batch k holds batch_size * num_processes pictures. With `weights`, they are drawn
+    independently in proportion to the weights, by a generator seeded with (seed, k) alone; without, they come
+    from shuffled epochs. Each process takes its own contiguous slice.
     """
 
     def __init__(
@@ -284,7 +305,7 @@ class StepBatchSampler(Sampler[list[int]]):
             raise ValueError("the data set is empty")
         self.size, self.batch_size, self.seed, self.weights = size, batch_size, seed, weights
         self.start, self.rank, self.num_processes = start, rank, num_processes
-        self.orders: dict[int, Tensor] = {}  # of the epochs that the last batch was drawn from
+        self.orders: dict[int, Tensor] = {}  # the order of each epoch that the last batch was drawn from
 
     def global_batch(self, step: int) -> Tensor:
         total = self.batch_size * self.num_processes
@@ -321,9 +342,9 @@ class PictureCache:
     Attributes:
         pixels: (M, 3, R, R) uint8, memory-mapped.
         captions: every distinct caption, "" first.
-        choices: for each of the N pictures the indices of its captions, the canonical one first.
+        choices: for each of the N pictures, the indices of its captions, the canonical one first.
         columns: the remaining columns by name.
-        rows: for each picture its row in `pixels`, where some of these are left out; None when M = N.
+        rows: for each picture, its row in `pixels` if some rows are left out; None if M = N.
     """
 
     pixels: np.ndarray
@@ -331,7 +352,7 @@ class PictureCache:
     choices: list[list[int]]
     columns: dict[str, list[Any]]
     rows: np.ndarray | None = None
-    name: str = field(default="", repr=False)  # of the file that `pixels` maps: a digest of what is in it
+    name: str = field(default="", repr=False)  # of the file that `pixels` maps: a digest of its content
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -345,7 +366,8 @@ class PictureCache:
         return digest.hexdigest() + ("" if self.rows is None else str(self.rows.tolist()))
 
     def images(self, indices: list[int] | Tensor, mirror: Tensor | None = None) -> Tensor:
-        """(B, 3, R, R) float in [-1, 1]; where `mirror`, (B,) bool, is True, left and right exchanged."""
+        """Pictures (B, 3, R, R), float in [-1, 1], flipped left to right where `mirror`, (B,) bool, is
+        True."""
         found = np.asarray(indices)
         pixels = self.pixels[found if self.rows is None else self.rows[found]]
         images = torch.from_numpy(pixels).float() / 127.5 - 1.0
@@ -354,9 +376,11 @@ class PictureCache:
         return images
 
     def choose_captions(self, indices: list[int] | Tensor, draws: Tensor, canonical: float) -> Tensor:
-        """One caption index for each picture: the canonical with that probability, else any evenly.
+        """One caption index for each picture: the canonical caption with probability `canonical`, otherwise
+        any of the picture's captions with equal probability.
 
-        The chance is in `draws`, (B, 2) uniform in [0, 1), so that the caller says what it depends on.
+        The randomness comes from `draws`, (B, 2) uniform in [0, 1), so that the caller decides what it
+        depends on.
         """
         chosen = []
         for index, (first, which) in zip(indices, draws.tolist(), strict=True):
@@ -366,7 +390,7 @@ class PictureCache:
 
 
 def index_captions(texts: Iterable[str | list[str]]) -> tuple[list[str], list[list[int]]]:
-    """(every distinct caption, "" first; of each picture the indices of its own)."""
+    """(every distinct caption, "" first; for each picture, the indices of its own captions)."""
     index: dict[str, int] = {"": 0}
     several = ([own] if isinstance(own, str) else own for own in texts)
     choices = [[index.setdefault(text, len(index)) for text in own] for own in several]
@@ -382,9 +406,9 @@ def cache_pictures(
     Pictures that cannot be read and rows without a caption are named in a warning and left out.
 
     Raises:
-        ValueError: a column is missing or holds something else, nothing is left, or, with `strict`, one
-            picture cannot be read or has no caption (its file or row is named).
-        OSError: `cache_dir` cannot be written, or has not the room.
+        ValueError: a column is missing or is of the wrong type, no picture is usable, or, with `strict`, a
+            picture cannot be read or has no caption (the message names its file or row).
+        OSError: `cache_dir` cannot be written or has too little space.
     """
     import datasets
 
@@ -393,7 +417,7 @@ def cache_pictures(
         raise ValueError("the data set is empty")
     key = content_key(str(data._fingerprint), f"{resolution}-{center_crop}-{image_column}")
     path = Path(cache_dir) / f"pixels-{key}.npy"
-    unread = path.with_suffix(".json")  # what could not be read: {row: why}
+    unread = path.with_suffix(".json")  # the pictures that could not be read: {row: reason}
     undecoded = data
     if isinstance(data.features[image_column], datasets.Image):
         undecoded = data.cast_column(image_column, datasets.Image(decode=False))

@@ -1,13 +1,13 @@
-"""Pictures from a stream: data sets that are read in order and never held as a whole.
+"""Streamed pictures: data sets that are read in order and never held in memory as a whole.
 
-What shuffling means here: the order of the files (shards) is drawn anew for each epoch; up to ten of them are
-read in turn into a buffer of `buffer_size` rows, which leave it in random order. So no row comes much before
-its place, and pictures that lie together in a file stay roughly together: write the files in random order.
-All draws depend on (seed, epoch) alone.
+Shuffling works as follows. The order of the files (shards) is redrawn for each epoch. Up to ten files at a
+time are read in turn into a buffer of `buffer_size` rows, and rows leave it in random order. No row therefore
+comes much before its place, and pictures that are close together in a file stay roughly together: write the
+files in random order. All draws depend on (seed, epoch) alone.
 
-Every process reads the whole stream and decodes only its own slice of each global batch, so that batches do
-not depend on the number of processes. The place in the stream is (epoch, rows read): a resumed run reads its
-epoch again up to there, without decoding, and sees the same batches as if it had never stopped.
+Every process reads the whole stream and decodes only its own slice of each global batch, so batches do not
+depend on the number of processes. The position in the stream is (epoch, rows read). A resumed run rereads its
+epoch up to that position without decoding, and sees the same batches as if it had never stopped.
 """
 
 import itertools
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class PictureStream:
-    """Micro-batches of a `datasets.IterableDataset`, each a small PictureCache of its own, without end.
+    """An endless iterator over micro-batches of a `datasets.IterableDataset`, each a small PictureCache.
 
-    Rows without a caption are left out. A picture that cannot be read is named in a warning and another of
-    the same batch takes its place, so that what the other processes see does not change.
+    A picture that cannot be read or has no caption is named in a warning and replaced by another picture of
+    the same batch, so that what the other processes see does not change.
 
     Raises:
-        ValueError: while iterating, when the stream is empty, lacks a column, or a whole batch cannot be
-            read; with `strict` for each picture that cannot be read or has no caption.
+        ValueError: while iterating, if the stream is empty, a column is missing, or a whole batch cannot be
+            read; with `strict`, also for any picture that cannot be read or has no caption.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PictureStream:
         self.rank, self.num_processes, self.buffer_size = rank, num_processes, buffer_size
         self.resolution, self.center_crop, self.strict = resolution, center_crop, strict
         self.asked = image_column, caption_column
-        self.epoch, self.position = 0, 0  # rows of the epoch that earlier batches have used
+        self.epoch, self.position = 0, 0  # rows of this epoch already used by earlier batches
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -60,7 +60,7 @@ class PictureStream:
             yield made
 
     def rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """(epoch, place in it, undecoded row) from the present place on, epoch after epoch."""
+        """(epoch, index in the epoch, undecoded row) from the current position on, epoch after epoch."""
         first = self.position
         for epoch in itertools.count(self.epoch):
             seed = seed_for(self.seed, "stream", epoch) % 2**32

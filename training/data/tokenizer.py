@@ -44,11 +44,11 @@ def read_clip_merges(num_merges: int = NUM_CLIP_MERGES) -> list[tuple[str, str]]
 def build_clip_tokenizer(num_merges: int = 8192, model_max_length: int = 77) -> CLIPTokenizer:
     """A `CLIPTokenizer` over CLIP's first `num_merges` merges; with all 48,894 it is CLIP's own.
 
-    Ids: 256 bytes, the same 256 ending a word (`</w>`), one for each merge, then start and end of text: that
-    is num_merges + 514 ids, the end of text the highest. Padding is the end of text too, as in CLIP.
+    The num_merges + 514 ids are the 256 bytes, the same 256 at the end of a word (`</w>`), one id for each
+    merge, then start of text and end of text. Padding is the end of text too, as in CLIP.
 
-    `model_max_length` counts start and end of text. It is always set, because a CLIPTokenizer without it
-    overflows under transformers 5 when asked to pad or truncate.
+    `model_max_length` includes start and end of text. It is always set: under transformers 5, a CLIPTokenizer
+    without it overflows when asked to pad or truncate.
 
     Raises ValueError when `num_merges` is not in 0..48894 or `model_max_length` is below 3.
     """

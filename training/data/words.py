@@ -1,11 +1,11 @@
-"""Words that no caption holds: WordNet, how frequent words are, and the lists that come of both.
+"""Words that no caption contains: WordNet, word frequencies, and the lists made from both.
 
-WordNet (Miller 1995) tells which words mean the same, and what each means. `training.objectives.distillation`
-teaches its words and definitions to the text tower; `training.evaluate words` tests its synonyms of the
-concepts' names.
+WordNet (Miller 1995) records which words are synonyms and what each word means.
+`training.objectives.distillation` teaches its words and definitions to the text tower; `training.evaluate
+words` tests its synonyms of the concepts' names.
 
 WordNet's files come with Debian's and Ubuntu's package wordnet-base, wordfreq from PyPI
-(training/requirements-words.txt). Nothing here is needed to draw.
+(training/requirements-words.txt). Drawing pictures needs neither.
 """
 
 import re
@@ -18,14 +18,14 @@ from pathlib import Path
 from training.data.emoji import STYLES, install_packages, read_emoji, unit_hash
 from training.data.pictures import load_pictures
 
-# How a concept's name stands in a caption: a judge scores a name by its mean over these
+# How a concept's name appears in captions: a judge embeds a name as its mean over these
 TEMPLATES = ("{}", "a {}", *(f"{{}}, {style} style" for style in list(STYLES.values())[:6]))
 WORDNET_DIR = "/usr/share/wordnet"
 SPLITS = ("train", "validation", "heldout_compositions")
-MINIMUM_ZIPF = 2.5  # once in three million words, as "popsicle"
-KINDS_EACH = 2  # of a concept, else the kinds of persons would be most of them
-KEPT_OUT = 300  # words that no distillation text may hold
-KEPT_OUT_SHARE = 0.2  # of the synonyms, so that 300 stay for the first list; the rest of KEPT_OUT are kinds
+MINIMUM_ZIPF = 2.5  # once in three million words, like "popsicle"
+KINDS_EACH = 2  # for each concept; otherwise most of them would be kinds of people
+KEPT_OUT = 300  # words that no distillation text may contain
+KEPT_OUT_SHARE = 0.2  # of the synonyms, so that 300 are left to teach; the rest of KEPT_OUT are kinds
 
 
 # ------------------------------------------------------------ WordNet
@@ -38,7 +38,7 @@ class Synset:
     words: list[str]
     gloss: str  # the definition, without examples
     hypernyms: list[int]
-    instance: bool = False  # one person or place, "alan shepard"
+    instance: bool = False  # a particular person or place, such as "alan shepard"
 
 
 @dataclass
@@ -51,7 +51,7 @@ class WordNet:
     irregular: dict[str, str] = field(default_factory=dict)  # plural -> singular
 
     def noun(self, text: str) -> str | None:
-        """The text as a singular noun of WordNet's (by its rules of detachment), or None if it is none."""
+        """The text as a singular noun in WordNet, by its rules of detachment; None if it is not a noun."""
         if text in self.senses:
             return text
         regular = [text.removesuffix(end) + one for end, one in _ENDINGS if text.endswith(end)]
@@ -65,7 +65,7 @@ class WordNet:
 
     @cached_property
     def hyponyms(self) -> dict[int, list[int]]:
-        """Synset -> those that are a kind of it."""
+        """Synset -> the synsets that are a kind of it."""
         below: dict[int, list[int]] = defaultdict(list)
         for key, synset in self.synsets.items():
             for parent in synset.hypernyms:
@@ -73,14 +73,14 @@ class WordNet:
         return below
 
     def own_words(self, key: int) -> list[str]:
-        """The words that mean a synset first of all: to most a "shepherd" is no dog. None of a person's or a
-        place's."""
+        """The words whose first sense is this synset; none for a particular person or place. The first sense
+        matters: to most people, a "shepherd" is not a dog."""
         synset = self.synsets[key]
         return [w for w in synset.words if not synset.instance and self.senses.get(w, [None])[0] == key]
 
     def concepts_by_sense(self, names: dict[str, set[str]], ending: str = "") -> dict[int, set[str]]:
-        """First sense -> the concepts with a name of that sense; a name that is no noun is tried without
-        `ending`."""
+        """First sense -> the concepts that have a name with that sense. A name that is not a noun is tried
+        again without `ending`."""
         found: dict[int, set[str]] = defaultdict(set)
         for concept, own in names.items():
             for name in own:
@@ -90,7 +90,7 @@ class WordNet:
         return found
 
     def kinds_of(self, ancestor: str) -> set[int]:
-        """Synsets below the first sense of `ancestor`, itself included."""
+        """The first sense of `ancestor` and all synsets below it."""
         found, stack = set(), [self.senses[ancestor][0]]
         while stack:
             key = stack.pop()
@@ -110,7 +110,7 @@ def read_wordnet(folder: str | Path = WORDNET_DIR) -> WordNet:
     """Parse WordNet's own files (wndb(5WN)) in a folder.
 
     Raises:
-        ValueError: a file is not there; the message names the package that brings it.
+        ValueError: a file is missing; the message names the package that provides it.
     """
     folder = Path(folder)
     names = ("data.noun", "noun.exc", *(f"index.{part}" for part in ("noun", "verb", "adj", "adv")))
@@ -151,7 +151,7 @@ def read_wordnet(folder: str | Path = WORDNET_DIR) -> WordNet:
 
 
 def zipf_frequency(text: str) -> float:
-    """log10 of how often the text stands in a billion words of English (wordfreq; Speer 2022).
+    """log10 of how often the text occurs in a billion words of English (wordfreq; Speer 2022).
 
     Raises:
         ValueError: wordfreq is not installed.
@@ -187,15 +187,15 @@ class Phrases:
 
 @dataclass
 class UnseenWord:
-    """A word that no caption or tag holds, and the concepts that it means."""
+    """A word that no caption or tag contains, and the concepts that it stands for."""
 
     text: str
     concepts: set[str]
-    kind: bool  # it means a kind of the concept ("corgi", a dog) and not the same ("automobile", a car)
+    kind: bool  # True for a kind of the concept ("corgi" for dog), False for a synonym ("automobile" for car)
 
 
 def concept_names(dataset: str) -> tuple[dict[str, set[str]], set[str]]:
-    """Every name of each concept, and every caption, of all splits."""
+    """(every name of each concept, every caption), from all splits."""
     names: dict[str, set[str]] = defaultdict(set)
     captions: set[str] = set()
     for split in SPLITS:
@@ -208,18 +208,18 @@ def concept_names(dataset: str) -> tuple[dict[str, set[str]], set[str]]:
 
 
 def emoji_tags(npm_dir: str) -> set[str]:
-    """The tags of every emoji, used in captions or not, and their names."""
+    """The names and tags of every emoji, whether or not captions use them."""
     modules = install_packages(Path(npm_dir))
     emoji = read_emoji(modules / "emojibase-data").values()
     return {tag for item in emoji for tag in item.tags} | {item.name for item in emoji}
 
 
 def unseen_words(names: dict[str, set[str]], seen: Iterable[str], wordnet: WordNet) -> list[UnseenWord]:
-    """Words for the names that are nouns of WordNet's, in their first sense: all synonyms, and two words
-    for direct kinds (hyponyms) of each, chosen by hash.
+    """Unseen words for the names that are nouns in WordNet, in alphabetical order and without repeats.
 
-    No text of `seen` holds one as a run of whole words, in the singular or the plural, and its Zipf frequency
-    is at least 2.5. In alphabetical order; no word comes twice.
+    For the first sense of each name these are all synonyms and two words for direct kinds of it (hyponyms),
+    chosen by hash. No text of `seen` contains the word as a run of whole words, in the singular or the
+    plural, and its Zipf frequency is at least 2.5.
     """
     phrases = Phrases(seen)
 
@@ -242,8 +242,8 @@ def unseen_words(names: dict[str, set[str]], seen: Iterable[str], wordnet: WordN
 
 
 def split_words(words: list[UnseenWord]) -> tuple[list[UnseenWord], list[UnseenWord]]:
-    """(taught, kept out). Kept out are the synonyms whose hash falls in the first fifth and then, by hash,
-    the kinds, until there are 300; taught, the other synonyms."""
+    """(taught words, kept-out words). The synonyms whose hash falls in the first fifth are kept out, followed
+    by kinds in the order of their hash, until there are 300. The other synonyms are taught."""
     order = sorted(words, key=lambda word: (word.kind, unit_hash(word.text, "kept out")))
     synonyms = [word for word in order if not word.kind]
     few = sum(unit_hash(word.text, "kept out") < KEPT_OUT_SHARE for word in synonyms)
@@ -253,7 +253,7 @@ def split_words(words: list[UnseenWord]) -> tuple[list[UnseenWord], list[UnseenW
 def word_lists(
     dataset: str, npm_dir: str, wordnet: WordNet
 ) -> tuple[list[UnseenWord], list[UnseenWord], dict[str, set[str]]]:
-    """(taught, kept out) of the data set, and the names of its concepts."""
+    """(taught words, kept-out words, the names of each concept) of the data set."""
     names, captions = concept_names(dataset)
     words = unseen_words(names, captions | emoji_tags(npm_dir), wordnet)
     return (*split_words(words), names)

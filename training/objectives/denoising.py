@@ -1,4 +1,4 @@
-"""The loss that trains a denoising U-Net on captioned pictures, and its value on fixed noise."""
+"""The loss that trains a denoising U-Net on captioned pictures, and the validation loss on fixed noise."""
 
 import contextlib
 from typing import Any
@@ -18,11 +18,11 @@ from training.objectives.inpainting import random_masks, see_mask
 from training.objectives.losses import LOSSES, DiffusionLoss, LossAwareTimesteps, detail_loss, min_snr_weight
 from training.run.settings import CaptionSettings, InpaintingSettings, TimestepSettings, require, setting
 
-BUCKETS = 10  # of timesteps, in which a loss or an accuracy is reported
+BUCKETS = 10  # of timesteps; a loss or an accuracy is reported for each
 
 
 class DenoisingSettings(CaptionSettings, TimestepSettings, InpaintingSettings):
-    """What the denoising loss depends on."""
+    """The settings of the denoising loss."""
 
     loss: str = setting("simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", LOSSES)
     random_flip: bool = setting("Mirror half of the pictures.", False)
@@ -45,8 +45,8 @@ class DenoisingSettings(CaptionSettings, TimestepSettings, InpaintingSettings):
 
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
-    """The DDPMScheduler with the betas and the prediction type of any scheduler (a Stable Diffusion folder
-    brings PNDM), itself when it is one."""
+    """A DDPMScheduler with the betas and the prediction type of the given scheduler, which is returned itself
+    if it is one. (A Stable Diffusion folder has a PNDM scheduler.)"""
     return scheduler if isinstance(scheduler, DDPMScheduler) else DDPMScheduler.from_config(scheduler.config)
 
 
@@ -54,19 +54,20 @@ def draw_noise(
     seed: int, step: int, shape: tuple[int, ...], timesteps: int, rank: int, world: int,
     noise_offset: float = 0.0, timestep_shift: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(eps, t) of this process's slice of micro-batch `step`: a function of (seed, step) and the place in the
-    global batch alone, however many processes share it.
+    """(eps, t) for this process's slice of micro-batch `step`: a function of (seed, step) and the place in
+    the global batch alone, however many processes share it.
 
-    With `noise_offset` eps has that much noise added that is constant over each channel of a picture, without
-    which models hardly learn to draw very dark or bright ones. t is even in 0 .. T - 1, then, with u = t/T,
-    moved to T s u/(1 + (s - 1) u), s the `timestep_shift`: above 1 noisier ones come up more often (Esser
-    2024, "Scaling rectified flow transformers", eq. 23).
+    `noise_offset` is the amount of noise added to eps that is constant over each channel of a picture;
+    without it, models hardly learn to draw very dark or very bright pictures. t is uniform in 0 .. T - 1.
+    With u = t/T and s = `timestep_shift` it is then mapped to T s u/(1 + (s - 1) u), so that s > 1 draws
+    noisier timesteps more often (Esser 2024, "Scaling rectified flow transformers", eq. 23, where s is
+    sqrt(m/n)).
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "noise", step))
     count = shape[0] * world
     t = torch.randint(0, timesteps, (count,), generator=generator)
     if timestep_shift != 1:
-        u = (t.double() + 0.5) / timesteps  # the middle of each, so that both ends come up
+        u = (t.double() + 0.5) / timesteps  # the middle of each step, so that both ends are drawn
         t = (timesteps * timestep_shift * u / (1 + (timestep_shift - 1) * u)).long()
     eps = torch.randn((count, *shape[1:]), generator=generator)
     if noise_offset:
@@ -77,7 +78,7 @@ def draw_noise(
 
 
 def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the U-Net is to predict at x_t, by the scheduler's prediction_type."""
+    """What the U-Net should predict at x_t, according to the scheduler's prediction_type."""
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
         return scheduler.get_velocity(x0, eps, t)
@@ -85,11 +86,12 @@ def target_of(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def diffusion_loss(kind: str, pipe: TextToImagePipeline) -> DiffusionLoss:
-    """The loss of that kind, simple, hybrid or vlb, for the pipeline's scheduler and U-Net.
+    """The loss of kind simple, hybrid or vlb, for the pipeline's scheduler and U-Net.
 
     Raises:
-        ValueError: the kind does not fit the scheduler's variance; the U-Net's out_channels do not fit it; or
-            a bound on the likelihood is asked of a pipeline with a VAE, whose latents have no levels.
+        ValueError: the kind does not fit the scheduler's variance; the U-Net's out_channels do not fit the
+            variance; or a likelihood bound is requested for a pipeline with a VAE, whose latents have no
+            discrete levels.
     """
     unet = pipe.unet.config
     require(pipe.vae is None or kind == "simple", "loss", kind, "simple with a VAE: the others are of pixels")
@@ -101,12 +103,12 @@ class DenoisingLoss:
     """The training loss of one micro-batch, from picture indices to a scalar (Ho 2020, Algorithm 1).
 
     Args:
-        config: read, never changed.
-        unet: the pipeline's, as `accelerator.prepare` returns it.
-        data: PictureCache or LatentCache; None if the micro-batches are PictureCaches themselves (streams).
-        text: captions -> states and pooled vectors, a TextCache or LiveText.
+        config: the settings, which are never changed.
+        unet: the pipeline's U-Net, as `accelerator.prepare` returns it.
+        data: a PictureCache or LatentCache; None if the micro-batches are themselves PictureCaches (streams).
+        text: captions -> states and pooled vectors; a TextCache or LiveText.
         rank, world: this process's number, and how many processes share a global batch.
-        timesteps: draws t instead of `draw_noise`, and is given the losses of all processes; for vlb.
+        timesteps: for vlb: draws t in place of `draw_noise`, and receives the losses of all processes.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class DenoisingLoss:
         data: Any = batch if streamed else self.data
         indices: Any = list(range(len(batch))) if streamed else batch
         count = len(indices)
-        # Drawn for the global batch, of which this process takes its slice, as eps and t are
+        # Like eps and t, drawn for the global batch, of which this process takes its slice
         generator = torch.Generator().manual_seed(seed_for(config.seed, "captions", step))
         draws = torch.rand(count * self.world, 4, generator=generator)[self.rank * count :][:count]
         x0 = data.images(indices, draws[:, 3] < 0.5 if config.random_flip else None)
@@ -142,7 +144,7 @@ class DenoisingLoss:
             config.seed, step, tuple(x0.shape), self.scheduler.config.num_train_timesteps,
             self.rank, self.world, config.noise_offset, config.timestep_shift,
         )  # fmt: skip
-        # Half of the steps see an estimate of x0, all of a global batch alike: the others cost one pass less
+        # Half of the steps see an estimate of x0, the whole global batch alike: the others save one pass
         coin = torch.rand((), generator=generator)
         estimated = self.self_conditioning and bool(coin < 0.5)
         mask = self.masks(x0, step)
@@ -156,7 +158,8 @@ class DenoisingLoss:
         return result
 
     def masks(self, x0: Tensor, step: int) -> Tensor | None:
-        """(B, 1, H, W) in {0, 1} for pictures (B, C, H, W), 1 where an inpainting model is to paint."""
+        """Masks (B, 1, H, W) in {0, 1} for pictures (B, C, H, W), 1 where the model is to paint; None unless
+        the model inpaints."""
         if not self.config.inpainting:
             return None
         count, _, height, width = x0.shape
@@ -166,16 +169,17 @@ class DenoisingLoss:
         self, x0: Tensor, captions: list[str], eps: Tensor, t: Tensor, share: Tensor | None = None,
         estimated: bool = False, mask: Tensor | None = None, weighted: bool = True,
     ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-        """The mean over the batch of the loss that config names, by default
-        weight(t) (target - unet(q_sample(x0, t, eps), t, text))^2, and {"t", "per_sample"} of each sample.
+        """(mean loss over the batch, {"t", "per_sample"} with one value per sample). The loss is the one that
+        config names, by default weight(t) (target - unet(q_sample(x0, t, eps), t, text))^2.
 
         Args:
-            x0, eps: (B, C, H, W). t: (B,).
-            share: (B,), how often each sample counts in the mean; "per_sample" is before that.
+            x0, eps: (B, C, H, W).
+            t: (B,).
+            share: (B,), the weight of each sample in the mean; "per_sample" does not include it.
             estimated: a self-conditioned U-Net sees its own first estimate of x0 instead of zeros (Chen 2022,
                 algorithm 1).
-            mask: (B, 1, H, W); the U-Net sees it and the masked x0 beside x_t (Nichol 2022, section 2.4).
-            weighted: by snr_gamma and detail_weight; otherwise the plain loss.
+            mask: (B, 1, H, W); the U-Net sees it and the masked x0 besides x_t (Nichol 2022, section 2.4).
+            weighted: whether snr_gamma and detail_weight apply; otherwise the loss is unweighted.
         """
         device = next(self.unet.parameters()).device
         states, pooled = (x.to(device) for x in self.text(captions))
@@ -192,7 +196,7 @@ class DenoisingLoss:
                     added["x0_self"] = pad_channels(self.estimate(output, x_t, t), seen.shape[1])
             output = self.unet(seen, t, states, added_cond_kwargs=added).sample
         weight, config = None, self.config
-        if weighted and config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb weighs by itself
+        if weighted and config.snr_gamma is not None and self.criterion.kind != "vlb":  # vlb has own weights
             kind, snr = self.scheduler.config.prediction_type, self.snr.to(device)[t]
             weight = min_snr_weight(snr, kind, config.snr_gamma, config.snr_floor)
         per_sample = self.criterion(output, target_of(self.scheduler, x0, eps, t), x0, x_t, t, weight)
@@ -203,7 +207,8 @@ class DenoisingLoss:
         return (per_sample if share is None else share.to(device) * per_sample).mean(), details
 
     def estimate(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
-        """x0 as the scheduler reads it from the U-Net's output, (B, C, H, W); clipped if it clips."""
+        """The x0, (B, C, H, W), that the U-Net's output stands for; with `clip`, clipped if the scheduler
+        clips."""
         config = self.scheduler.config
         abar = self.scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
         x0 = predict_x0(output[:, : x_t.shape[1]], x_t, abar, config.prediction_type)
@@ -212,15 +217,15 @@ class DenoisingLoss:
 
 
 def plain_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """On a CPU, attention as matrix products and a softmax: the backward pass of torch's fused kernel takes
-    twice as long there at the few positions of small pictures."""
+    """On a CPU, a context that computes attention as matrix products and a softmax: for the few positions of
+    small pictures, the backward pass of torch's fused kernel takes twice as long there."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 @torch.no_grad()
 def validation_loss(loss: DenoisingLoss, pictures: Any, seed: int, limit: int = 256) -> list[float]:
     """The unweighted mean loss in each of BUCKETS buckets of timesteps, on fixed pictures, captions, eps and
-    t, so that steps of a run compare."""
+    t, so that the steps of a run can be compared."""
     count = min(limit, len(pictures))
     generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
     order = torch.randperm(len(pictures), generator=generator)[:count]

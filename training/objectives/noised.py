@@ -1,10 +1,10 @@
-"""The noised pictures that guides are trained on: a CLIP image tower and a classifier.
+"""The noised pictures on which the guides, a CLIP image tower and a classifier, are trained.
 
     accelerate launch -m training.clip --noised --config training/configs/noisy_clip.yaml
     accelerate launch -m training.classifier --config training/configs/noisy_classifier.yaml
 
-Both see x_t of the model that they will guide: its own schedule, and its own space, pixels or a VAE's
-latents.
+Both see the x_t of the model that they will guide: noised by its schedule, and in its space, which is pixels
+or a VAE's latents.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from training.objectives.denoising import draw_noise, training_scheduler
 
 
 class NoisedPictures:
-    """A split's x_0 in the space of a pipeline, and its x_t by the pipeline's own schedule.
+    """The x0 of one or more splits in a pipeline's space, and their x_t by the pipeline's own schedule.
 
     `data` is a PictureCache or a LatentCache; `side` and `channels` are those of x_t.
     """
@@ -42,9 +42,9 @@ class NoisedPictures:
         self, indices: list[int], seed: int, step: int, rank: int, world: int,
         shift: int = 0, noised: bool = True, flip: bool = False, timestep_shift: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(x_t, t) of a micro-batch, of the seed, the step and the place in the global batch alone; in pixels
-        each picture is moved by up to `shift` first, and with `flip` mirrored half the time; t as
-        `draw_noise` draws it. Without `noised` (x_0, 0)."""
+        """(x_t, t) of a micro-batch, or (x0, 0) without `noised`. eps and t come from `draw_noise`, and
+        depend only on the seed, the step and the place in the global batch. Before noising, pictures in
+        pixels are shifted by up to `shift`, and with `flip` each is mirrored with probability 1/2."""
         x0 = self.data.images(indices)
         shape, total = tuple(x0.shape), len(self.chain)
         eps, t = draw_noise(seed, step, shape, total, rank, world, timestep_shift=timestep_shift)
@@ -60,7 +60,8 @@ class NoisedPictures:
 
 @torch.no_grad()
 def embed_prompts(pipe: TextToImagePipeline, texts: list[str]) -> Tensor:
-    """(N, P), l2-normalised: pooled text of the U-Net's own tower, padded no further than needed."""
+    """(N, P), l2-normalised: pooled text from the U-Net's own text tower, with no more padding than
+    needed."""
     limit, rows = context_length(pipe.tokenizer, pipe.text_encoder), []
     for start in range(0, len(texts), 256):
         part = texts[start : start + 256]
@@ -71,6 +72,6 @@ def embed_prompts(pipe: TextToImagePipeline, texts: list[str]) -> Tensor:
 
 
 def text_width(pipe: TextToImagePipeline) -> int:
-    """P, of the pooled text."""
+    """P, the width of the pooled text."""
     config = pipe.text_encoder.config
     return config.projection_dim if hasattr(pipe.text_encoder, "text_projection") else config.hidden_size

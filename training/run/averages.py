@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 
 
 def make_ema(decay: float, model: Any, foreach: bool = True) -> EMAModel:
-    """The average of a diffusers model: its decay is 1 - (1 + step)^(-3/4) until it reaches `decay`."""
+    """A moving average of a diffusers model's weights; its decay is min(decay, 1 - (1 + step)^(-3/4))."""
     warm_up = {"use_ema_warmup": True, "power": 0.75}
     kept = {"model_cls": type(model), "model_config": model.config}
     return EMAModel(model.parameters(), decay=decay, foreach=foreach, **warm_up, **kept)
@@ -17,10 +17,11 @@ def make_ema(decay: float, model: Any, foreach: bool = True) -> EMAModel:
 
 @contextlib.contextmanager
 def averaged(models: list[Any], ema: EMAModel | None) -> Iterator[None]:
-    """Within the block the models evaluate, the first with its averaged weights if it has an average."""
+    """Within the block, put the models in evaluation mode; if `ema` is given, the first model has its
+    averaged weights. Afterwards all models are back in training mode with their own weights."""
     for model in models:
         model.eval()
-    torch.compiler.set_stance("force_eager")  # other sizes of batch are not worth compiling for
+    torch.compiler.set_stance("force_eager")  # recompiling for other batch sizes is not worthwhile
     if ema is not None:
         ema.store(models[0].parameters())
         ema.copy_to(models[0].parameters())

@@ -1,4 +1,4 @@
-"""The pipeline that a run starts from: a saved one, or new weights around frozen parts."""
+"""Building the pipeline that a run starts from: a saved one, or new weights around frozen parts."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def as_mapping(value: Any, name: str) -> dict[str, Any]:
     """A config given as a mapping (YAML), a JSON string or a JSON file."""
     if value is None or isinstance(value, dict):
         return dict(value or {})
-    is_json = value.lstrip().startswith("{")  # and so no path, for which it may be too long
+    is_json = value.lstrip().startswith("{")  # then it is not a path, and may be too long for one
     text = value if is_json or not Path(value).is_file() else Path(value).read_text(encoding="utf-8")
     try:
         return json.loads(text)
@@ -77,9 +77,9 @@ def build_pipeline(config: PipelineSettings) -> TextToImagePipeline:
 
 
 def compile_blocks(unet: ConditionalUNet) -> None:
-    """torch.compile each block of the U-Net in place, for the sizes that it meets.
+    """torch.compile each block of the U-Net in place, separately for each input size.
 
-    Not the whole at once: compiled whole by torch 2.14, in bf16 on a CPU with AMX, it gives NaN.
+    The U-Net is not compiled as a whole: with torch 2.14, in bf16 on a CPU with AMX, the result is NaN.
     """
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         if block is not None:
@@ -87,14 +87,14 @@ def compile_blocks(unet: ConditionalUNet) -> None:
 
 
 class _TowerOfCLIP(CLIPTextModelWithProjection):
-    """Loads the text tower of a whole CLIP without a warning about the other tower's weights."""
+    """Loads the text tower of a complete CLIP without a warning about the other tower's weights."""
 
     _keys_to_ignore_on_load_unexpected = ["vision_model", "visual_projection", "logit_scale"]
 
 
 def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, CLIPTextModelWithProjection]:
-    """(tokenizer, text tower) of a pipeline's folder or a CLIP's. Raises ValueError that names the argument
-    if there is none."""
+    """(tokenizer, text tower) from the folder of a pipeline or a CLIP. Raises a ValueError that names the
+    argument if the folder has none."""
     root = Path(folder)
     of_pipeline = (root / "model_index.json").is_file()
     words, weights = (root / "tokenizer", root / "text_encoder") if of_pipeline else (root, root)
@@ -110,11 +110,13 @@ def load_text_tower(folder: str, argument: str = "text_encoder") -> tuple[Any, C
 
 
 def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
-    """The same network with a config that gives `conv_in` more inputs: more `in_channels`, self-conditioning,
-    or both. The new inputs' weights are 0, so that it predicts what it did until it is trained.
+    """The same network with more inputs to `conv_in`: more `in_channels`, self-conditioning, or both. The
+    weights of the new inputs are 0, so its predictions do not change until it is trained.
 
-    What was there keeps its order: x_t's channels, those of the x0 estimate, the pooled text's.
-    Raises ValueError for a change that takes inputs away.
+    The groups of inputs keep their order: channels of x_t, of the x0 estimate, and of the pooled text.
+
+    Raises:
+        ValueError: `changes` would remove inputs.
     """
     wider = ConditionalUNet.from_config(unet.config, **changes)
     state, narrow, start, end = unet.state_dict(), unet.conv_in.weight, 0, 0
@@ -129,6 +131,7 @@ def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
 
 
 def input_groups(config: Any) -> tuple[int, int, int]:
-    """How many inputs of `conv_in` are x_t's (and what is joined to it), the x0 estimate's, the text's."""
+    """How many inputs of `conv_in` belong to x_t (with what is concatenated to it), the x0 estimate, the
+    text."""
     picture = config.in_channels * config.get("patch_size", 1) ** 2
     return picture, picture if config.get("self_conditioning") else 0, config.get("text_concat_channels", 0)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, in the models' own formats."""
+"""Checkpoints in the models' own formats, written completely or not at all."""
 
 import json
 import logging
@@ -22,21 +22,21 @@ logger = logging.getLogger(__name__)
 
 
 class ModelFiles(Protocol):
-    """How a checkpoint keeps its models."""
+    """How a checkpoint stores its models."""
 
     def save(self, models: list[Any], folder: Path) -> None:
         """Write the models to the folder."""
 
     def check(self, models: list[Any], folder: Path) -> None:
-        """Raise a ValueError if what the folder holds is not whole, or of another model."""
+        """Raise a ValueError if the folder's content is incomplete or belongs to another model."""
 
     def load(self, models: list[Any], folder: Path) -> None:
         """Load the models' weights from the folder."""
 
 
 class ModelFolder:
-    """The first model in the folder `name`, in its own format; its average in `name`_ema, further ones in
-    `name`_ema_DECAY."""
+    """Stores the first model in the folder `name`, in its own format, its average in `name`_ema, and further
+    averages in `name`_ema_DECAY."""
 
     def __init__(self, name: str, *averages: EMAModel):
         self.name = name
@@ -71,7 +71,8 @@ class ModelFolder:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the folder's safetensors, whose lengths are checked thereby."""
+    """Names and shapes of all tensors in the folder's safetensors files; opening these checks their
+    lengths."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -94,12 +95,12 @@ def check_shapes(saved: dict[str, tuple[int, ...]], expected: dict[str, Tensor],
 
 
 class Checkpoints:
-    """`checkpoint-{step}` folders: the models in their own formats, the rest as accelerate saves it, and
-    checkpoint.json, which lists every file with its length.
+    """Saves and resumes `checkpoint-{step}` folders. They hold the models in their own formats, the rest as
+    accelerate saves it, and checkpoint.json, which lists every file with its length.
 
-    A checkpoint is written under a temporary name and renamed, so one that has its final name is whole; older
-    ones are removed only after that. `files` says how the models are kept; `settings` are what a resumed run
-    should have in common with the saved one.
+    A checkpoint is written under a temporary name and then renamed, so one with its final name is complete.
+    Older ones are removed only after that. `files` stores the models; `settings` are those that a resumed run
+    should share with the saved one.
     """
 
     def __init__(
@@ -110,8 +111,8 @@ class Checkpoints:
         self.settings, self.state = settings or {}, {}  # type: ignore[var-annotated]
 
         def save(models: list[Any], weights: list[Any], folder: str) -> None:
-            if weights:  # with FSDP there are none: accelerate has saved the shards by itself
-                weights.clear()  # saved here, so accelerate need not
+            if weights:  # with FSDP there are none: accelerate has already saved the shards
+                weights.clear()  # saved here, so that accelerate does not save them again
                 if accelerator.is_main_process:
                     self.files.save(self._models(), Path(folder))
 
@@ -130,19 +131,19 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step}"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, in order."""
+        """Steps of the existing checkpoints, in order."""
         found = (p.name.removeprefix("checkpoint-") for p in self.folder.glob("checkpoint-*") if p.is_dir())
         return sorted(int(step) for step in found if step.isdigit())
 
     # ---- saving
 
     def save(self, step: int, required: bool = True, state: dict[str, Any] | None = None) -> Path | None:
-        """Write checkpoint-{step}, then remove what `limit` does not allow.
+        """Write checkpoint-{step}, then remove old checkpoints beyond `limit`.
 
         Args:
-            required: whether a failure ends the run. Otherwise it is logged and None returned: the older
-                checkpoints stand, training goes on, and the next save may find room again.
-            state: what else a resumed run needs, JSON; it is found in `self.state` after `resume`.
+            required: whether a failure ends the run. Otherwise it is logged and None is returned: the older
+                checkpoints remain, training continues, and the next save may have enough space again.
+            state: what else a resumed run needs, as JSON values; `resume` puts it in `self.state`.
 
         Raises:
             OSError: the checkpoint could not be written; older ones are untouched.
@@ -152,11 +153,11 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         failure: Exception | None = None
-        for write in (self._write, self._write_list):  # the list once all processes have written
+        for write in (self._write, self._write_list):  # the list comes after all processes have written
             if failure is None:
                 try:
                     write(partial, step, state or {})
-                # torch's writer says RuntimeError and safetensors has its own, of a disk that is full
+                # for a full disk, torch's writer raises RuntimeError and safetensors an error of its own
                 except (OSError, RuntimeError, SafetensorError) as error:
                     failure = error
             failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
@@ -189,13 +190,13 @@ class Checkpoints:
             sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in paths}
             record = {"step": step, "settings": self.settings, "state": state, "files": sizes}
             (partial / "checkpoint.json").write_text(json.dumps(record, indent=1) + "\n")
-            for path in [*paths, partial / "checkpoint.json"]:  # on the disk before the name says so
+            for path in [*paths, partial / "checkpoint.json"]:  # on the disk before the folder is renamed
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
 
     def _remove_old(self, just_saved: int) -> None:
-        """Keep `limit` checkpoints: the one just saved, which is whole, and the newest whole of the others
-        (later ones too, if another run left them)."""
+        """Keep `limit` checkpoints: the one just saved, which is complete, and the newest complete ones of
+        the others. These may be of later steps, if another run left them."""
         others = [step for step in self.steps() if step != just_saved]
         others.sort(key=lambda step: (self._unlisted(self.path(step)) is None, step))
         for old in others[: max(0, len(others) + 1 - self.limit)] if self.limit else []:
@@ -204,14 +205,19 @@ class Checkpoints:
     # ---- resuming
 
     def resume(self, which: str | None) -> int:
-        """Load "latest" (the newest that is whole and ours) or the checkpoint of that path; returns its step,
-        0 when there is none to load. Before that, find out whether checkpoints can be written at all.
+        """Load a checkpoint and return its step, or 0 if there is none to load.
+
+        Before loading, check that checkpoints can be written at all.
+
+        Args:
+            which: "latest", for the newest checkpoint that is complete and of this model; the path of a
+                checkpoint; or None, to start from the beginning.
 
         Raises:
-            ValueError: the path is no checkpoint, or one that is truncated or of another model; "latest"
-                finds only such; nothing is to be resumed and the folder holds checkpoints, which this run
-                would replace.
-            OSError: output_dir cannot be written, or has not the room that this run's checkpoints take.
+            ValueError: the path is not a checkpoint, or the checkpoint is truncated or of another model;
+                "latest" finds only such checkpoints; or `which` is None and the folder already holds
+                checkpoints, which this run would replace.
+            OSError: output_dir cannot be written, or has too little space for this run's checkpoints.
         """
         self._check_folder()
         chosen = [self._choose(which) if self.accelerator.is_main_process else None]
@@ -221,7 +227,7 @@ class Checkpoints:
         if path is None:
             return 0
         record = path / "checkpoint.json"
-        saved = read_json(record) if record.is_file() else {}  # older ones have none
+        saved = read_json(record) if record.is_file() else {}  # older checkpoints have none
         for name, value in self.settings.items():
             was = saved.get("settings", {}).get(name, value)
             if was != value and self.accelerator.is_main_process:
@@ -231,7 +237,7 @@ class Checkpoints:
         return int(path.name.removeprefix("checkpoint-"))
 
     def _choose(self, which: str | None) -> tuple[Path | None, str]:
-        """(the checkpoint to load or None, what is wrong or "")."""
+        """(the checkpoint to load or None, the error message or "")."""
         steps = self.steps()
         if not which:
             found = f"output_dir {self.folder} holds checkpoint-{steps[-1]}" if steps else ""
@@ -255,21 +261,23 @@ class Checkpoints:
         return None, ""
 
     def problem(self, path: Path) -> str | None:
-        """Why this checkpoint cannot be resumed, by the lengths and headers of its files, or None."""
+        """Why this checkpoint cannot be resumed, judging by the lengths and headers of its files; None if it
+        can."""
         try:
             if unlisted := self._unlisted(path):
                 return unlisted
             self.files.check(self._models(), path)
             listed = (path / "checkpoint.json").is_file()
             for name in () if listed else ("optimizer.bin", "scheduler.bin"):
-                if not zipfile.is_zipfile(path / name):  # torch's format, whose directory is at its end
+                if not zipfile.is_zipfile(path / name):  # torch's format, whose directory is at the end
                     return f"{name} is missing or not whole"
         except (ValueError, OSError) as error:
             return str(error)
         return None
 
     def _unlisted(self, path: Path) -> str | None:
-        """The first difference between the files and the list in checkpoint.json, where there is one."""
+        """The first difference between the files and the list in checkpoint.json; None if there is no
+        difference or no list."""
         if not (path / "checkpoint.json").is_file():
             return None
         try:
@@ -285,7 +293,7 @@ class Checkpoints:
         return None
 
     def _check_folder(self) -> None:
-        """Undo what a kill left half done, and make sure that the run can write what it will have to."""
+        """Clean up after a killed run, and make sure that this run can write its checkpoints."""
         if self.accelerator.is_main_process:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -299,8 +307,8 @@ class Checkpoints:
                 probe.unlink()
             except OSError as error:
                 raise OSError(f"output_dir {self.folder} cannot be written: {error}") from error
-            # One more than the limit, as the oldest goes after the newest came. Each holds about what learns,
-            # its two moments and its averages
+            # One more than the limit, as the oldest is removed after the newest is written. Each holds about
+            # the trainable weights, their two moments and their averages
             at_once = max(1, (self.limit or 1) + 1 - len(self.steps()))
             learning = [p for model in self._models() for p in model.parameters() if p.requires_grad]
             copies = 3 + len(getattr(self.files, "averages", ()))

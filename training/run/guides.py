@@ -1,4 +1,4 @@
-"""The training of a guide: a component of a pipeline that reads the pipeline's noised pictures."""
+"""Training a guide: a component of a pipeline that reads the pipeline's noised pictures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from training.run.start import Run
 
 
 class TowerSettings(RunSettings, GuideSettings, AdamWSettings):
-    """What the trainings of a guide and of a CLIP share."""
+    """The settings shared by training a guide and training a CLIP."""
 
     max_train_steps: int = 2000
     checkpointing_steps: int = 200
@@ -25,12 +25,12 @@ def train_guide(
     config: TowerSettings, run: Run, model: Any, pictures: Any,
     make_loss: Callable[[Run, torch.nn.Module], LossFunction], name: str, ema_decay: float | None = None,
 ) -> None:  # fmt: skip
-    """Train `model`, a component of a pipeline, and save it, or with `ema_decay` the moving average of its
-    weights, as output_dir/name.
+    """Train `model`, a component of a pipeline, and save it as output_dir/name. With `ema_decay`, the moving
+    average of its weights is saved instead.
 
     Args:
-        pictures: has a length and `columns`, as NoisedPictures.
-        make_loss: (run, the prepared model) -> the loss of a micro-batch.
+        pictures: has a length and `columns`, like NoisedPictures.
+        make_loss: (run, prepared model) -> the function that computes the loss of a micro-batch.
     """
     optimizer = make_adamw(model, config.learning_rate, config.adam_weight_decay)
     total, warm_up = config.max_train_steps, config.lr_warmup_steps

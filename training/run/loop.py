@@ -1,7 +1,8 @@
-"""The training loop: `fit`, one optimizer step after another, and `Training`, what every recipe does between.
+"""The training loop: `fit` takes the optimizer steps, and `Training` does what every recipe does between
+them.
 
-`fit` is a generator: batches, backward, clipping, optimizer, schedule, EMA. `Training.steps` adds progress
-bar, logs and checkpoints, and yields after each step in turn, so that a recipe owns what differs.
+`fit` is a generator: batches, backward pass, clipping, optimizer, schedule, EMA. `Training.steps` adds a
+progress bar, logs and checkpoints. It too yields after each step, so that a recipe's own code can run there.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ LOG_STEPS = 20
 
 @dataclass
 class StepResult:
-    """What one optimizer step did; `details` is what the loss function returned beside its last loss."""
+    """The result of one optimizer step; `details` is what the loss function returned with its last loss."""
 
     step: int
     loss: float
@@ -47,16 +48,17 @@ def fit(
     """Train from `start_step` to `max_train_steps`, yielding after each optimizer step.
 
     Args:
-        model: what `accelerator.prepare` returned; several if several are trained. The EMA is the first's.
-        batches: micro-batches, beginning with number start_step * gradient_accumulation_steps.
-        compute_loss: (batch, micro_step) -> scalar loss of this process's slice, and details to pass on.
-            Whatever it draws at random must depend on (seed, micro_step) alone. Torch's global generators,
-            which dropout uses, are seeded from these before each call, and by process: dropout masks are the
-            only draws that depend on how many processes share a batch.
-        ema: diffusers' EMAModel, or several, stepped after each optimizer step.
+        model: what `accelerator.prepare` returned, or a sequence of models; the EMA is of the first.
+        batches: micro-batches, starting at number start_step * gradient_accumulation_steps.
+        compute_loss: (batch, micro_step) -> (scalar loss of this process's slice, details to pass on). Its
+            random draws must depend on (seed, micro_step) alone. Torch's global generators, which dropout
+            uses, are seeded before each call from these and the process's number: dropout masks are the only
+            draws that depend on how many processes share a batch.
+        ema: diffusers' EMAModel, or a list of them, updated after each optimizer step.
 
     Raises:
-        FloatingPointError: the loss or its gradient is no longer finite; the weights are as before that step.
+        FloatingPointError: the loss or its gradient is no longer finite. The weights are those before the
+            step.
     """
     models = [model] if isinstance(model, torch.nn.Module) else list(model)
     parameters = [parameter for one in models for parameter in one.parameters()]
@@ -72,7 +74,7 @@ def fit(
             batch = next(batches)
             torch.manual_seed(seed_for(seed, "step", micro_step, accelerator.process_index))
             with contextlib.ExitStack() as unsynchronised:
-                if part < gradient_accumulation_steps - 1:  # processes exchange gradients once, at the last
+                if part < gradient_accumulation_steps - 1:  # gradients are exchanged once, at the last part
                     for one in models:
                         unsynchronised.enter_context(accelerator.no_sync(one))
                 with accelerator.autocast(), attention():
@@ -81,7 +83,7 @@ def fit(
             total += loss.detach() / gradient_accumulation_steps
         grad_norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm) or 0.0)
         mean_loss = float(accelerator.reduce(total, "mean"))  # type: ignore[arg-type]
-        # under fp16 the scaler meets infinite gradients, by skipping the step
+        # under fp16, the gradient scaler handles infinite gradients by skipping the step
         if not math.isfinite(mean_loss) or not (accelerator.scaler or math.isfinite(grad_norm)):
             raise FloatingPointError(
                 f"step {step + 1}: the loss is {mean_loss} and its gradient's norm {grad_norm}; a lower "
@@ -98,26 +100,26 @@ def fit(
 
 @dataclass
 class Progress:
-    """Where a run is after a step."""
+    """The state of a run after a step."""
 
     step: int
-    done: bool  # it was the last
+    done: bool  # this was the last step
     saved: bool  # a checkpoint was due
     minutes: float  # CPU time of this process
     means: dict[str, float]  # of the loss and its scalar details, over about 50 steps
 
 
 class Training:
-    """Models on their way from the first step, or from a checkpoint, to step `total`.
+    """Trains models up to step `total`, from the first step or from a checkpoint.
 
     Args:
-        models: what is trained; `self.models` are as `accelerator.prepare` returns them.
-        name: of the first model in a checkpoint.
-        averages: of the first model; empty in all but the main process.
-        limit: how many checkpoints are kept.
-        files: how a checkpoint keeps the models, by default as ModelFolder(name, *averages).
-        settings: what a resumed run should have in common with the saved one.
-        also_saved: further objects with a state_dict.
+        models: the models to train; `self.models` holds them as `accelerator.prepare` returns them.
+        name: the first model's name in a checkpoint.
+        averages: moving averages of the first model; empty in all but the main process.
+        limit: how many checkpoints to keep.
+        files: how a checkpoint stores the models, by default ModelFolder(name, *averages).
+        settings: those that a resumed run should share with the saved one.
+        also_saved: further objects with a state_dict, saved and restored as well.
     """
 
     def __init__(
@@ -142,7 +144,8 @@ class Training:
     ) -> Iterator[Progress]:  # fmt: skip
         """Train to the last step, or until the main process has used `max_train_minutes` of CPU time.
 
-        Checkpoints are written before each yield, with `state()`; only the last one has to succeed.
+        A checkpoint that is due is written before the yield, with `state()`. A failed write ends the run only
+        for the last checkpoint.
         """
         accelerator, config = self.run.accelerator, self.run.config
         steps = fit(

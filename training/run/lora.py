@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA, Hu 2021) through peft, in the file format of diffusers.
 
-W x becomes W x + (alpha / rank) B A x, A (rank, in) and B (out, rank) learned, W frozen, for the projections
-of every attention, or for layers that are named; of a convolution A is one too, as large, and B 1 x 1.
-`pytorch_lora_weights.safetensors` holds all A and B: `pipe.load_lora_weights(folder)`.
+W x becomes W x + (alpha / rank) B A x, with A (rank, in) and B (out, rank) learned and W frozen, in the
+projections of every attention or in layers given by name. In a convolution, A is a convolution of the same
+kernel size and B is 1 x 1. `pytorch_lora_weights.safetensors` holds all A and B: load it with
+`pipe.load_lora_weights(folder)`.
 """
 
 from pathlib import Path
@@ -28,8 +29,9 @@ TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def add_lora(model: torch.nn.Module, layers: list[str], rank: int, alpha: float | None = None) -> None:
-    """Freeze the model and add an adapter that changes nothing yet (B = 0) to each layer whose name ends in
-    one of `layers`. `alpha` defaults to the rank. Raises ValueError for an ending that no layer has."""
+    """Freeze the model and add an adapter to each layer whose name ends in one of `layers`. The adapters
+    start with B = 0, so they change nothing yet. `alpha` defaults to the rank. Raises ValueError if no
+    layer's name has one of the endings."""
     names = [name for name, module in model.named_modules() if isinstance(module, (Linear, Conv2d))]
     for layer in layers:
         known = any(f".{name}".endswith(f".{layer}") for name in names)
@@ -41,14 +43,14 @@ def add_lora(model: torch.nn.Module, layers: list[str], rank: int, alpha: float 
 
 
 class LoraFile:
-    """How a checkpoint keeps adapters: diffusers' file and nothing of the frozen weights. The models are the
-    U-Net and, when it learns too, the text encoder."""
+    """Stores adapters in a checkpoint, in diffusers' file format and without the frozen weights. The models
+    are the U-Net and, if it is trained too, the text encoder."""
 
     def save(self, models: list[Any], folder: Path) -> None:
         parts: dict[str, Any] = {}
         for name, model in zip(MODELS, models, strict=False):
             parts[f"{name}_lora_layers"] = adapter_weights(model)
-            # Without it a reader of the file takes alpha to be the rank
+            # Without this, readers of the file assume that alpha is the rank
             parts[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
         StableDiffusionLoraLoaderMixin.save_lora_weights(str(folder), **parts)
 
@@ -65,21 +67,22 @@ class LoraFile:
 
     @staticmethod
     def tensors(models: list[Any]) -> dict[str, Tensor]:
-        """The adapters' own tensors, no copies, by their names in the file."""
+        """The adapters' own tensors (not copies) by their names in the file."""
         weights = zip(MODELS, map(adapter_weights, models), strict=False)
         return {f"{prefix}.{name}": tensor for prefix, own in weights for name, tensor in own.items()}
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapted layer under diffusers' names. For a U-Net these are peft's: diffusers' older
-    names cover attention layers only, and of a file that mixes the two only a part is read."""
+    """A and B of every adapted layer, under diffusers' names. For a U-Net these are peft's names: diffusers'
+    older names cover only attention layers, and a file that mixes the two is only partly read."""
     weights = get_peft_model_state_dict(model)
     return weights if isinstance(model, ConditionalUNet) else convert_state_dict_to_diffusers(weights)
 
 
 class Behind:
-    """A model whose calls go through the wrapper that averages gradients over processes, and all else to the
-    model itself: that wrapper hides `config` and the layers, which `encode_text` reads."""
+    """A model behind the wrapper that averages gradients over processes. Calls go through the wrapper,
+    everything else to the model itself: the wrapper hides `config` and the layers, which `encode_text`
+    reads."""
 
     def __init__(self, wrapper: torch.nn.Module, model: torch.nn.Module):
         self._wrapper, self._model = wrapper, model

@@ -1,4 +1,4 @@
-"""The optimizers: AdamW, and Muon for the matrices with AdamW for the rest."""
+"""The optimizers: AdamW, or Muon for the matrices with AdamW for the rest."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from training.run.precision import has_bf16
 
 OPTIMIZERS = ("adamw", "muon")
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton-Schulz: steepest at 0 (Jordan 2024)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of Newton-Schulz, steepest at 0 (Jordan 2024)
 MOMENTUM = 0.95
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest matrix with orthonormal rows or columns, whichever are fewer: U V^T for U S V^T.
+    """Approximate the nearest matrix with orthonormal rows or columns, whichever are fewer: U V^T of U S V^T.
 
-    Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X, from X / |X|, which brings singular values to
-    about [0.7, 1.2] in five steps (Jordan 2024). In bf16 where the hardware has it: the result need not be
-    exact.
+    Newton-Schulz iterates X <- a X + b (X X^T) X + c (X X^T)^2 X from X / |X|, which brings the singular
+    values to about [0.7, 1.2] in five steps (Jordan 2024). It runs in bf16 if the hardware supports it, since
+    the result need not be exact.
 
     Args:
         matrix: (R, C).
@@ -38,14 +38,14 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan 2024) for the groups that have "momentum", AdamW for the others:
+    """Muon (Jordan 2024) for the parameter groups that have "momentum", AdamW for the others. Muon's step is:
 
         m <- mu m + (1 - mu) g
         w <- (1 - lr wd) w - 0.2 lr sqrt(max(R, C)) orthogonalize(mu m + (1 - mu) g)
 
-    The factor brings the root mean square of an update to 0.2 lr, about AdamW's (Liu 2025, equation 4). A
-    weight of more than two axes counts as the matrix (out, rest). torch.optim.Muon takes matrices only, and
-    would need a second optimizer beside it for the rest.
+    The factor gives updates a root mean square of 0.2 lr, about that of AdamW's (Liu 2025, equation 4). A
+    weight with more than two axes is treated as a matrix (out, rest). torch.optim.Muon accepts only matrices
+    and would need a second optimizer for the rest.
     """
 
     @torch.no_grad()
@@ -80,14 +80,14 @@ class Muon(torch.optim.AdamW):
 def make_optimizer(
     kind: str, models: Iterable[nn.Module], learning_rate: float, matrix_learning_rate: float, **settings: Any
 ) -> torch.optim.Optimizer:
-    """The optimizer of everything that learns in `models`.
+    """An optimizer for all trainable parameters of `models`.
 
     Args:
-        kind: "adamw"; or "muon", for every weight of two axes or more but those of the first and the last
-            layer (`conv_in`, `conv_out`) and the embeddings, which keep AdamW.
+        kind: "adamw" or "muon". Muon updates the weights with two or more axes, except those of the first and
+            last layers (`conv_in`, `conv_out`) and of the embeddings; AdamW updates these and the vectors.
         learning_rate: AdamW's.
         matrix_learning_rate: Muon's.
-        settings: AdamW's betas, weight_decay (Muon's too) and eps.
+        settings: AdamW's betas, eps and weight_decay; Muon uses the weight_decay too.
     """
     matrices: list[Tensor] = []
     others: list[Tensor] = []
@@ -105,7 +105,8 @@ def make_optimizer(
 
 
 def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: int) -> None:
-    """Let the last `decay` of `total` steps fall to 0 linearly, on top of what the schedule does."""
+    """Decay the learning rate linearly to 0 over the last `decay` of `total` steps, on top of the
+    schedule."""
 
     def falling(rate: Callable[[int], float], step: int) -> float:
         return rate(step) * min(1.0, max(0.0, (total - step) / decay))
@@ -115,7 +116,7 @@ def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: in
 
 
 def make_adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW of everything that learns in the model; vectors (biases, scales of norms) do not decay."""
+    """AdamW for the model's trainable parameters; vectors (biases, scales of norms) have no weight decay."""
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = {"params": [weight for weight in learning if weight.ndim > 1], "weight_decay": weight_decay}
     vectors = {"params": [weight for weight in learning if weight.ndim <= 1], "weight_decay": 0.0}

@@ -1,4 +1,4 @@
-"""In which number format a run multiplies, and with which attention kernels."""
+"""The number format of a run's matrix products, and its attention kernels."""
 
 import contextlib
 import functools
@@ -13,7 +13,8 @@ PRECISIONS = (None, "auto", "no", "fp16", "bf16")
 
 
 def resolve_precision(mixed_precision: str | None) -> str | None:
-    """For "auto": "bf16" where the device has bf16 in hardware, otherwise "no"; anything else as it is.
+    """For "auto", "bf16" if the device supports it in hardware, otherwise "no". Other values are returned as
+    they are.
 
     A CPU without AVX512-BF16 or AMX (or Arm's BF16) emulates it, about fifty times slower than fp32.
     """
@@ -25,7 +26,7 @@ def resolve_precision(mixed_precision: str | None) -> str | None:
 
 @functools.cache
 def has_bf16(device: str) -> bool:
-    """Whether a device of that type multiplies bf16 matrices in hardware."""
+    """Whether devices of this type multiply bf16 matrices in hardware."""
     if device == "cpu":
         able = torch.cpu.get_capabilities()
         return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
@@ -33,8 +34,9 @@ def has_bf16(device: str) -> bool:
 
 
 def attention_of(accelerator: Accelerator) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes the context to train in: torch's own choice of attention kernels, except on a CPU in bf16, where
-    the backward pass of the fused kernel took three times as long as in fp32; there plain matrix products."""
+    """A function that makes the context to train in: torch's own choice of attention kernels, or plain matrix
+    products on a CPU in bf16, where the backward pass of the fused kernel took three times as long as in
+    fp32."""
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         return functools.partial(sdpa_kernel, SDPBackend.MATH)
     return contextlib.nullcontext

@@ -1,7 +1,7 @@
 """Settings: dataclasses, filled from a YAML file and then from the command line.
 
-A setting that several commands have stands here once, with its help and its range, in a group; a command's
-own dataclass inherits the groups it needs and restates only the defaults that differ:
+A setting that several commands share is defined here once, in a group, with its help and its range. A
+command's own dataclass inherits the groups that it needs and restates only the defaults that differ:
 
     class MySettings(RunSettings, AdamWSettings):
         train_batch_size: int = 256
@@ -29,13 +29,13 @@ Config = TypeVar("Config")
 
 
 class Rule(NamedTuple):
-    """What values a setting may have; `allowed` completes "NAME must be ..."."""
+    """The values that a setting may have; `allowed` completes "NAME must be ..."."""
 
     holds: Callable[[Any], bool]
     allowed: str
 
 
-RULES = {  # those that many settings have, by their text
+RULES = {  # rules shared by many settings, by their text
     "at least 1": lambda value: value >= 1,
     "0 or more": lambda value: value >= 0,
     "above 0": lambda value: value > 0,
@@ -46,10 +46,12 @@ RULES = {  # those that many settings have, by their text
 def setting(
     help: str, default: Any = dataclasses.MISSING, rule: Rule | str | Sequence[Any] | None = None
 ) -> Any:
-    """A field of a settings class: its --help text, its default (a list is copied), and its range: a Rule,
-    one of RULES, or the values to choose from.
+    """A field of a settings class.
 
-    Without a default the setting must be given.
+    Args:
+        help: its --help text.
+        default: its default (a list is copied); without one, the setting must be given.
+        rule: its range: a Rule, the text of one of RULES, or the values to choose from.
     """
     if isinstance(rule, str):
         rule = Rule(RULES[rule], rule)
@@ -62,14 +64,15 @@ def setting(
 
 
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    """The one kind of error that settings cause: it names the argument, the value and what is allowed."""
+    """Raise a ValueError unless `condition` holds. All errors in settings have this form: the argument, what
+    is allowed, the value."""
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 @dataclass_transform(kw_only_default=True)
 class Settings:
-    """What every settings class can do. Its subclasses are keyword-only dataclasses; a field that restates an
+    """The base of every settings class. Subclasses become keyword-only dataclasses; a field that restates an
     inherited one with a plain default keeps its help and its range."""
 
     rules: ClassVar[dict[str, Rule]] = {}
@@ -91,8 +94,8 @@ class Settings:
         dataclasses.dataclass(kw_only=True)(cls)
 
     def check(self) -> None:
-        """Raise a ValueError that names the argument for everything that can be known before work starts:
-        here each setting's own range; a subclass adds what concerns several."""
+        """Raise a ValueError that names the argument for any error that can be found before work starts. The
+        base class checks each setting's own range; a subclass adds checks that involve several settings."""
         kinds = get_type_hints(type(self))
         for name, rule in self.rules.items():
             value, optional = getattr(self, name), type(None) in get_args(kinds[name])
@@ -141,7 +144,7 @@ class WordSettings(NpmSettings):
 
 
 class RunSettings(CacheSettings, SeedSettings):
-    """What every training run has."""
+    """The settings of every training run."""
 
     output_dir: str = setting("Checkpoints, logs and the trained model go here.")
     train_batch_size: int = setting("Pictures for each process and micro-batch.", 32, "at least 1")
@@ -208,7 +211,7 @@ class TimestepSettings(SeedSettings):
 
 
 class GuideSettings(DataSettings):
-    """What is trained on the pictures of a pipeline, to guide it."""
+    """Settings for training a model on a pipeline's pictures, to guide the pipeline."""
 
     pretrained_model_name_or_path: str = setting(
         "The pipeline whose text tower, schedule and space are taken.", "models/emoji"
@@ -223,7 +226,7 @@ class GuideSettings(DataSettings):
 
 
 def command_line() -> str:
-    """How the running command was called: `python -m training.export`, or the file's name for a script."""
+    """How the running command was called: `python -m training.export`, or the name of the script's file."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
@@ -231,13 +234,14 @@ def command_line() -> str:
 def parse_config(
     config_class: type[Config], argv: list[str] | None = None, command: str | None = None
 ) -> Config:
-    """Read `--config FILE.yaml`, if given, then the other arguments, which win over the file.
+    """Read `--config FILE.yaml`, if given, then the other arguments, which override the file.
 
-    A class with a field of its own called `config` takes no such file. `command` is the name in the usage
+    A class that has its own field called `config` takes no such file. `command` is the name in the usage
     line, by default `command_line()`.
 
     Raises:
-        SystemExit: with one line that names the argument or key, its value and what is allowed.
+        SystemExit: an argument or a key of the file is wrong; one line names it, its value and what is
+            allowed.
     """
     given = sys.argv[1:] if argv is None else argv
     argv = [part for one in given for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
@@ -260,12 +264,12 @@ def parse_config(
             if value is None and kinds[name] in (bool, int, float, str):
                 raise SystemExit(f"{path}: {name} must be of type {kinds[name].__name__}, got null")
     parser = HfArgumentParser(config_class, prog=command or command_line())  # type: ignore[arg-type]
-    if "config" not in known:  # read above: here for --help
+    if "config" not in known:  # already read above; added here for --help
         parser.add_argument("--config", metavar="FILE.yaml", help="Settings; those given beside it win.")
-    for action in parser._actions:  # what the file sets is no longer required, and is the new default
+    for action in parser._actions:  # a setting in the file is no longer required, and is the new default
         if action.dest in from_file:
             action.required = False
-        if action.type is Any:  # a mapping in the file, its JSON on the command line
+        if action.type is Any:  # a mapping in the file, JSON on the command line
             action.type = str
     parser.set_defaults(**from_file)
     try:
@@ -278,7 +282,7 @@ def parse_config(
 
 
 def run_command(main: Callable[[], None], name: str) -> None:
-    """Call main() and show a ValueError of our own code as one line, `name: what is wrong`.
+    """Call main() and show a ValueError raised by our own code as one line, `name: what is wrong`.
 
     Errors raised in other libraries keep their traceback.
     """

@@ -1,4 +1,4 @@
-"""How a run starts: processes, precision, seeds, tracker, Hub repository."""
+"""Starting a run: processes, precision, seeds, tracker, Hub repository."""
 
 import datetime
 import logging
@@ -19,9 +19,9 @@ from training.run.settings import RunSettings
 
 
 class Run:
-    """A run that has started: its settings, and this process among those that share it.
+    """A started run: its settings, and this process's place among those that share it.
 
-    Starting it seeds torch's, NumPy's and Python's generators.
+    Creating one seeds torch's, NumPy's and Python's generators.
     """
 
     def __init__(
@@ -36,20 +36,21 @@ class Run:
     def batches(
         self, data: Any, start: int = 0, concept_power: float = 0.25, style_power: float = 1.0
     ) -> Iterator[list[int]]:
-        """Picture numbers of this process's micro-batches from number `start` on; `data` has a length and
-        `columns`. Concepts are weighted if it tells them, see `concept_weights`."""
+        """Picture numbers of this process's micro-batches, from micro-batch number `start` on. `data` has a
+        length and `columns`; if there is a column "concept", pictures are weighted: see `concept_weights`."""
         concepts, styles = data.columns.get("concept"), data.columns.get("style")
         weights = concept_weights(concepts, concept_power, styles, style_power) if concepts else None
         size, seed = self.config.train_batch_size, self.config.seed
         return iter(StepBatchSampler(len(data), size, seed, weights, start, self.rank, self.world))
 
     def init_tracker(self, project_name: str) -> None:
-        """Start the tracker with the plain settings, without the Hub token."""
+        """Start the tracker and give it the numeric and string settings, without the Hub token."""
         plain = {k: v for k, v in vars(self.config).items() if isinstance(v, int | float | str)}
         self.accelerator.init_trackers(project_name, plain | {"hub_token": ""})
 
     def create_repository(self, name: str | None, token: str | None) -> str | None:
-        """The Hub repository to upload to, by default of output_dir's name; None but in the main process."""
+        """Create the Hub repository to upload to, by default named after output_dir; None in all but the main
+        process."""
         if not self.is_main:
             return None
         return create_repo(name or self.output.name, token=token, exist_ok=True).repo_id
@@ -59,22 +60,22 @@ def make_accelerator(
     output_dir: Path | None = None, mixed_precision: str | None = None, log_with: str | None = None,
     num_processes: int | None = None,
 ) -> Accelerator:  # fmt: skip
-    """An Accelerator with as many processes as were asked for, on CPU through gloo.
+    """An Accelerator that runs the requested number of processes; on CPU, they communicate through gloo.
 
-    A launcher can lose processes without a word: `accelerate launch --cpu --num_processes 2` starts one,
-    since it leaves the starting of processes on CPU to mpirun; and where several were started on a machine
-    without an accelerator, each would take itself for the only one unless Accelerator is told `cpu=True`.
+    A launcher can lose processes silently. `accelerate launch --cpu --num_processes 2` starts only one,
+    because on CPU it expects mpirun to start them. If several are started on a machine without an
+    accelerator, each assumes that it is the only one unless Accelerator is given `cpu=True`.
 
-    The schedule is stepped once for each optimizer step, whatever the number of processes (split_batches), so
-    that a checkpoint of one process goes on in two and back.
+    The learning-rate schedule is stepped once for each optimizer step, whatever the number of processes
+    (split_batches). A checkpoint of one process can therefore be resumed with two, and vice versa.
 
     Raises:
-        ValueError: fewer or more processes run than the launcher, or `num_processes`, asked for.
+        ValueError: the number of running processes is not what the launcher, or `num_processes`, requested.
     """
     sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     started = next((int(os.environ[name]) for name in sizes if name in os.environ), None)
     if started is None and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= set(os.environ):
-        # accelerate sets MASTER_ADDR when it is to start several, and torch's launcher then sets WORLD_SIZE
+        # accelerate sets MASTER_ADDR when asked for several processes; torch's launcher then sets WORLD_SIZE
         raise ValueError(
             "accelerate launch was asked for several processes and started one: on CPU it starts them with "
             "--config_file training/configs/accelerate/cpu_2.yaml, or with --multi_gpu instead of --cpu"
@@ -87,7 +88,7 @@ def make_accelerator(
         project_config=output_dir and ProjectConfiguration(str(output_dir), str(output_dir / "logs")),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=[
-            # gradients live in the buckets that are averaged: no second copy
+            # gradients are stored in the buckets that are averaged, without a second copy
             ParallelKwargs(gradient_as_bucket_view=True),
             # the others wait while the main process decodes pictures or validates
             InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
