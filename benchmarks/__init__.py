@@ -1,1 +1,1 @@
-"""Timings of ours beside others', taken turn by turn in one process."""
+"""Benchmarks: speed, coding, training recipes, fine-tuning, and the figures of papers redrawn."""

@@ -1,13 +1,14 @@
-"""What pictures cost as files: ours beside the KL that they should cost, and beside PNG and its kin.
+"""The size of pictures as files: our codec compared with the KL bound, and with PNG and similar formats.
 
     python -m benchmarks.coding --model runs/likelihood-hybrid/pipeline --output_dir outputs/coding
 
-Held-out pictures of data/emoji, at the size that the model draws:
-    - one lossless archive of all, each byte beside the sum of the KL terms, and the first picture alone;
-    - the same under the null prompt: what the captions save;
-    - the first few as progressive files, cut off at several places and decoded: rate against distortion.
-PNG, WebP, JPEG and AVIF code one sheet of the same pictures, so that their headers count once; of ours, whose
-header names the model and all captions, the coded bytes count in the curve and the whole file in the table.
+Held-out pictures of data/emoji, at the size that the model draws, are coded as
+    - one lossless archive of all, and one of the first picture alone, each compared with the sum of the KL
+      terms;
+    - the same archive under the null prompt, which shows what the captions save;
+    - progressive files of the first few, truncated at several places and decoded: rate against distortion.
+PNG, WebP, JPEG and AVIF code one sheet of the same pictures, so that their headers count once. Our header
+names the model and all captions: the curve counts only the coded bytes, the table the whole file.
 """
 
 import argparse
@@ -34,7 +35,7 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},
     "WebP lossless": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
 }
-LOSSY: dict[str, dict[str, Any]] = {  # colour at full size where the format has it: flat art needs it
+LOSSY: dict[str, dict[str, Any]] = {  # colour at full resolution if the format has it: flat art needs it
     "JPEG": {"format": "JPEG", "optimize": True, "subsampling": "4:4:4"},
     "WebP": {"format": "WEBP", "method": 6},
     "AVIF": {"format": "AVIF", "speed": 0, "subsampling": "4:4:4"},
@@ -44,26 +45,27 @@ CUTS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # o
 
 
 def available(codecs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those that this Pillow can write."""
+    """The codecs that this Pillow can write."""
     built_in = ("PNG", "JPEG")
     return {k: v for k, v in codecs.items() if v["format"] in built_in or features.check(v["format"].lower())}
 
 
 def compress(image: Image.Image, options: dict[str, Any]) -> tuple[int, Image.Image]:
-    """(bytes of the file, the picture that it holds)."""
+    """(size of the file in bytes, the picture that it decodes to)."""
     file = io.BytesIO()
     image.save(file, **options)
     return file.getbuffer().nbytes, Image.open(file).convert("RGB")
 
 
 def squared_error(a: Image.Image, b: Image.Image) -> float:
-    """Mean over pixels and channels, in levels of 0 .. 255."""
+    """The mean squared error over pixels and channels, in levels of 0 .. 255."""
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     return float(np.square(difference).mean())
 
 
 def sheet_of(pictures: list[Image.Image]) -> Image.Image:
-    """All in one picture without gaps, ten in a row; blank cells of the last row repeat the last picture."""
+    """All pictures in one, without gaps, ten in a row; empty cells of the last row repeat the last
+    picture."""
     columns = min(10, len(pictures))
     cells = [np.asarray(one) for one in pictures + pictures[-1:] * (-len(pictures) % columns)]  # (H, W, 3)
     rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
@@ -73,7 +75,7 @@ def sheet_of(pictures: list[Image.Image]) -> Image.Image:
 def archive(
     pipe: Any, pictures: list[Image.Image], captions: list[str], steps: int, end: int
 ) -> dict[str, Any]:
-    """One lossless file: its bytes, and those of the KL sum."""
+    """The size of one lossless file, and of the sum of the KL terms."""
     began = time.perf_counter()
     data, cost = encode(pipe, pictures, captions, kind="lossless", steps=steps, end=end)
     taken = time.perf_counter() - began
@@ -96,7 +98,7 @@ def archive(
 def progressive(
     pipe: Any, pictures: list[Image.Image], captions: list[str], steps: int
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """(what the files cost, the curve: mean coded bytes and mean squared error at each of CUTS)."""
+    """(total sizes, the curve: mean coded bytes and mean squared error at each of CUTS)."""
     totals = {"coded, bytes": 0.0, "KL sum, bytes": 0.0, "the coder's bound, bytes": 0.0}
     points = np.zeros((len(CUTS), 2))
     pairs = list(zip(pictures, captions, strict=True))
@@ -116,7 +118,7 @@ def progressive(
 
 
 def others(pictures: list[Image.Image]) -> dict[str, dict[str, list[float]]]:
-    """The same curve for each lossy codec, over QUALITIES, on one sheet."""
+    """The rate-distortion curve of each lossy codec, over QUALITIES, on one sheet of the pictures."""
     sheet, curves = sheet_of(pictures), {}
     for name, options in available(LOSSY).items():
         results = [compress(sheet, options | {"quality": quality}) for quality in QUALITIES]
@@ -130,7 +132,7 @@ def others(pictures: list[Image.Image]) -> dict[str, dict[str, list[float]]]:
 def draw_curves(
     curves: dict[str, dict[str, list[float]]], lossless: dict[str, float], dims: int, path: Path
 ) -> None:
-    """Peak signal-to-noise ratio against bits per dimension; what is lossless stands as a line."""
+    """Plot peak signal-to-noise ratio against bits per dimension; lossless formats are vertical lines."""
     with chart(path, 7, 4.2) as ax:
         for name, curve in curves.items():
             rate = [8 * size / dims for size in curve["bytes"]]
@@ -146,10 +148,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.coding", description=__doc__.splitlines()[0])
     for name, default, text in (
         ("model", "models/emoji", "pipeline without a VAE"),
-        ("dataset", "data/emoji", "validation pictures from here"),
-        ("cache_dir", "data/cache", "decoded pictures"),
-        ("num_pictures", 100, "in the archive"),
-        ("num_progressive", 10, "of them as progressive files"),
+        ("dataset", "data/emoji", "source of the validation pictures"),
+        ("cache_dir", "data/cache", "where decoded pictures are kept"),
+        ("num_pictures", 100, "pictures in the archive"),
+        ("num_progressive", 10, "how many of them are coded as progressive files as well"),
         ("steps", 100, "timesteps of the chain"),
         ("output_dir", Path("outputs/coding"), "where the figures go"),
     ):
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     x0s = list(held_out.pictures.images(held_out.numbers).split(1))
     pictures = [to_picture(x0) for x0 in x0s]
     captions, dims = held_out.captions, 3 * pictures[0].width ** 2
-    # one for all, so that what the captions save is not a matter of where the chain ends
+    # one end for all, so that what the captions save does not depend on where the chain ends
     end = best_end(pipe, x0s, captions, settings.steps, None, 0)
     chain = (settings.steps, end)
     figures: dict[str, Any] = {"the chain's last timestep": end}

@@ -1,6 +1,7 @@
-"""Thirty pictures of a corgi, drawn by this file: something that the emoji art lacks, to fine-tune on.
+"""Thirty pictures of a corgi, drawn by this module: something that the emoji art lacks, to fine-tune on.
 
-Three coats, both ways round, standing or lying, with one of five things to wear. Apache-2.0, as the code.
+The corgi has one of three coats, faces left or right, stands or lies, and wears one of four things or
+nothing. The pictures are under Apache-2.0, like the code.
 """
 
 import itertools
@@ -9,14 +10,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-SIDE, SCALE = 256, 4  # drawn four times as large, then shrunk, so that edges are smooth
+SIDE, SCALE = 256, 4  # drawn at four times the size, then reduced, so that edges are smooth
 COATS = {"red": "#e08a3c", "brown": "#9a6238", "black": "#3c3a40"}
 THINGS = ("", "a red collar", "a blue scarf", "a party hat", "a crown")
 CREAM, PINK, DARK = "#fff4e2", "#f2a7a0", "#2b2226"
 
 
 class Canvas:
-    """Shapes in units of 1/100 of the picture's side, from its upper left corner."""
+    """Draws shapes, in units of 1/100 of the picture's side from its upper left corner."""
 
     def __init__(self) -> None:
         self.image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), "white")
@@ -91,7 +92,8 @@ def draw_corgi(coat: str, thing: str, lying: bool, faces_right: bool) -> Image.I
 
 
 def write_pictures(folder: Path) -> list[str]:
-    """Every other one of the 60 combinations, as a folder that training.text_to_image reads; the captions."""
+    """Write every other one of the 60 combinations, as a folder that training.text_to_image reads; return the
+    captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
     poses = itertools.product(enumerate(COATS), enumerate(THINGS), (False, True), (False, True))

@@ -3,12 +3,12 @@
     forward          a picture under the linear and the cosine schedule (Nichol 2021, figure 3)
     digit            a digit step by step, beta = 0.2, T = 10
     swiss-roll       forward, posterior and backward, beta = 0.05, T = 10
-    progressive      what the model takes the picture for on the way (Ho 2020, figure 6)
-    interpolation    two pictures mixed at several noise levels and drawn anew (Ho 2020, figure 9)
-    denoise          noised pictures and draws of what they were (Sohl-Dickstein 2015, figure 3)
-    rate-distortion  what stopping early costs and leaves (Ho 2020, figure 5)
+    progressive      the model's predictions of x0 during sampling (Ho 2020, figure 6)
+    interpolation    two pictures mixed at several noise levels and denoised (Ho 2020, figure 9)
+    denoise          noised pictures and samples of what they were (Sohl-Dickstein 2015, figure 3)
+    rate-distortion  the rate spent and the distortion left when sampling stops early (Ho 2020, figure 5)
 
-The first three need nothing; the others a model without a VAE, and the last two held-out pictures.
+The first three need nothing. The others need a model without a VAE, and the last two also held-out pictures.
 """
 
 import argparse
@@ -41,7 +41,8 @@ PROMPTS = ["dog face, noto style", "red heart, 3d style", "pizza, flat style", "
 
 
 def draw_pictures(rows: dict[str, Tensor], titles: list[str], path: Path) -> None:
-    """One row of pictures for each entry, (n, C, H, W) in [-1, 1], its name to the left, titles on top."""
+    """One row of pictures for each entry, (n, C, H, W) in [-1, 1], with its name on the left and titles on
+    top."""
     columns = len(titles)
     with chart(path, 1.1 * columns + 0.9, 1.15 * len(rows) + 0.3, columns, len(rows)) as axes:
         for row, pictures in zip(np.atleast_2d(axes), rows.values(), strict=True):
@@ -74,7 +75,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def noised_pictures(picture: Tensor, schedule: str, timesteps: list[int], seed: int) -> Tensor:
-    """The picture (1, C, H, W) at those timesteps of a schedule, all with the same noise, (n, C, H, W)."""
+    """The picture (1, C, H, W) at these timesteps of a schedule, all with the same noise: (n, C, H, W)."""
     eps = torch.randn(picture.shape, generator=seeded(seed)).expand(len(timesteps), -1, -1, -1)
     scheduler = DDPMScheduler(beta_schedule=schedule)
     return scheduler.add_noise(picture.expand_as(eps), eps, torch.tensor(timesteps))
@@ -95,11 +96,11 @@ def draw_digit(settings: argparse.Namespace, path: Path) -> None:
 
 
 def draw_swiss_roll(settings: argparse.Namespace, path: Path) -> None:
-    """q(x_t | x_{t-1}), q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t), every second of the eleven clouds.
+    """q(x_t | x_{t-1}), q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t): every other one of the eleven clouds.
 
-    Backward starts from noised points of its own and sees no x0: its model is the exact one, E[eps | x_t] for
-    x0 evenly among the roll's points. Ten steps are few: the last one goes to the mean of the places that x_1
-    may have come from, which for some lies between the coils.
+    The backward chain starts from noised points of its own and sees no x0. It uses the exact model, E[eps |
+    x_t] for x0 uniform over the roll's points. Ten steps are few: the last one goes to the mean of the points
+    that x_1 may have come from, which for some lies between the coils.
     """
     roll, T, beta = swiss_roll(1000, settings.seed), 10, 0.05
     generator = seeded(settings.seed)
@@ -119,7 +120,8 @@ def draw_swiss_roll(settings: argparse.Namespace, path: Path) -> None:
 def progressive_predictions(
     pipe: TextToImagePipeline, prompts: list[str], steps: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """(timesteps (n,), predicted x0 at each (n, B, 3, H, W)) while the model's DDPM chain draws the prompts.
+    """(timesteps (n,), the x0 predicted at each (n, B, 3, H, W)) while the model's DDPM chain draws the
+    prompts.
 
     Prompt i has the seed seed + i; the last prediction is the picture.
     """
@@ -148,10 +150,11 @@ def draw_progressive(settings: argparse.Namespace, path: Path) -> None:
 
 
 def mixed_noise(pictures: Tensor, shares: Tensor, abar: float, seed: int) -> Tensor:
-    """x_t and x'_t ~ q(x_t | picture), mixed by `shares` (n,) of the second: (n, C, H, W).
+    """x_t and x'_t ~ q(x_t | picture), interpolated with lambda = `shares`, (n,): (n, C, H, W).
 
-    A plain mix of independent noises would be calmer in the middle than x_t ever is, so the noise's part is
-    scaled back to its variance of 1 - abar: ((1 - s) eps + s eps')/sqrt((1 - s)^2 + s^2).
+    A plain interpolation of independent noises would have a lower variance in the middle than any x_t, so the
+    noise is scaled back to its variance of 1 - abar: ((1 - lambda) eps + lambda eps')/sqrt((1 - lambda)^2 +
+    lambda^2).
     """
     eps = torch.randn(pictures.shape, generator=seeded(seed))
     s = shares.reshape(-1, 1, 1, 1)
@@ -161,14 +164,14 @@ def mixed_noise(pictures: Tensor, shares: Tensor, abar: float, seed: int) -> Ten
 
 
 def timesteps_from(t: int, steps: int) -> list[int]:
-    """t .. 0 in so many steps, evenly, or all of them if there are fewer."""
+    """`steps` evenly spaced timesteps from t to 0, or all of them if there are fewer."""
     return torch.linspace(t, 0, min(steps, t + 1)).round().long().unique().flip(0).tolist()
 
 
 def draw_from(
     pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, seeds: Iterable[int], **arguments: Any
 ) -> Tensor:
-    """What the model's DDPM chain makes of x_t from timestep t on, (B, 3, H, W) in [-1, 1]."""
+    """Denoise x_t with the model's DDPM chain from timestep t on: (B, 3, H, W) in [-1, 1]."""
     pipe.scheduler = chain_of(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return call(pipe, seeds, timesteps=timesteps_from(t, steps), latents=x_t, **arguments)
@@ -178,9 +181,9 @@ def draw_from(
 def interpolate(
     pipe: TextToImagePipeline, x0: Tensor, captions: list[str], t: int, shares: Tensor, steps: int, seed: int
 ) -> Tensor:
-    """The mixes of two pictures x0 (2, 3, H, W) at timestep t, drawn on from there: (n, 3, H, W) in [-1, 1].
+    """Interpolate two pictures x0 (2, 3, H, W) at timestep t and denoise from there: (n, 3, H, W) in [-1, 1].
 
-    The captions' states are mixed by the same shares, and every mix is denoised with the same noise.
+    The captions' states are interpolated with the same shares, and all are denoised with the same noise.
     """
     abar = float(pipe.scheduler.alphas_cumprod[t])
     states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
@@ -207,8 +210,9 @@ def draw_interpolation(settings: argparse.Namespace, path: Path) -> None:
 
 
 def noise_to_level(scheduler: DDPMScheduler, pictures: Tensor, sigma: float, seed: int) -> tuple[int, Tensor]:
-    """(t, x_t), so that x_t/sqrt(abar_t) is the pictures plus noise of standard deviation `sigma`, or the
-    nearest that a timestep has: sigma_t^2 = (1 - abar_t)/abar_t. Picture i has the seed seed + i."""
+    """(t, x_t) such that x_t/sqrt(abar_t) is the pictures plus noise of standard deviation `sigma`, or of the
+    nearest one that a timestep has, where sigma_t^2 = (1 - abar_t)/abar_t. Picture i has the seed seed +
+    i."""
     levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).log()
     t = int((levels - 2 * math.log(sigma)).abs().argmin())
     eps = torch.stack([torch.randn(x.shape, generator=seeded(seed + i)) for i, x in enumerate(pictures)])
@@ -217,13 +221,14 @@ def noise_to_level(scheduler: DDPMScheduler, pictures: Tensor, sigma: float, see
 
 @torch.no_grad()
 def sample_posterior(pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int, seed: int) -> Tensor:
-    """x0 ~ p(x0 | x_t) as the model has it without a prompt: its chain from t on. (B, C, H, W) in [-1, 1]."""
+    """x0 ~ p(x0 | x_t), by the model's chain from t on without a prompt: (B, C, H, W) in [-1, 1]."""
     seeds = range(seed, seed + len(x_t))
     return draw_from(pipe, x_t, t, steps, seeds, prompt=[NULL_PROMPT] * len(x_t), guidance_scale=1.0)
 
 
 def counted(settings: argparse.Namespace, num_pictures: int) -> likelihood.BitsPerDimConfig:
-    """So many held-out pictures. Raises ValueError unless they can be measured."""
+    """The settings that measure `num_pictures` held-out pictures. Raises ValueError if one is out of
+    range."""
     shared = {name: getattr(settings, name) for name in ("model", "dataset", "cache_dir", "seed")}
     config = likelihood.BitsPerDimConfig(**shared, num_pictures=num_pictures)
     config.check()
@@ -231,7 +236,7 @@ def counted(settings: argparse.Namespace, num_pictures: int) -> likelihood.BitsP
 
 
 def draw_denoise(settings: argparse.Namespace, path: Path) -> None:
-    """Noise of a variance of 1, as in the paper, and a weaker and a stronger one; each denoised twice."""
+    """Add noise of variance 1, as in the paper, and weaker and stronger noise, and denoise each twice."""
     pipe, _, held_out = likelihood.prepare(counted(settings, 8))
     pictures = held_out.pictures.images(held_out.numbers)
     scheduler, rows = chain_of(pipe.scheduler), {"held out": pictures}
@@ -273,15 +278,15 @@ NEED_A_MODEL = ("progressive", "interpolation", "denoise", "rate-distortion")
 def main(argv: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks.figures", None, __doc__, formatter_class=formatter)
-    parser.add_argument("figures", nargs="*", metavar="figure", help="which to draw; all by default")
+    parser.add_argument("figures", nargs="*", metavar="figure", help="figures to draw; all by default")
     for name, default, text in (
         ("--output_dir", Path("outputs/figures"), "where the PNGs go"),
         ("--model", "models/emoji", "pipeline without a VAE"),
-        ("--dataset", "data/emoji", "denoise, rate-distortion: validation pictures from here"),
-        ("--cache_dir", "data/cache", "decoded pictures"),
-        ("--num_pictures", 50, "rate-distortion: so many of them"),
+        ("--dataset", "data/emoji", "denoise, rate-distortion: source of the validation pictures"),
+        ("--cache_dir", "data/cache", "where decoded pictures are kept"),
+        ("--num_pictures", 50, "rate-distortion: how many pictures to measure"),
         ("--steps", 100, "denoising steps"),
-        ("--seed", 0, "of the noise"),
+        ("--seed", 0, "seed of the noise"),
     ):
         parser.add_argument(name, type=type(default), default=default, help=text)
     settings = parser.parse_args(argv)

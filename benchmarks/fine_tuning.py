@@ -1,10 +1,10 @@
-"""Fine-tuning on thirty pictures of something new, whole and by LoRA: before and after, and how long it took.
+"""Fine-tuning on thirty pictures of something new, in full and by LoRA: before, after, and the time it took.
 
     python -m benchmarks.fine_tuning                 # outputs/fine-tuning/before-and-after.png
 
-Draws the pictures of `benchmarks.corgi`, trains models/emoji on them twice through accelerate as the README
-says, and draws the same prompts with the same seeds before and after. The prompts are combinations that are
-not among the thirty; the last two ask for what the model knew before.
+Draws the pictures of `benchmarks.corgi`, trains models/emoji on them twice through accelerate as
+docs/training.md describes, and draws the same prompts with the same seeds before and after. The prompts are
+combinations that are not among the thirty pictures; the last two ask for things that the model knew before.
 """
 
 import argparse
@@ -27,7 +27,7 @@ POSES: list[tuple[str, str, bool, bool]] = [
 ]  # fmt: skip
 NEW = [*(caption_of(*pose) for pose in POSES), "a corgi in a party hat", "a corgi"]
 PROMPTS = [*NEW, "a red heart", "dog face, noto style"]
-WAYS = {  # what the two runs differ in
+WAYS = {  # the arguments in which the two runs differ
     "whole": ["--learning_rate", "1e-4", "--train_batch_size", "16"],
     "LoRA": ["--learning_rate", "2e-3", "--train_batch_size", "16", "--rank", "8"],
 }
@@ -40,7 +40,8 @@ def draw(pipe: TextToImagePipeline) -> list[Any]:
 
 
 def train(way: str, settings: argparse.Namespace, pictures: Path) -> tuple[Path, float]:
-    """(where the run's result is, its minutes) of one `accelerate launch`, as a user would type it."""
+    """Run one `accelerate launch`, as a user would type it; return (the output folder, the minutes it
+    took)."""
     output = settings.output_dir / way
     steps = settings.max_train_steps
     command = [
@@ -56,7 +57,7 @@ def train(way: str, settings: argparse.Namespace, pictures: Path) -> tuple[Path,
 
 
 def sheet(rows: dict[str, list[Any]], side: int = 96) -> Image.Image:
-    """A row of pictures for each entry, its name to the left."""
+    """A row of pictures for each entry, with its name on the left."""
     small = [[image.resize((side, side), Image.Resampling.LANCZOS) for image in row] for row in rows.values()]
     grids = [image_grid(row, len(row)) for row in small]
     page = Image.new("RGB", (grids[0].width + 110, sum(grid.height for grid in grids)), "white")

@@ -1,13 +1,13 @@
-"""Short trials of the training recipe at equal CPU time, each with one thing changed.
+"""Short trials of the training recipe, with equal CPU time and one thing changed in each.
 
     python -m benchmarks.recipes --minutes 20                    # outputs/recipes/recipes.md, recipes.json
     python -m benchmarks.recipes --only baseline v-prediction
 
-All start from the same random weights and read the same shipped text tower, at half the U-Net's width and
-half the batch, so that some hundreds of updates fit. A trial that is done is not run again, and processes may
-share an output_dir; one that was stopped goes on. What is measured stands in `Measure`: after minutes
-few pictures are found yet, and the CLIP score, which has no threshold, and the error of x0, which takes no
-sampling, tell more than R@5.
+All trials start from the same random weights and read the same shipped text tower, with half the U-Net's
+width and half the batch size, so that some hundreds of updates fit. A finished trial is not run again, a
+stopped one is continued, and several processes may share an output_dir. `Measure` says what is measured.
+After minutes of training, few pictures are recognised yet, so the CLIP score, which has no threshold, and the
+error of x0, which needs no sampling, say more than R@5.
 """
 
 import argparse
@@ -59,13 +59,14 @@ TRIALS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """emoji.yaml's settings with the trial's own in their place."""
+    """The settings of emoji.yaml, overridden by the trial's own."""
     base, own = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | SHARED, TRIALS[name]
     return base | own | {"unet": base["unet"] | WIDTHS | own.get("unet", {})}
 
 
 def train(name: str, options: argparse.Namespace) -> Path:
-    """The run's folder, trained for `options.minutes` of the process's CPU time through accelerate."""
+    """Train a trial through accelerate, for `options.minutes` of the process's CPU time; return its
+    folder."""
     output = options.output_dir / name.replace(" ", "-")
     if (output / "pipeline").is_dir():
         return output
@@ -84,7 +85,7 @@ def train(name: str, options: argparse.Namespace) -> Path:
 
 
 class Measure:
-    """What the trials are compared by: pictures of training captions, as the judge sees them."""
+    """Measures a trial by pictures of training captions, as the judge sees them."""
 
     def __init__(self, options: argparse.Namespace):
         self.judge, self.options = Judge(options.judge), options
@@ -106,15 +107,15 @@ class Measure:
         }
 
     def drawn_by(self, folder: Path) -> dict[str, float]:
-        """Of the pipeline in `folder`."""
+        """The figures of the pipeline in `folder`."""
         pipe = load_pipeline(str(folder))
         drawn = self.of(draw(pipe, self.captions, guidance_scale=3.0, label=folder.parent.name))
         return drawn | {"x0 error": self.x0_error(pipe)}
 
     @torch.no_grad()
     def x0_error(self, pipe: TextToImagePipeline, batch: int = 50) -> float:
-        """Mean squared error of the x0 read from x_t at once, eps fixed and t spread over the chain: the loss
-        in one unit for every prediction_type and weight."""
+        """Mean squared error of x0 predicted from x_t in one step, with fixed eps and t spread over the
+        chain: the loss in the same unit for every prediction_type and weighting."""
         chain, errors = training_scheduler(pipe.scheduler), []
         generator = torch.Generator().manual_seed(0)
         for start in range(0, len(self.chosen), batch):
@@ -132,7 +133,7 @@ class Measure:
 
 
 def written(path: Path) -> dict[str, Any]:
-    """The figures of the trials that are done, of whichever process."""
+    """The figures of all finished trials, whichever process ran them."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -140,7 +141,7 @@ COLUMNS = ["updates", "x0 error", "R@1", "R@5", "CLIP score", "Frechet distance"
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Markdown: a row for each trial, its values by the columns' names."""
+    """A Markdown table with a row for each trial."""
     rows = [
         [name, *(f"{values[c]:.4g}" if c in values else "" for c in COLUMNS)]
         for name, values in figures.items()

@@ -1,7 +1,7 @@
-"""Our classes beside diffusers' of the same weights, turn by turn: `make bench`.
+"""Our classes timed against diffusers' with the same weights, in alternation: `make bench`.
 
-A machine's clock and its neighbours change from minute to minute, so each round times both sides one after
-the other and the table gives the median of the rounds' ratios beside the fastest time of each.
+A machine's clock rate and other load change from minute to minute. Each round therefore times both sides one
+after the other, and the table gives the median of the rounds' ratios along with each side's fastest time.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> str:
     """One line of the table; a ratio above 1 means that ours is faster."""
-    ours(), theirs()  # the first call of each allocates
+    ours(), theirs()  # the first call of each allocates memory
     times = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
     ratio = statistics.median(b / a for a, b in times)
     best = [min(column) * 1000 for column in zip(*times, strict=True)]
@@ -77,7 +77,8 @@ def scheduler_line(rounds: int) -> str:
 
 
 def picture_line(rounds: int) -> str:
-    """A picture from a prompt, by the shipped model with its own defaults; nothing to compare with."""
+    """One picture from a prompt, by the shipped model with its own defaults; there is nothing to compare it
+    with."""
     pipe = TextToImagePipeline.from_pretrained(str(MODEL))
     pipe.set_progress_bar_config(disable=True)
     pipe("a red heart")
@@ -88,7 +89,7 @@ def picture_line(rounds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="times each side is measured")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each side is timed")
     rounds = parser.parse_args().rounds
     if rounds < 1:
         parser.error(f"--rounds must be at least 1, got {rounds}")

@@ -1,4 +1,4 @@
-"""A digit and a Swiss roll, and the chains that the lecture notes run on them, each a step of a few lines."""
+"""A digit and a Swiss roll, and the chains that the lecture notes run on them, each in a few lines."""
 
 import math
 
@@ -22,7 +22,7 @@ DIGIT = torch.tensor(
 
 
 def swiss_roll(n: int, seed: int = 0) -> Tensor:
-    """n points, (n, 2), in order along a spiral of one and a half turns, mean 0 and variance 1."""
+    """n points, (n, 2), in order along a spiral of one and a half turns, with mean 0 and variance 1."""
     angle = 1.5 * np.pi * (1 + 2 * np.sort(np.random.default_rng(seed).random(n)))
     points = np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1)
     points -= points.mean(0)
@@ -49,7 +49,7 @@ def posterior_chain(x0: Tensor, x_T: Tensor, beta: float, T: int, generator: tor
 
 
 def backward_chain(points: Tensor, x_T: Tensor, beta: float, T: int, generator: torch.Generator) -> Tensor:
-    """x_T .. x_0, (T + 1, *x_T.shape), by the sampler and the exact model of x0 evenly among `points`."""
+    """x_T .. x_0, (T + 1, *x_T.shape), by the sampler with the exact model for x0 uniform over `points`."""
     scheduler = DDPMScheduler(T, trained_betas=[beta] * T, clip_sample=False)
     chain = [x_T]
     for t in range(T - 1, -1, -1):
@@ -59,9 +59,9 @@ def backward_chain(points: Tensor, x_T: Tensor, beta: float, T: int, generator: 
 
 
 def expected_noise(points: Tensor, x_t: Tensor, abar: float) -> Tensor:
-    """E[eps | x_t] where x0 is each of `points` (n, D) with equal chance; x_t (B, D) -> (B, D).
+    """E[eps | x_t] for x0 uniform over `points` (n, D); x_t (B, D) -> (B, D).
 
-    E[x0 | x_t] weighs the points by softmax(-|x_t - sqrt(abar) x0|^2/(2 (1 - abar))).
+    E[x0 | x_t] weights the points by softmax(-|x_t - sqrt(abar) x0|^2/(2 (1 - abar))).
     """
     distances = (x_t[:, None] - math.sqrt(abar) * points).square().sum(-1)  # (B, n)
     x0 = (-distances / (2 * (1 - abar))).softmax(-1) @ points

@@ -35,7 +35,7 @@ class AutoencoderConfig(RunSettings, PictureSettings, ColumnSettings, TimeSettin
 
     block_out_channels: list[int] = setting("Width of each level.", [32, 64, 128, 128])
     latent_channels: int = setting("Channels of the latent.", 8, "at least 1")
-    kl_weight: float = setting("Weight of KL(q(z given x), N(0, I)), per pixel.", 1e-5, "0 or more")
+    kl_weight: float = setting("Weight of KL(q(z|x), N(0, I)), per value of x.", 1e-5, "0 or more")
     train_batch_size: int = 16
     max_train_steps: int = 4000
 

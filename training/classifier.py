@@ -34,13 +34,15 @@ from training.run.start import Run
 class ClassifierConfig(TowerSettings, AverageSettings, TimestepSettings):
     """Settings of `training.classifier`."""
 
-    label_column: str = setting("Column of the classes' names, or several joined by +: a set each.", "group")
+    label_column: str = setting(
+        "Column of class names, or several joined by +, each a set of classes.", "group"
+    )
     block_out_channels: list[int] = setting("Width of each level.", [48, 80, 96])
     timestep_limits: list[int] | None = setting(
-        "For each column, below which t it is learned and guides; default all t.", None
+        "For each column, the t below which it is learned and guides; default all t.", None
     )
     guidance_limit: float | None = setting(
-        "By how much, RMS, it may move the predicted noise; default any.", None, "above 0"
+        "Largest RMS change to the predicted noise; default no limit.", None, "above 0"
     )
     flip: bool = setting("Augmentation: mirror half of the pictures.", False)
     train_batch_size: int = 128

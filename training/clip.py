@@ -75,9 +75,9 @@ class ClipTrainingConfig(TowerSettings, DistillationSettings, PictureSettings, C
     context_length: int = setting("Tokens of a caption, start and end included.", 32, "at least 1")
     noise: float = setting("Augmentation: Gaussian noise up to this deviation.", 0.15, "0 or more")
     attention: str = setting("eager or sdpa; in bf16 on a CPU eager is faster.", "eager")
-    text_steps: int = setting("So many steps at the start see no pictures, only the teacher.", 0)
+    text_steps: int = setting("Steps at the start that see no pictures, only the teacher.", 0)
     distill_weight: float = setting(
-        "Weight of the distillation beside the contrastive loss.", 10.0, "0 or more"
+        "Weight of the distillation relative to the contrastive loss.", 10.0, "0 or more"
     )
     states_weight: float = setting(
         "Weight of the states that a U-Net reads, in the distillation.", 0.5, "0 or more"
@@ -85,10 +85,8 @@ class ClipTrainingConfig(TowerSettings, DistillationSettings, PictureSettings, C
     start_from_teacher: bool = setting(
         "With distill: token vectors start as the teacher sees the tokens.", True
     )
-    text_encoder: str | None = setting(
-        "A pipeline or CLIP whose text tower is taken, frozen; see the top.", None
-    )
-    noised: bool = setting("Train a NoisyCLIP for pretrained_model_name_or_path instead; see the top.", False)
+    text_encoder: str | None = setting("A pipeline or CLIP whose text tower is used, frozen.", None)
+    noised: bool = setting("Train a NoisyCLIP for pretrained_model_name_or_path instead.", False)
     train_batch_size: int = 256
     adam_weight_decay: float = 0.1
 

@@ -47,9 +47,9 @@ class EmojiConfig(NpmSettings):
     resolution: int = setting(
         "Side of the rendered pictures, in pixels.", 64, Rule(lambda value: 8 <= value <= 1024, "in 8..1024")
     )
-    include_openmoji: bool = setting("Add OpenMoji, share-alike.", False)
+    include_openmoji: bool = setting("Include OpenMoji, which is share-alike.", False)
     validation_fraction: float = setting(
-        "Share of concepts kept unseen.", 0.05, Rule(lambda value: 0 <= value < 0.5, "in [0, 0.5)")
+        "Share of concepts kept out of training.", 0.05, Rule(lambda value: 0 <= value < 0.5, "in [0, 0.5)")
     )
 
 

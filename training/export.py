@@ -29,21 +29,23 @@ from training.text_to_image import TextToImageConfig
 class ExportConfig(Settings):
     """Settings of `training.export`."""
 
-    to: str = setting("Folder to write; replaced when it exists.")
+    to: str = setting("Folder to write; replaced if it exists.")
     checkpoint: str | None = setting("A checkpoint-STEP folder of training.text_to_image.", None)
     config: str | None = setting("The YAML file of the run that wrote the checkpoint.", None)
     ema: float | None = setting("Decay of the average to take, one of more_ema_decays.", None)
     unets: list[str] = setting("Or folders of U-Nets of one shape: the mean of their weights is taken.", [])
     clip: str | None = setting("Or a CLIP that training.clip saved.", None)
     folder: str | None = setting(
-        "Or what training.super_resolution, .classifier or .clip --noised saved.", None
+        "Or a folder that training.super_resolution, .classifier or .clip --noised saved.", None
     )
     classifiers: list[str] = setting(
-        "Or what training.classifier saved, of several seeds: one ensemble of them.", []
+        "Or classifiers of several seeds that training.classifier saved, to join in one ensemble.", []
     )
-    guidance_scale: float = setting("Guidance of a call that does not say.", 3.0)
-    clip_guidance_scale: float = setting("The same by a noised CLIP, where the model is given one.", 0.0)
-    num_inference_steps: int = setting("Steps of a call that does not say.", 25)
+    guidance_scale: float = setting("Default guidance scale of calls.", 3.0)
+    clip_guidance_scale: float = setting(
+        "Default scale of guidance by the noised CLIP, if the model has one.", 0.0
+    )
+    num_inference_steps: int = setting("Default number of steps of calls.", 25)
     card: str | None = setting("Markdown file that becomes the folder's model card.", None)
 
     def check(self) -> None:

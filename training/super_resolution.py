@@ -55,12 +55,12 @@ class SuperResolutionConfig(
 ):
     """Settings of `training.super_resolution`."""
 
-    crop: int = setting("Side of the crops that are trained on, large pixels.", 128)
+    crop: int = setting("Side of the training crops, in large pixels.", 128)
     low_res_scheduler: Any = setting("Config of the chain that noises the small picture.", None)
     max_noise_level: int = setting("Noisiest timestep of that chain that is used.", 200, "0 or more")
     max_blur: float = setting("Widest blur, standard deviation in small pixels.", 1.0, "0 or more")
-    num_inference_steps: int = setting("Default of the saved pipeline's calls.", 4)
-    noise_level: int = setting("Likewise.", 0)
+    num_inference_steps: int = setting("Default number of steps of the saved pipeline.", 4)
+    noise_level: int = setting("Default noise level of the saved pipeline.", 0)
     learning_rate: float = 4e-4
     train_batch_size: int = 16
     max_train_steps: int = 10000

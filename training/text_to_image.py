@@ -63,11 +63,13 @@ class TextToImageConfig(
     rank: int | None = setting(
         "Train adapters of this rank (LoRA) instead of the weights.", None, "at least 1"
     )
-    lora_alpha: float | None = setting("Adapters count alpha / rank times; default the rank.", None)
+    lora_alpha: float | None = setting(
+        "The adapters' output is scaled by alpha / rank; default the rank.", None
+    )
     lora_layers: list[str] | None = setting(
         "The U-Net's layers that get adapters; default the attention's.", None
     )
-    train_text_encoder: bool = setting("Adapters on the text encoder too.", False)
+    train_text_encoder: bool = setting("Train adapters of the text encoder too.", False)
     # The data
     dataset_name: str | None = setting("Saved data set or Hub name.", None)
     dataset_config_name: str | None = setting("Configuration of a Hub data set.", None)
@@ -75,18 +77,22 @@ class TextToImageConfig(
         "Folder of pictures with a metadata.jsonl, or of webdataset tars.", None
     )
     image_column: str = setting("Column of the pictures.", "image")
-    max_train_samples: int | None = setting("Use only the first so many pictures.", None, "at least 1")
+    max_train_samples: int | None = setting(
+        "Use only this many pictures, the first ones.", None, "at least 1"
+    )
     streaming: bool = setting(
         "Read the pictures in order, without caches (see training.data.streaming).", False
     )
-    shuffle_buffer: int = setting("Streaming: rows among which the next is drawn.", 1000, "at least 1")
+    shuffle_buffer: int = setting("Streaming: rows in the shuffle buffer.", 1000, "at least 1")
     strict: bool = setting("End the run at a picture that cannot be read, instead of leaving it out.", False)
     resolution: int | None = setting(
         "Side of the pictures, in pixels; default the model's.", None, "at least 1"
     )
     center_crop: bool = setting("Crop to a square; otherwise pad with white.", True)
     concept_power: float = setting("0 samples concepts evenly, 1 pictures.", 0.25, "in [0, 1]")
-    style_power: float = setting("1 samples styles as they come; below, rare ones more.", 1.0, "in [0, 1]")
+    style_power: float = setting(
+        "1 samples styles as they come; lower values favour rare styles.", 1.0, "in [0, 1]"
+    )
     # The optimizer
     gradient_accumulation_steps: int = setting("Micro-batches of one optimizer step.", 1, "at least 1")
     num_train_epochs: int | None = setting(
@@ -96,28 +102,32 @@ class TextToImageConfig(
     )
     optimizer: str = "adamw"
     learning_rate: float = 4e-4
-    scale_lr: bool = setting("Multiply the learning rates by the pictures of one optimizer step.", False)
+    scale_lr: bool = setting(
+        "Multiply the learning rates by the number of pictures in an optimizer step.", False
+    )
     lr_scheduler: str = setting("A schedule of diffusers.optimization.", "constant_with_warmup", SCHEDULES)
     lr_warmup_steps: int = 300
     adam_beta1: float = setting("AdamW's first beta.", 0.9)
     adam_beta2: float = setting("AdamW's second beta.", 0.99)
     adam_epsilon: float = setting("AdamW's epsilon.", 1e-8)
     gradient_checkpointing: bool = setting("Less memory, more time.", False)
-    num_processes: int | None = setting("Refuse to run in any other number of processes.", None, "at least 1")
+    num_processes: int | None = setting(
+        "Refuse to run with any other number of processes.", None, "at least 1"
+    )
     # EMA, checkpoints, logs
     use_ema: bool = setting("Keep an exponential moving average of the weights; not of adapters.", True)
     ema_decay: float = 0.9995
     more_ema_decays: list[float] = setting("Further averages, for training.export to choose from.", [])
-    checkpoints_total_limit: int | None = setting("Keep so many checkpoints.", 2, "at least 1")
-    validation_prompts: list[str] = setting("Drawn at each validation.", [])
-    validation_prompt: str | None = setting("One more, drawn num_validation_images times.", None)
-    num_validation_images: int = setting("Pictures of validation_prompt.", 4, "at least 1")
-    validation_steps: int = setting("Validate every so many steps.", 1000, "at least 1")
+    checkpoints_total_limit: int | None = setting("How many checkpoints to keep.", 2, "at least 1")
+    validation_prompts: list[str] = setting("Prompts drawn at each validation.", [])
+    validation_prompt: str | None = setting("One more prompt, drawn num_validation_images times.", None)
+    num_validation_images: int = setting("Number of pictures of validation_prompt.", 4, "at least 1")
+    validation_steps: int = setting("Steps between validations.", 1000, "at least 1")
     report_to: str = setting("Tracker of accelerate, or none.", "tensorboard")
     tracker_project_name: str = setting("Name of the run in the tracker.", "text_to_image")
     push_to_hub: bool = setting("Upload the result to the Hub at the end.", False)
-    hub_model_id: str | None = setting("Its name there; default that of output_dir.", None)
-    hub_token: str | None = setting("Token to upload with; default that of `hf auth login`.", None)
+    hub_model_id: str | None = setting("Name of the Hub repository; default that of output_dir.", None)
+    hub_token: str | None = setting("Token for the upload; default that of `hf auth login`.", None)
 
     @property
     def tracker(self) -> str | None:

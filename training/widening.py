@@ -69,7 +69,7 @@ PARTY_COLOURS = ("#e0245e", "#f4b400", "#1da1f2", "#17bf63", "#794bc4", "#f45d22
 class WideningConfig(WordSettings, CacheSettings):
     """Settings of `training.widening`."""
 
-    dataset: str = setting("What training.emoji wrote.", "data/emoji")
+    dataset: str = setting("The data set that training.emoji wrote.", "data/emoji")
     output_dir: str = setting("Folder to write.", "data/emoji-wide")
 
 

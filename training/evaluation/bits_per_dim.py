@@ -1,10 +1,10 @@
-"""How many bits a model needs for a picture, and how many of them its caption saves.
+"""How many bits a model needs for a picture, and how many of them the caption saves.
 
     python -m training.evaluate bits-per-dim --model models/emoji --split validation --output terms.png
     python -m training.evaluate text-information --model models/emoji --split validation --output caption.png
 
-Every term of the variational bound, one draw of noise for each (Nichol 2021, section 3), for pictures of 256
-levels and a U-Net that works on pixels. Noise is a function of the seed, the picture's number in
+Every term of the variational bound is estimated with one draw of noise (Nichol 2021, section 3), for pictures
+with 256 levels and a U-Net that works on pixels. The noise is a function of the seed, the picture's number in
 its split and t alone, so two runs never differ in their noise.
 """
 
@@ -53,7 +53,7 @@ def load_pixel_pipeline(name: str) -> TextToImagePipeline:
     """A pipeline whose likelihood is exact: one that draws RGB pixels itself.
 
     Raises:
-        ValueError: it has a VAE, whose decoder is no bijection, or draws something else than RGB.
+        ValueError: it has a VAE, whose decoder is not a bijection, or draws something other than RGB.
     """
     pipe = load_pipeline(name)
     no_vae = "a pipeline without a VAE: bits per dimension are of pixels, and a VAE's latents lose some"
@@ -65,12 +65,15 @@ def load_pixel_pipeline(name: str) -> TextToImagePipeline:
 def evaluation_chain(
     pipe: TextToImagePipeline, variance_type: str | None = None, steps: int | None = None
 ) -> DDPMScheduler:
-    """The model's chain with x0 clipped to [-1, 1], all T timesteps of it or `steps` with both ends included.
+    """The model's chain with x0 clipped to [-1, 1] and all T timesteps, or `steps` of them including both
+    ends.
 
-    Nichol 2021, section 4, strides so: the chain ends at t = 0, whose noise is a fraction of a level.
+    This is the spacing of Nichol 2021, section 4: the chain ends at t = 0, where the noise is a fraction of a
+    level.
 
     Raises:
-        ValueError: a learned variance is asked of a U-Net that tells none; steps not in 1 .. T.
+        ValueError: a learned variance is requested of a U-Net that does not predict one, or `steps` is not in
+            1 .. T.
     """
     variance_type = variance_type or pipe.scheduler.config.get("variance_type") or "fixed_small"
     tells_variance = pipe.unet.config.out_channels == 2 * pipe.unet.config.in_channels
@@ -87,7 +90,8 @@ def evaluation_chain(
 def captioned_model(
     pipe: TextToImagePipeline, captions: list[str], chain: DDPMScheduler
 ) -> Callable[[Tensor, int], Tensor]:
-    """(x_t (B, 3, H, W), t) -> the U-Net's output for these captions, variance only if the chain takes it."""
+    """(x_t (B, 3, H, W), t) -> the U-Net's output for these captions; without the variance unless the chain
+    uses a learned one."""
     states, pooled, _ = encode_text(pipe.tokenizer, pipe.text_encoder, captions)
     added = {"pooled_text": pooled} if pipe.requires_pooled_text else None
     channels = 6 if chain.config.variance_type in LEARNED_VARIANCES else 3
@@ -100,7 +104,8 @@ def captioned_model(
 
 
 def picture_noise(seed: int, numbers: list[int], shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """t -> eps, one row for each picture, of the seed, its number and t alone: the same in every batch."""
+    """t -> eps, one row for each picture. It depends only on the seed, the picture's number and t, so it is
+    the same in every batch."""
 
     def noise(t: int) -> Tensor:
         seeds = [seed_for(seed, "bits per dimension", number, t) for number in numbers]
@@ -111,7 +116,7 @@ def picture_noise(seed: int, numbers: list[int], shape: tuple[int, ...]) -> Call
 
 @dataclass
 class HeldOut:
-    """The pictures that are measured: their numbers in the split, and a caption for each."""
+    """The pictures to measure: their numbers in the split, and a caption for each."""
 
     pictures: PictureCache
     numbers: list[int]
@@ -122,7 +127,7 @@ class HeldOut:
 
 
 def held_out_pictures(config: BitsPerDimConfig, pipe: TextToImagePipeline) -> HeldOut:
-    """`num_pictures` at random (all, if there are fewer), at the size that the U-Net draws."""
+    """`num_pictures` random pictures (all of them if there are fewer), at the size that the U-Net draws."""
     side = pipe.unet.config.sample_size
     require(isinstance(side, int), "model", config.model, "a pipeline of square pictures")
     columns = load_pictures(config.dataset, config.split).column_names
@@ -133,7 +138,7 @@ def held_out_pictures(config: BitsPerDimConfig, pipe: TextToImagePipeline) -> He
 
 
 def prepare(config: BitsPerDimConfig) -> tuple[TextToImagePipeline, DDPMScheduler, HeldOut]:
-    """The model, its chain and the pictures, as the settings ask for them."""
+    """(model, chain, pictures) according to the settings."""
     pipe = load_pixel_pipeline(config.model)
     chain = evaluation_chain(pipe, config.variance_type, config.num_inference_steps)
     return pipe, chain, held_out_pictures(config, pipe)
@@ -147,7 +152,7 @@ def measure(
     captions: list[str],
     label: str = "pictures",
 ) -> VLBTerms:
-    """The terms of every picture under the caption of its place in `captions`."""
+    """The terms of the bound for every picture, given the caption at its place in `captions`."""
     parts = []
     for start in tqdm(range(0, len(held_out), config.batch_size), desc=label, unit="batch"):
         numbers = held_out.numbers[start : start + config.batch_size]
@@ -158,12 +163,12 @@ def measure(
 
 
 def mean_and_error(values: Tensor) -> dict[str, float]:
-    """Mean over pictures, (N,), and its standard error, s/sqrt(N)."""
+    """The mean of values (N,) over pictures and its standard error, s/sqrt(N)."""
     return {"mean": float(values.mean()), "standard error": float(values.std() / len(values) ** 0.5)}
 
 
 def summary(terms: VLBTerms) -> dict[str, Any]:
-    """The bound, its three parts, and every term apart, in bits per dimension."""
+    """The bound, its three parts, and every single term, in bits per dimension."""
     bits, last = terms.bits, len(terms.timesteps) - 1
     each = [mean_and_error(column) for column in bits.T]
     return {
@@ -201,16 +206,19 @@ def bits_per_dim(config: BitsPerDimConfig) -> dict[str, Any]:
 
 
 def shuffle_captions(captions: list[str]) -> list[str]:
-    """Each place gets another's caption: all move on by as many places as leave the fewest as they were."""
+    """Give each picture another's caption, by shifting all captions by the number of places that leaves the
+    fewest unchanged."""
     k = fewest_matches(captions)
     return captions[k:] + captions[:k]
 
 
 def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
-    """The same pictures and the same noise under their captions, the null prompt and each other's captions.
+    """Bits per dimension of the same pictures with the same noise, given their own captions, the null prompt,
+    and each other's captions.
 
-    What a caption saves, log2 p(x0 | caption) - log2 p(x0), is how many bits it tells the model of the
-    picture (both estimated by their bounds); a model that ignores its text has 0 in both differences.
+    What a caption saves, log2 p(x0 | caption) - log2 p(x0), is the number of bits that it tells the model
+    about the picture (both terms are estimated by their bounds). For a model that ignores its text, both
+    differences are 0.
     """
     pipe, chain, held_out = prepare(config)
     shuffled = shuffle_captions(held_out.captions)
@@ -236,7 +244,7 @@ def text_information(config: BitsPerDimConfig) -> dict[str, Any]:
 
 
 def draw_terms(terms: VLBTerms, path: str) -> None:
-    """Each term against its timestep, on a logarithmic scale (Nichol 2021, figure 2)."""
+    """Plot each term against its timestep, on a logarithmic scale (Nichol 2021, figure 2)."""
     title = f"{terms.bits.sum(1).mean():.3f} bits/dim in all"
     with chart(path, 7, 3.5) as ax:
         ax.semilogy(terms.timesteps.tolist(), terms.bits.mean(0)[:-1].clamp(min=1e-12).tolist(), lw=1)
@@ -244,13 +252,14 @@ def draw_terms(terms: VLBTerms, path: str) -> None:
 
 
 def draw_savings(timesteps: Tensor, savings: dict[str, Tensor], path: str) -> None:
-    """Bits a picture in each of BUCKETS stretches of the chain, with two standard errors on either side."""
+    """Plot the bits per picture in each of BUCKETS stretches of the chain, with error bars of two standard
+    errors on either side."""
     titles = {"unconditional": "what the caption saves", "shuffled": "what another's caption costs"}
     places = [float(part.double().mean()) for part in timesteps.tensor_split(BUCKETS) if len(part)]
     width = 0.8 * float(timesteps[-1] + 1) / len(places)
     with chart(path, 9, 3.5, columns=len(savings)) as axes:
         for ax, (name, saved) in zip(axes, savings.items(), strict=True):
-            stretches = saved[:, :-1].tensor_split(BUCKETS, dim=1)  # the prior's term knows no caption
+            stretches = saved[:, :-1].tensor_split(BUCKETS, dim=1)  # the prior term depends on no caption
             sums = torch.stack([part.sum(1) for part in stretches if part.shape[1]], dim=1)  # (N, buckets)
             error = 2 * sums.std(0) / len(sums) ** 0.5
             ax.bar(places, sums.mean(0).tolist(), width, yerr=error.tolist(), capsize=2)

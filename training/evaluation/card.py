@@ -1,9 +1,9 @@
-"""The model card's figures, written from a report: front matter for the Hub, and one block of the text.
+"""Write a report's figures into the model card: front matter for the Hub, and one block of the text.
 
     python -m training.evaluate card --model models/emoji --report report/report.json
 
-What people wrote stays: front matter is merged, and of the text only what stands between the two marks is
-written anew. A folder without a card gets the one that saving writes, with the block at its end.
+Text written by hand is kept: the front matter is merged, and only the text between the two marks is
+rewritten. A folder without a card gets the card that saving a pipeline writes, with the block at its end.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from training.run.settings import require, setting
 
 BEGIN = "<!-- figures: python -m training.evaluate card writes from here -->"
 END = "<!-- figures: to here -->"
-TYPES = {  # of the Hub's model-index, by our names of the figures
+TYPES = {  # our name of a metric -> its type in the Hub's model-index
     "R@1": "recall_at_1",
     "R@5": "recall_at_5",
     "CLIP score": "clip_score",
@@ -32,20 +32,20 @@ TYPES = {  # of the Hub's model-index, by our names of the figures
 class CardConfig(ModelSettings):
     """Settings of `training.evaluate card`."""
 
-    report: str = setting("What `report` measured of the model.", "report/report.json")
+    report: str = setting("The report.json that `report` wrote about the model.", "report/report.json")
     output: str = setting("File to write; the model's README.md by default.", "")
     license: str = setting("Licence of the weights, as the Hub calls it.", "")
-    training: str = setting("In words: updates, hours and machine of the training.", "")
+    training: str = setting("The training in words: updates, hours and machine.", "")
 
     def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        """Raise a ValueError that names the argument for any error that can be found before work starts."""
         super().check()
         require(Path(self.report).is_file(), "report", self.report, "the report.json of `report`")
         require(Path(self.model).is_dir(), "model", self.model, "a pipeline's folder")
 
 
 def model_index(report: dict[str, Any]) -> list[EvalResult]:
-    """The generated pictures' figures, by split of the data set."""
+    """The figures of the generated pictures, for each split of the data set."""
     name = Path(report["data"]["name"]).name
     columns = {split: report["against captions"][split]["generated"] for split in SPLITS}
     halves = report["against half of the training pictures"]["generated"]
@@ -70,7 +70,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def measured_limits(report: dict[str, Any]) -> list[str]:
-    """What the figures say that the model cannot do, and what they themselves cannot say."""
+    """Lines on the model's limits according to the figures, and on the limits of the figures themselves."""
     lines = []
     for name, part in report["against captions"].items():
         drawn, real, chance = (part[column]["R@5"]["value"] for column in COLUMNS)
@@ -93,7 +93,7 @@ def measured_limits(report: dict[str, Any]) -> list[str]:
 
 
 def figures_block(report: dict[str, Any], training: str = "") -> str:
-    """Results, how they were measured, data and licences, limits: Markdown between the marks."""
+    """The Markdown between the marks: results, how they were measured, data and licences, limits."""
     data, seconds, losses = report["data"], report["seconds"], report["validation loss"]
     names, computed, kept_out = list(report["against captions"]), report["computed with"], data["pictures"]
     spans = [
@@ -134,7 +134,7 @@ def figures_block(report: dict[str, Any], training: str = "") -> str:
 
 
 def with_block(card: str, block: str) -> str:
-    """The card with the block in place of the one between the marks, or at its end."""
+    """The card with `block` in place of the text between the marks, or at the end if there are no marks."""
     before, begin, rest = card.partition(BEGIN)
     if not begin:
         return f"{card.rstrip()}\n\n{block}\n"
@@ -145,10 +145,10 @@ def with_block(card: str, block: str) -> str:
 
 
 def card(config: CardConfig) -> dict[str, Any]:
-    """Write the card, return where it is.
+    """Write the card and return its path.
 
     Raises:
-        ValueError: the report is of other weights than the model's; the card that is there cannot be read.
+        ValueError: the report is about other weights than the model's, or the existing card cannot be read.
     """
     report = read_json(Path(config.report))
     pipe = load_pipeline(config.model)

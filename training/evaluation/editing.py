@@ -2,10 +2,10 @@
 
     python -m training.evaluate editing --models models/emoji models/emoji:10 --output editing.png
 
-Real pictures of one concept are repainted in one region by the words of another. Each model is a way to
-inpaint: FOLDER, FOLDER:N for RePaint's resampling with N samples a jump, or the folder of a model that was
-trained to inpaint. Beside them a picture of the other concept cut into the hole, which has the words right
-and a seam, and the picture as it was.
+One region of real pictures of a concept is repainted according to the words for another. Each model is a way
+to inpaint: FOLDER, FOLDER:N for RePaint's resampling with N samples per jump, or the folder of a model that
+was trained to inpaint. There are two references: the unchanged picture, and a picture of the other concept
+pasted into the hole, which matches the words but has a seam.
 """
 
 from dataclasses import dataclass
@@ -43,14 +43,14 @@ class EditingConfig(JudgeSettings, StepsSettings, SplitSettings):
         "Ways to inpaint, each FOLDER or FOLDER:N, resampled N times.", ["models/emoji", "models/emoji:10"]
     )
     changes: list[str] = setting(
-        f"What becomes what, each 'name > words @ region', of {', '.join(REGIONS)}.", CHANGES
+        f"Changes, each 'name > words @ region', in a region of {', '.join(REGIONS)}.", CHANGES
     )
     split: str = "train"
     guidance_scale: float | None = setting("The model's own by default.", None)
     output: str = setting("PNG to write: picture, mask, and each way's result.", "")
 
     def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        """Raise a ValueError that names the argument for any error that can be found before work starts."""
         super().check()
         for name in ("models", "changes"):
             require(len(getattr(self, name)) > 0, name, getattr(self, name), "at least one")
@@ -84,8 +84,9 @@ def region_mask(region: str, side: int) -> Image.Image:
 
 
 def border_energy(pictures: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of neighbours on the two sides of the mask's border: (B,) of pictures
-    (B, C, H, W) in [-1, 1] and a mask (H, W) in {0, 1}. A seam makes it larger than real pictures have it."""
+    """Mean squared difference between neighbouring pixels on the two sides of the mask's border, (B,), for
+    pictures (B, C, H, W) in [-1, 1] and a mask (H, W) in {0, 1}. A seam makes it larger than in real
+    pictures."""
     energies, counts = torch.zeros(len(pictures)), 0
     for axis in (0, 1):
         crosses = mask.int().diff(dim=axis) != 0
@@ -97,24 +98,26 @@ def border_energy(pictures: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Case:
-    """Pictures of one change, in several styles."""
+    """The pictures of one change, in several styles."""
 
-    pictures: Tensor  # (B, 3, H, W), as they were
-    others: Tensor  # (B, 3, H, W), of the words that they change to where there is such a concept
+    pictures: Tensor  # (B, 3, H, W), unchanged
+    others: Tensor  # (B, 3, H, W), of the concept that they change to, or the closest one
     mask: Image.Image
     before: list[str]
     after: list[str]
 
     @property
     def hole(self) -> Tensor:
-        """(H, W) bool, where the mask is not black."""
+        """(H, W) bool, True where the mask is not black."""
         return torch.from_numpy(np.array(self.mask)) > 0
 
 
 def find_cases(config: EditingConfig, side: int) -> list[Case]:
-    """One for each change, of all styles that the data set has of both. ValueError if there are none.
+    """One case for each change, in all styles that the data set has for both names. Raises ValueError if a
+    change has no such style.
 
-    Words that are no concept's name are stood in for, in `others`, by the one they begin with.
+    If the new words are not a concept's name, `others` shows the concept with the longest name that they
+    start with, or else the old one.
     """
     data = read_pictures(config, config.split, side)
     places = {key: i for i, key in enumerate(zip(data.columns["name"], data.columns["style"], strict=True))}
@@ -134,7 +137,7 @@ def find_cases(config: EditingConfig, side: int) -> list[Case]:
 
 
 def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Case) -> Tensor:
-    """(B, 3, H, W) in [-1, 1]; picture i has the seed seed + i."""
+    """Repaint the pictures of a case: (B, 3, H, W) in [-1, 1]; picture i has the seed seed + i."""
     how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
     what = {"prompt": case.after, "image": case.pictures / 2 + 0.5, "mask_image": case.mask}
     seeds = range(config.seed, config.seed + len(case.after))
@@ -142,7 +145,8 @@ def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Ca
 
 
 def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
-    """(B, 3): the judge's score of the region for the new words, for the old, and the border's energy."""
+    """(B, 3): the judge's score of the region for the new words and for the old words, and the border
+    energy."""
     side = case.mask.width
     left, top, right, bottom = crop_region(case.mask, 1, 1, pad=side // 16)
     embeds = judge.embed_images(edited[..., top:bottom, left:right])
@@ -151,9 +155,12 @@ def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
 
 
 def editing(config: EditingConfig) -> dict[str, Any]:
-    """For each way: the judge's mean score of the repainted regions for the new words and for the old, how
-    often the new ones win, and the seam: the mean energy along the borders, as a multiple of the real
-    pictures' (of all together: where a border runs through one flat colour there is none to divide by)."""
+    """For each way to inpaint: the judge's mean score of the repainted regions for the new words and for the
+    old words, how often the new words win, and the seam.
+
+    The seam is the mean energy along the borders as a multiple of the real pictures' mean. The mean is over
+    all pictures, since a border that runs through a flat colour has no energy to divide by.
+    """
     judge = Judge(config.judge)
     folders = {model: split_model(model)[0] for model in config.models}
     pipes = {model: load_pipeline_as(InpaintPipeline, folders[model], "models") for model in folders}
@@ -185,7 +192,8 @@ def editing(config: EditingConfig) -> dict[str, Any]:
 
 
 def draw_sheet(cases: list[Case], results: dict[str, list[Tensor]], path: str) -> None:
-    """The first picture of each change: as it was, its mask, and what each way made of it."""
+    """Save a sheet with the first picture of each change: the original, its mask, and the result of each
+    way."""
     cells, labels = [], []
     ways = [way for way in results if way != "as it was"]
     for i, case in enumerate(cases):

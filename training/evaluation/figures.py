@@ -1,4 +1,4 @@
-"""Matplotlib figures that need no display and are written whole or not at all."""
+"""Matplotlib figures that need no display and are written completely or not at all."""
 
 import io
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from pipelines.folders.files import write_file
 
 @contextmanager
 def chart(path: str | Path, width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Yield one Axes, or an array of them, of a figure of `width` x `height` inches; write it as a PNG when
-    the block ends."""
+    """Yield one Axes, or an array of them, of a figure of `width` x `height` inches, and write the figure as
+    a PNG when the block ends."""
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure.subplots(rows, columns)
     stream = io.BytesIO()
@@ -24,7 +24,8 @@ def chart(path: str | Path, width: float, height: float, columns: int = 1, rows:
 
 
 def finish(ax: Any, legend: int = 0, **labels: Any) -> None:
-    """Set what `labels` names on an Axes, a faint grid, and a legend of this font size unless it is 0."""
+    """Set the properties in `labels` on an Axes, and add a faint grid and, unless `legend` is 0, a legend of
+    that font size."""
     ax.set(**labels)
     ax.grid(alpha=0.3)
     if legend:

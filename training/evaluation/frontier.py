@@ -1,10 +1,10 @@
-"""What each form of guidance buys: Frechet distance and diversity against CLIP score, over scales.
+"""What each form of guidance achieves: Frechet distance and diversity against CLIP score, over scales.
 
     python -m training.evaluate frontier --model models/emoji --clip_guidance_model runs/clip-words/clip \\
         --output frontier.png --json frontier.json
 
-GLIDE (Nichol 2022, figure 6) draws such curves for two forms. The judge is a CLIP that guided nothing: CLIP
-guidance raises the score of the CLIP that guides whatever the pictures look like.
+GLIDE (Nichol 2022, figure 6) shows such curves for two forms. The judge is a CLIP that guided nothing,
+because CLIP guidance raises the guiding CLIP's own score whatever the pictures look like.
 """
 
 from pathlib import Path
@@ -49,7 +49,7 @@ class FrontierConfig(JudgedSettings, GuidesSettings, PassSettings, SplitSettings
     clean_clip: list[float] = setting("Scales.", [0.5, 1.0, 2.0, 4.0, 8.0], SCALES)
     classifier: list[float] = setting("Scales.", [1.0, 2.0, 4.0, 8.0, 16.0], SCALES)
     forms: list[str] = setting(
-        f"Some of {', '.join(FORMS)}; by default all whose models there are.",
+        f"Some of {', '.join(FORMS)}; by default all whose models are available.",
         [],
         Rule(lambda forms: set(forms) <= set(FORMS), f"some of {', '.join(FORMS)}"),
     )
@@ -63,10 +63,10 @@ class FrontierConfig(JudgedSettings, GuidesSettings, PassSettings, SplitSettings
 
 
 def diversity(embeds: Tensor) -> float:
-    """Mean of 1 - cos over all pairs of pictures of one caption; (captions, n, D) l2-normalised.
+    """Mean of 1 - cos over all pairs of pictures of the same caption, from l2-normalised (captions, n, D).
 
-    0 where every seed gives the same picture. With S = |sum of n unit vectors|^2 the mean cosine of the pairs
-    is (S - n) / (n (n - 1)).
+    It is 0 if every seed gives the same picture. With S = |sum of n unit vectors|^2, the mean cosine of the
+    pairs is (S - n) / (n (n - 1)).
     """
     n = embeds.shape[1]
     total = embeds.double().sum(1).square().sum(-1)  # (captions,)
@@ -74,7 +74,8 @@ def diversity(embeds: Tensor) -> float:
 
 
 def forms_of(config: FrontierConfig, pipe: TextToImagePipeline) -> list[str]:
-    """Those asked for, or all that can be. ValueError for one whose model the pipeline has not."""
+    """The requested forms of guidance, or by default all that the pipeline has the model for. Raises
+    ValueError if a requested form lacks its model."""
     there = [form for form, part in FORMS.items() if getattr(pipe, part) is not None]
     for form in config.forms:
         require(form in there, "forms", form, f"a form whose model is there: it needs {FORMS[form]}")
@@ -82,7 +83,7 @@ def forms_of(config: FrontierConfig, pipe: TextToImagePipeline) -> list[str]:
 
 
 def call_of(form: str, scale: float) -> dict[str, Any]:
-    """The arguments of a call, labels excepted. What climbs another network's score does so alone, without
+    """The arguments of a pipeline call, except labels. Guidance by another network is used alone, without
     classifier-free guidance."""
     if form in ("classifier_free", "thresholded"):
         return {"guidance_scale": scale}
@@ -102,9 +103,9 @@ def embed_drawn(
     labels: list[str],
     bar: tqdm,
 ) -> Tensor:
-    """(N, D): the judge's embeddings of one picture for each caption, seeds in a row. Kept in cache_dir under
-    a digest of all they depend on, the component that guides among it, so a stopped run goes on with the next
-    scale."""
+    """(N, D): the judge's embeddings of one picture for each caption, with consecutive seeds. They are kept
+    in cache_dir under a digest of everything that they depend on, including the guiding component, so a
+    stopped run continues with the next scale."""
     guided, part = call_of(form, scale), FORMS[form]
     by_class = form == "classifier" and scale > 0
     keys = [model_key(judge.model), *([] if part == "unet" else [model_key(getattr(pipe, part))])]
@@ -130,7 +131,7 @@ def embed_drawn(
 
 
 def load_guided(config: FrontierConfig, judge: Judge) -> TextToImagePipeline:
-    """The pipeline with all that may guide it. ValueError where the judge would."""
+    """The pipeline with all its guides. Raises ValueError if the judge is one of them."""
     pipe = with_guides(config.model, config.noisy_clip, config.noisy_classifier)
     if config.clip_guidance_model:
         pipe.register_modules(clip_guidance_model=GuidanceCLIP.load(config.clip_guidance_model))
@@ -141,8 +142,9 @@ def load_guided(config: FrontierConfig, judge: Judge) -> TextToImagePipeline:
 
 
 def frontier(config: FrontierConfig) -> dict[str, Any]:
-    """For each form and scale: the judge's CLIP score of the drawn pictures with their captions, their
-    Frechet distance from as many other real pictures in the judge's space, and `diversity`."""
+    """For each form and scale: the judge's CLIP score of the generated pictures for their captions, their
+    Frechet distance in the judge's space from equally many real pictures of other rows, and their
+    `diversity`."""
     judge = Judge(config.judge)
     pipe = load_guided(config, judge)
     forms, plain, several = forms_of(config, pipe), pipe.scheduler, config.per_caption
@@ -182,7 +184,7 @@ def frontier(config: FrontierConfig) -> dict[str, Any]:
 
 
 def draw_frontier(figures: dict[str, Any], path: str) -> None:
-    """Two plots side by side, Frechet distance and diversity over CLIP score, a curve for each form, its
+    """Plot Frechet distance and diversity against CLIP score, side by side. Each form has a curve, with its
     scales written beside the points."""
     above: Any = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
     with chart(path, 11, 4.5, columns=2) as axes:

@@ -1,4 +1,4 @@
-"""The HTML of pages that need no other file: pictures are embedded, text is escaped."""
+"""HTML for self-contained pages: pictures are embedded, text is escaped."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ figure img { width: 80px; height: 80px; border: 1px solid #ddd; image-rendering:
 
 
 def document(title: str, body: list[str]) -> str:
-    """A whole page of these elements, one a line."""
+    """A complete page with these elements, one per line."""
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     lines = "\n".join(body)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{lines}\n</body></html>\n'
@@ -35,7 +35,7 @@ def note(text: str) -> str:
 
 
 def image_tag(png: bytes, title: str, kind: str = "") -> str:
-    """`kind` is a class of STYLE."""
+    """An embedded picture; `kind` is a CSS class in STYLE."""
     source = "data:image/png;base64," + base64.b64encode(png).decode()
     chosen = f'class="{kind}" ' if kind else ""
     return f'<img {chosen}src="{source}" alt="{html.escape(title, quote=True)}">'
@@ -48,8 +48,8 @@ def table_tag(head: list[str], rows: list[list[str]]) -> str:
 
 
 def pair_tags(first: Tensor, second: Tensor, titles: tuple[str, str], notes: list[str]) -> str:
-    """Pairs of pictures, (N, 3, H, W) in [-1, 1] each, side by side, each pair with its note of several
-    lines."""
+    """Pairs of pictures side by side, from two tensors (N, 3, H, W) in [-1, 1]. Each pair has a note, which
+    may have several lines."""
     figures = []
     for a, b, text in zip(to_pil(first), to_pil(second), notes, strict=True):
         images = f"{image_tag(png_bytes(a), titles[0])} {image_tag(png_bytes(b), titles[1])}"

@@ -1,4 +1,4 @@
-"""The standard FID and Inception score, of torch-fidelity, where it and Inception's weights are at hand."""
+"""The standard FID and Inception score, by torch-fidelity, if it and Inception's weights are available."""
 
 import importlib.util
 from pathlib import Path
@@ -12,12 +12,13 @@ WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity and t
 
 
 def to_bytes(images: Tensor) -> Dataset:
-    """Pictures in [-1, 1] as torch-fidelity reads them: (3, H, W) uint8 each."""
+    """Pictures in [-1, 1] as a data set that torch-fidelity can read: (3, H, W) uint8 each."""
     return Subset(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), range(len(images)))  # type: ignore[arg-type]
 
 
 def find_weights(path: str) -> Path | None:
-    """`path`, or the file in torch's hub cache, or None. Raises ValueError if `path` is given and missing."""
+    """`path` or, if it is empty, the file in torch's hub cache; None if there is none. Raises ValueError if
+    `path` is given but is not a file."""
     if path and not Path(path).is_file():
         raise ValueError(f"inception_weights must be a file, got {path!r}")
     found = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS)
@@ -25,9 +26,12 @@ def find_weights(path: str) -> Path | None:
 
 
 def inception_figures(weights: Path | None, drawn: Tensor, real: Tensor) -> dict[str, float] | str:
-    """FID of `drawn` against `real`, (N, 3, H, W) in [-1, 1], and the Inception score of `drawn`, or one
-    line that says why they were not measured. Downloads nothing. The FID of a few hundred pictures is far too
-    large: its 2048 features need tens of thousands."""
+    """The FID between `drawn` and `real`, both (N, 3, H, W) in [-1, 1], and the Inception score of `drawn`;
+    or a line that says why they were not measured.
+
+    Nothing is downloaded. The FID of a few hundred pictures is far too large: its 2048 features need tens of
+    thousands of pictures.
+    """
     if weights is None:
         return f"not measured: {WEIGHTS} is neither given (--inception_weights) nor in torch's hub cache"
     if importlib.util.find_spec("torch_fidelity") is None:

@@ -1,4 +1,4 @@
-"""The judge: a CLIP that took no part in conditioning or guidance, and what it says of pictures."""
+"""The judge: a CLIP that took no part in conditioning or guidance, and what it says about pictures."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class EmbedsNames(Protocol):
 
 
 class Judge:
-    """A CLIP that tells which of all concepts a picture shows."""
+    """A CLIP that judges which of all concepts a picture shows."""
 
     def __init__(self, folder: str):
         if not (Path(folder) / "config.json").is_file():
@@ -49,8 +49,8 @@ class Judge:
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """(N, 3, H, H) in [-1, 1] -> (N, D), l2-normalised. Larger pictures are averaged over areas to the
-        judge's size, smaller ones interpolated bicubically."""
+        """(N, 3, H, H) in [-1, 1] -> (N, D), l2-normalised. Larger pictures are reduced to the judge's size
+        by averaging over areas, smaller ones are enlarged by bicubic interpolation."""
         side = self.image_size
         if images.shape[-1] > side:
             images = F.interpolate(images, (side, side), mode="area")
@@ -60,13 +60,13 @@ class Judge:
         return F.normalize(torch.cat(rows), dim=-1)
 
     def embed_names(self, names: list[str]) -> Tensor:
-        """(N, D): each name in every template, averaged: CLIP's prompt ensembles (Radford 2021, 3.1.4)."""
+        """(N, D): each name's mean over all templates, a prompt ensemble (Radford 2021, section 3.1.4)."""
         embeds = self.embed_texts([t.format(name) for name in names for t in TEMPLATES])
         return F.normalize(embeds.unflatten(0, (len(names), len(TEMPLATES))).mean(1), dim=-1)
 
 
 def pooled(output: Any) -> Tensor:
-    """transformers 5 returns an output object where 4 returned the tensor."""
+    """The pooled tensor: transformers 5 returns an output object where transformers 4 returned the tensor."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -79,7 +79,7 @@ class Concepts:
     embeds: Tensor  # (names, D)
 
     def rank(self, image_embeds: Tensor, truth: list[str]) -> Tensor:
-        """(N,) place of the true concept among all, 0 the first; a concept scores as its best name does."""
+        """(N,) rank of the true concept among all, from 0; a concept's score is that of its best name."""
         scores = image_embeds @ self.embeds.T  # (N, names)
         best = torch.full((len(scores), len(self.ids)), -2.0)
         best = best.scatter_reduce(1, self.owner.expand(len(scores), -1), scores, "amax")
@@ -89,7 +89,7 @@ class Concepts:
 
 
 def embed_concepts(judge: EmbedsNames, dataset: str) -> Concepts:
-    """The concepts of all splits."""
+    """The concepts of all splits, with their names' embeddings."""
     names: dict[str, set[str]] = defaultdict(set)
     for split in SPLITS:
         data = load_pictures(dataset, split)
@@ -102,12 +102,12 @@ def embed_concepts(judge: EmbedsNames, dataset: str) -> Concepts:
 
 
 def recall(ranks: Tensor) -> dict[str, float]:
-    """Share of pictures whose concept is the first, or among the first five."""
+    """The share of pictures whose concept ranks first (R@1), or among the first five (R@5)."""
     return {f"R@{k}": recall_at(ranks, k) for k in (1, 5)}
 
 
 def embed_pictures(judge: Judge, pictures: PictureCache, cache_dir: str) -> Tensor:
-    """(N, D): the judge's embeddings of a whole split, computed once for both."""
+    """(N, D): the judge's embeddings of a whole split, computed once for each judge and split."""
     path = Path(cache_dir) / f"judge-{content_key(pictures.key, model_key(judge.model))}.npy"
 
     def fill(target: np.ndarray) -> None:

@@ -29,7 +29,7 @@ class NoisedAccuracyConfig(JudgedSettings, GuidesSettings, CountSettings, BatchS
 
 
 class PipelineTexts:
-    """The text side of a NoisyCLIP, as `embed_concepts` asks a judge for it."""
+    """The text tower that a NoisyCLIP goes with, in the form that `embed_concepts` expects."""
 
     def __init__(self, pipe: TextToImagePipeline) -> None:
         self.pipe = pipe
@@ -42,9 +42,9 @@ class PipelineTexts:
 
 @torch.no_grad()
 def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
-    """Ten noise levels, at the middle of each tenth of the chain: how often the concept of a noised picture
-    is found among all, first or in five, by the noised CLIP and by the clean one on the very same pictures;
-    and the classifier's share of right classes."""
+    """Accuracy at ten noise levels, in the middle of each tenth of the chain: how often the noised CLIP, and
+    on the same pictures the clean one, ranks a noised picture's concept first or among the first five of all
+    concepts, and the share of pictures that the classifier puts in the right class."""
     pipe = with_guides(config.model, config.noisy_clip, config.noisy_classifier)
     noisy, classifier = pipe.noisy_clip, pipe.noisy_classifier
     require(noisy is not None or classifier is not None, "noisy_clip", config.noisy_clip, "given")
@@ -89,7 +89,7 @@ def noised_accuracy(config: NoisedAccuracyConfig) -> dict[str, Any]:
 
 
 def draw_accuracy(figures: dict[str, Any], path: str) -> None:
-    """A curve for each reader against t."""
+    """Plot a curve for each reader and metric against t."""
     with chart(path, 6, 3.5) as ax:
         for reader, own in figures.items():
             for name, values in own.items() if isinstance(own, dict) else ():

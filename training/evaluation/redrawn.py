@@ -1,8 +1,8 @@
-"""Real pictures as the model redraws them: noised a little, and drawn on from there without a prompt.
+"""Real pictures redrawn by the model: noised a little, then denoised without a prompt.
 
-Drawn pictures have smudges and soft edges that real pictures lack, and a classifier of styles may mistake
-them for a style. These are real pictures with such smudges whose style is known, since the model is not told
-which style to draw. They are the control in `training.evaluate styles`.
+Generated pictures have smudges and soft edges that real pictures lack, and a style classifier may mistake
+these for a style. Redrawn pictures have such smudges as well, but their style is known, since the model is
+not told which style to draw. They are the control in `training.evaluate styles`.
 """
 
 from pathlib import Path
@@ -16,14 +16,14 @@ from tqdm import tqdm
 from training.data.arrays import content_key, memory_map
 from training.evaluation.samples import pipeline_key
 
-WEAKEST, STRONGEST = 60, 240  # t: above, the style itself begins to go
+WEAKEST, STRONGEST = 60, 240  # of t; above this, the style itself begins to change
 BATCH = 64
 
 
 @torch.no_grad()
 def redraw(pipe: Any, x0: Tensor, seed: int) -> Tensor:
-    """x_0 (B, C, H, W) in [-1, 1], noised to t and denoised in two steps, t and t/2, without a prompt -> the
-    same, as uint8. t is of 60..240 at random, one for the batch."""
+    """Noise x0, (B, C, H, W) in [-1, 1], to t and denoise it in two steps, t and t/2, without a prompt. t is
+    one random timestep from 60..240 for the whole batch. Returns (B, C, H, W), uint8."""
     generator = torch.Generator().manual_seed(seed)
     t = int(torch.randint(WEAKEST, STRONGEST + 1, (1,), generator=generator))
     x_t = pipe.scheduler.add_noise(x0, torch.randn(x0.shape, generator=generator), torch.tensor(t))
@@ -33,7 +33,8 @@ def redraw(pipe: Any, x0: Tensor, seed: int) -> Tensor:
 
 
 def cache_redrawn(pictures: Any, pipe: Any, cache_dir: str | Path) -> np.ndarray:
-    """Every picture of a PictureCache redrawn once, (N, C, H, W) uint8, keyed by pictures and model."""
+    """Redraw every picture of a PictureCache once: (N, C, H, W) uint8; the key is the pictures and the
+    model."""
     path = Path(cache_dir) / f"redrawn-{content_key(pictures.key, pipeline_key(pipe))}.npy"
 
     def fill(target: np.ndarray) -> None:

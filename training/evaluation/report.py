@@ -1,9 +1,9 @@
-"""Everything that is measured of a model, in one command: report.json, and a page of pictures with it.
+"""A full report on a model in one command: report.json, and a page with pictures.
 
     python -m training.evaluate report --model models/emoji --output report
 
-Pictures are drawn once, for captions of the training pictures, of compositions and of concepts that training
-never saw, and serve every figure; they are kept in OUTPUT/samples, so a report that was stopped goes on.
+Pictures are drawn once and used for every figure: for captions of training pictures, and of compositions and
+concepts that training never saw. They are kept in OUTPUT/samples, so a stopped report can be continued.
 """
 
 import json
@@ -37,7 +37,7 @@ from training.objectives.denoising import BUCKETS, DenoisingLoss, DenoisingSetti
 from training.run.settings import require, setting
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
-NOISE_DRAWS = 4  # of the validation loss, for its standard error
+NOISE_DRAWS = 4  # noise draws for the validation loss, which give its standard error
 
 
 class ReportConfig(JudgedSettings, GuidanceSettings, SeededSettings):
@@ -45,18 +45,18 @@ class ReportConfig(JudgedSettings, GuidanceSettings, SeededSettings):
 
     output: str = setting("Folder of the report and its pictures.", "report")
     num_pictures: int = setting(
-        "Drawn for training captions, and real ones in either half; 6 or more.", 500, at_least(6)
+        "Pictures drawn for training captions, and real ones in either half; 6 or more.", 500, at_least(6)
     )
-    num_held_out: int = setting("At most so many for each held-out split.", 200, at_least(2))
+    num_held_out: int = setting("Pictures drawn for each held-out split, at most.", 200, at_least(2))
     num_validation: int = setting(
-        "Pictures of each split whose loss is taken, some twice if it has fewer.", 256, at_least(40)
+        "Pictures of each split for the loss, some used twice if it has fewer.", 256, at_least(40)
     )
     replicates: int = setting("Bootstrap replicates of each interval.", 200, at_least(20))
     num_shown: int = setting("Pictures of each split on the page.", 60, at_least(1))
     inception_weights: str = setting("Inception's weights for FID and IS; else torch's hub cache.", "")
 
     def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        """Raise a ValueError that names the argument for any error that can be found before work starts."""
         super().check()
         find_weights(self.inception_weights)
         try:
@@ -71,7 +71,8 @@ class ReportConfig(JudgedSettings, GuidanceSettings, SeededSettings):
 def read_parts(
     config: ReportConfig, judge: Judge, pipe: TextToImagePipeline
 ) -> tuple[dict[str, Part], list[int]]:
-    """The three splits, and half A of the training pictures. What is drawn of those is half B."""
+    """(the three splits by name, the rows of half A of the training pictures). Of the training split, the
+    captions of half B are drawn."""
     side = pipe.unet.config.sample_size
     require(isinstance(side, int), "model", config.model, "a pipeline of square pictures")
     parts: dict[str, Part] = {}
@@ -94,14 +95,14 @@ def read_parts(
 def estimate(
     config: ReportConfig, statistic: Callable[..., float], *samples: Tensor
 ) -> dict[str, float | list[float]]:
-    """The figure with its 95 % bootstrap interval."""
+    """A figure with its 95 % bootstrap interval."""
     interval = metrics.bootstrap_interval(statistic, *samples, replicates=config.replicates, seed=config.seed)
     return {"value": statistic(*samples), "interval": list(interval)}
 
 
 def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, part: Part) -> dict[str, Any]:
-    """Retrieval among all concepts and CLIP score: of the drawn pictures, the real ones of the same captions,
-    and the drawn ones each under another's caption."""
+    """Retrieval among all concepts, and CLIP score, for the generated pictures, for the real pictures of the
+    same captions, and for the generated pictures with their captions shuffled."""
     texts = judge.embed_texts(part.captions)
     columns = {
         "generated": part.drawn_embeds,
@@ -120,9 +121,10 @@ def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, par
 
 
 def distribution(config: ReportConfig, reference: Tensor, columns: dict[str, Tensor]) -> dict[str, Any]:
-    """How far pictures are from half A in the judge's image space, (N, D) each, of the same N."""
+    """How far pictures are from half A in the judge's image space; all embeddings are (N, D) with the same
+    N."""
     figures: dict[str, Any] = {"pictures": len(reference)}
-    scale = reference.shape[1] ** 0.5  # unit vectors to the size that KID's kernel is made for
+    scale = reference.shape[1] ** 0.5  # scales unit vectors to the size that KID's kernel expects
     for column, embeds in tqdm(columns.items(), desc="bootstrap of the distances", unit="column"):
         figures[column] = {
             "Frechet distance": estimate(config, metrics.frechet_distance, embeds, reference),
@@ -138,7 +140,7 @@ def distribution(config: ReportConfig, reference: Tensor, columns: dict[str, Ten
 
 
 def losses(config: ReportConfig, pipe: TextToImagePipeline, parts: dict[str, Part]) -> dict[str, Any]:
-    """Unweighted loss in ten timestep buckets, with the standard error over draws of the noise."""
+    """The unweighted loss in each bucket of timesteps, with its standard error over draws of the noise."""
     learned = pipe.scheduler.config.get("variance_type") in LEARNED_VARIANCES
     settings = DenoisingSettings(loss="hybrid" if learned else "simple", snr_gamma=None)
     loss = DenoisingLoss(settings, pipe, pipe.unet, None, LiveText(pipe.tokenizer, pipe.text_encoder))
@@ -179,10 +181,11 @@ def picked(pictures: PictureCache, numbers: list[int]) -> PictureCache:
 
 
 def memorisation(parts: dict[str, Part]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Cosine distance to the nearest training picture: of drawn pictures, and of real ones that training
-    never saw (of training pictures to the nearest other one).
+    """Cosine distance to the nearest training picture, for generated pictures and for real ones that training
+    never saw (for training pictures, to the nearest other one).
 
-    A model that copies is nearer to its training pictures than unseen ones of the same kind are.
+    The pictures of a model that copies are nearer to its training pictures than unseen real pictures of the
+    same kind are.
     """
     train = parts["seen captions"]
     distances = {}
@@ -214,7 +217,7 @@ def memorisation(parts: dict[str, Part]) -> tuple[dict[str, Any], dict[str, Tens
 
 
 def describe_data(config: ReportConfig, parts: dict[str, Part]) -> dict[str, Any]:
-    """Where the pictures come from, as far as the data set says."""
+    """Where the pictures come from, as far as the data set records it."""
     train = parts["seen captions"].pictures
     figures: dict[str, Any] = {
         "name": config.dataset,
@@ -232,7 +235,7 @@ def describe_data(config: ReportConfig, parts: dict[str, Part]) -> dict[str, Any
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Enter how long the block took."""
+    """Record in `seconds` how long the block took."""
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 1)
@@ -241,7 +244,7 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def draw_parts(
     config: ReportConfig, pipe: TextToImagePipeline, judge: Judge, parts: dict[str, Part]
 ) -> dict[str, Any]:
-    """Draw what is not in OUTPUT/samples yet; returns how."""
+    """Draw the pictures that are not in OUTPUT/samples yet; return the settings that they were drawn with."""
     for name, part in parts.items():
         kept: Any = {"folder": Path(config.output, "samples"), "label": f"drawing {name}"}
         part.drawn = samples.draw(pipe, part.captions, config.seed, **config.drawing(), **kept)
@@ -259,14 +262,14 @@ def draw_parts(
 
 
 def count_parameters(pipe: TextToImagePipeline, drawing: dict[str, Any]) -> int:
-    """Of all networks that had a part in the drawing."""
+    """The number of parameters of all networks used for drawing."""
     idle = {"noisy_classifier"} | (set() if drawing["CLIP guidance scale"] > 0 else {"noisy_clip"})
     networks = [part for name, part in pipe.components.items() if name not in idle]
     return sum(p.numel() for one in networks if isinstance(one, torch.nn.Module) for p in one.parameters())
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
-    """Measure, write report.json and index.html into `output`, return the figures."""
+    """Measure the model, write report.json and index.html to `output`, and return the figures."""
     seconds: dict[str, float] = {}
     judge, pipe = Judge(config.judge), samples.with_guides(config.model)
     with timed(seconds, "reading and embedding real pictures"):
@@ -310,7 +313,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         "seconds": seconds | {"of these, pictures drawn anew": drawn_now},
         "computed with": computed | {"python": platform.python_version()},
     }
-    # report.json first: the figures stand even where the page could not be drawn
+    # report.json first, so that the figures are kept even if the page cannot be drawn
     write_file(folder / "report.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     write_file(folder / "index.html", page(figures, parts, nearest, folder, config.num_shown))
     return figures

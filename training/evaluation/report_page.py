@@ -1,4 +1,4 @@
-"""The report as people read it: charts, and a page that needs no other file."""
+"""The report for human readers: charts, and a self-contained page."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from training.evaluation.samples import first_captions
 
 COLUMNS = ("generated", "real", "shuffled")
 COLOURS = {"generated": "C0", "real": "0.55", "shuffled": "C3"}
-NUM_PAIRS = 24  # nearest neighbours shown of each split, in either order
+NUM_PAIRS = 24  # pairs of nearest neighbours shown for each split, in each of two orders
 EXPLAINED = {
     "R@1, R@5": "how often the caption's concept is the judge's first, or among its first five, of all",
     "CLIP score": "100 times the cosine between picture and caption in the judge's space",
@@ -29,18 +29,19 @@ EXPLAINED = {
 
 
 def shown(figure: dict[str, Any] | None) -> str:
-    """0.412 (0.37 to 0.45), as a cell of a table."""
+    """A figure as a cell of a table, such as "0.412 (0.370 to 0.450)"."""
     if figure is None:
         return ""
     value = figure["value"]
     digits = 1 if abs(value) >= 10 else 3 if abs(value) >= 0.01 else 5
-    # + 0.0: what rounds to zero from below is 0.000, not -0.000
+    # + 0.0: a negative value that rounds to zero is shown as 0.000, not -0.000
     text, *ends = (f"{round(one, digits) + 0.0:.{digits}f}" for one in (value, *figure.get("interval", ())))
     return f"{text} ({ends[0]} to {ends[1]})" if ends else text
 
 
 def metric_rows(report: dict[str, Any]) -> list[list[str]]:
-    """Figure by figure: what it is, of which pictures, generated, real, shuffled."""
+    """A row for each metric and split: metric, split with its number of pictures, generated, real,
+    shuffled."""
     halves = report["against half of the training pictures"]
     return [
         [metric, f"{name}, {part['pictures']}", *(shown(part.get(c, {}).get(metric)) for c in COLUMNS)]
@@ -53,7 +54,7 @@ def metric_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def draw_retrieval(ax: Any, report: dict[str, Any], k: int) -> None:
-    """R@k of each split, the three columns side by side, with their intervals."""
+    """Plot R@k of each split, the three columns side by side, with their intervals."""
     parts = report["against captions"]
     for i, column in enumerate(COLUMNS):
         figures = [part[column][f"R@{k}"] for part in parts.values()]
@@ -68,18 +69,19 @@ def draw_retrieval(ax: Any, report: dict[str, Any], k: int) -> None:
 
 
 def draw_losses(ax: Any, losses: dict[str, Any]) -> None:
-    """Loss against the timestep on a logarithmic scale, two standard errors on either side."""
+    """Plot the loss, on a logarithmic scale, against the timestep, with two standard errors on either
+    side."""
     places = range(len(losses["timesteps"]))
     for i, name in enumerate(SPLITS):
         errors = [2 * error for error in losses[name]["standard error"]]
-        offset = [place + 0.08 * (i - 1) for place in places]  # else error bars hide each other
+        offset = [place + 0.08 * (i - 1) for place in places]  # so that error bars do not overlap
         ax.errorbar(offset, losses[name]["mean"], yerr=errors, marker=".", capsize=2, label=name)
     ax.set_xticks(places, [span.split(" ")[0] for span in losses["timesteps"]])
     finish(ax, 8, yscale="log", xlabel="t, from", title=f"Loss on fixed noise ({losses['target']})")
 
 
 def draw_neighbours(ax: Any, distances: dict[str, Tensor]) -> None:
-    """Share of pictures that are within a distance of some training picture."""
+    """Plot the share of pictures that have a training picture within a distance, against the distance."""
     colours = {"training": "C0", **{split: f"C{i}" for i, split in enumerate(SPLITS)}}
     for name, values in distances.items():
         kind, split = name.split(", ", 1)
@@ -91,7 +93,8 @@ def draw_neighbours(ax: Any, distances: dict[str, Tensor]) -> None:
 
 
 def draw_distances(ax: Any, halves: dict[str, Any]) -> None:
-    """The figures of two distributions as multiples of what the real pictures of half B have."""
+    """Plot the distribution metrics of the generated pictures as multiples of those of half B's real
+    pictures."""
     names = [name for name in halves["real"] if name != "KID"][::-1]  # whose floor is 0
     values, floors = ([halves[c][name]["value"] for name in names] for c in COLUMNS[:2])
     ratios = [value / max(floor, 1e-9) for value, floor in zip(values, floors, strict=True)]
@@ -106,7 +109,7 @@ def draw_distances(ax: Any, halves: dict[str, Any]) -> None:
 
 
 def chart_tag(folder: Path, name: str, paint: Callable[..., None], *what: Any) -> str:
-    """The chart that paint(ax, *what) draws as a file of its own, and as an element of the page."""
+    """Save the chart that paint(ax, *what) draws as a file, and return it as an element of the page."""
     path = folder / f"{name}.png"
     with chart(path, 7.5, 4) as ax:
         paint(ax, *what)
@@ -114,7 +117,7 @@ def chart_tag(folder: Path, name: str, paint: Callable[..., None], *what: Any) -
 
 
 def split_section(name: str, part: Part, count: int) -> list[str]:
-    """The first pictures of a split in the order drawn, beside the real ones of their captions."""
+    """The first pictures of a split in the order drawn, next to the real pictures of their captions."""
     count = min(count, len(part.numbers))
     places = [
         ["first" if rank == 0 else f"number {rank + 1}" for rank in part.ranks[column][:count].tolist()]
@@ -133,7 +136,8 @@ def split_section(name: str, part: Part, count: int) -> list[str]:
 
 
 def neighbour_section(name: str, part: Part, train: Part) -> list[str]:
-    """Drawn pictures beside their nearest training pictures: the nearest of all, then as they were drawn."""
+    """Generated pictures next to their nearest training pictures: the closest pairs, then the first in the
+    order drawn."""
     distances, indices = part.neighbours
     nearest = first_captions(train.pictures, indices.tolist())
     sections = []
@@ -160,14 +164,14 @@ def describe_drawing(drawing: dict[str, Any]) -> str:
 
 
 def listed(values: dict[str, Any] | str, digits: str = "") -> str:
-    """name value, name value, ...; text as it is."""
+    """The values as "name value, name value, ..."; a string is returned as it is."""
     return values if isinstance(values, str) else ", ".join(f"{k} {v:{digits}}" for k, v in values.items())
 
 
 def page(
     report: dict[str, Any], parts: dict[str, Part], distances: dict[str, Tensor], folder: Path, num_shown: int
 ) -> str:
-    """The whole page, pictures inside."""
+    """The whole page, with the pictures embedded."""
     losses, halves = report["validation loss"], report["against half of the training pictures"]
     millions, data = report["parameters"] / 1e6, report["data"]
     settings = [

@@ -1,4 +1,4 @@
-"""The splits that a report measures, and what its page shows of them besides figures."""
+"""The splits that a report measures, with the pictures that its page shows."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from training.evaluation.samples import first_captions
 
 NEAR = "nearer than 95 % of unseen real pictures are"  # a share, in the report
 
-SPLITS = {  # what the page calls them: the data set's name
+SPLITS = {  # name on the page: name in the data set
     "seen captions": "train",
     "held-out compositions": "heldout_compositions",
     "held-out concepts": "validation",
@@ -19,11 +19,12 @@ SPLITS = {  # what the page calls them: the data set's name
 
 @dataclass
 class Part:
-    """One split: its real pictures with their embeddings, and those chosen to be drawn again."""
+    """One split: its real pictures with their embeddings, and the pictures drawn for some of their
+    captions."""
 
     pictures: PictureCache
-    embeds: Tensor  # (N, D) of all its pictures
-    numbers: list[int]  # of those chosen
+    embeds: Tensor  # (N, D), of all its pictures
+    numbers: list[int]  # of the real pictures whose captions are drawn
     drawn: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, 3, H, W)
     drawn_embeds: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, D)
     ranks: dict[str, Tensor] = field(default_factory=dict)  # of the true concepts, (n,)
@@ -39,5 +40,5 @@ class Part:
         return [self.pictures.columns["concept"][i] for i in self.numbers]
 
     def real(self) -> Tensor:
-        """(n, 3, H, W): the real pictures of the captions that were drawn."""
+        """(n, 3, H, W): the real pictures whose captions were drawn."""
         return self.pictures.images(self.numbers)

@@ -1,4 +1,4 @@
-"""Does the judge find what was asked for? Among all concepts, of drawn pictures and of real ones.
+"""Does the judge recognise, among all concepts, what generated and real pictures are meant to show?
 
 python -m training.evaluate zero-shot --clip models/judge
 python -m training.evaluate retrieval --model models/emoji --judge models/judge
@@ -26,7 +26,8 @@ ZERO_SHOT_PICTURES = 1000  # of each split, at most
 
 
 def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
-    """Classify pictures among all concepts by prompt templates alone (Radford 2021, section 3.1)."""
+    """Zero-shot classification of real pictures among all concepts, by prompt templates (Radford 2021,
+    section 3.1)."""
     judge = Judge(config.clip or config.judge)
     concepts = embed_concepts(judge, config.dataset)
     figures: dict[str, Any] = {"concepts": len(concepts.ids)}
@@ -40,7 +41,7 @@ def zero_shot(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def draw_captions(config: EvaluationConfig, captions: list[str]) -> Tensor:
-    """(N, 3, H, W) in [-1, 1]: what the model draws for them."""
+    """(N, 3, H, W) in [-1, 1]: the pictures that the model draws for the captions."""
     pipe = with_guides(config.model)
     if config.eta is not None:
         pipe.scheduler = chain_of(pipe.scheduler, eta=config.eta)
@@ -48,8 +49,9 @@ def draw_captions(config: EvaluationConfig, captions: list[str]) -> Tensor:
 
 
 def retrieval(config: EvaluationConfig) -> dict[str, Any]:
-    """Draw random captions of a split and let the judge find the concept of each picture among all; real
-    pictures of the same captions beside them, and a shuffled control that knows nothing of the text."""
+    """Draw random captions of a split and let the judge find each picture's concept among all concepts. For
+    comparison, the same for the real pictures of these captions, and for a control whose pictures are
+    shuffled and thus independent of the text."""
     judge, split = Judge(config.judge), config.split or "train"
     concepts = embed_concepts(judge, config.dataset)
     pictures = read_pictures(config, split, judge.image_size)
@@ -72,7 +74,8 @@ def retrieval(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def sheet(config: EvaluationConfig) -> dict[str, Any]:
-    """Ten prompts down, ten across: the six styles and four without one. No picking: seeds in a row."""
+    """A sheet with ten prompts as rows and ten columns: the six styles, and four pictures without a style.
+    The seeds are consecutive, so nothing is cherry-picked."""
     styles = [*list(STYLES.values())[:6], "", "", "", ""]
     pairs = itertools.product(SHEET_PROMPTS, styles)
     captions = [f"{name}, {style} style" if style else f"a {name}" for name, style in pairs]

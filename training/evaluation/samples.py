@@ -1,4 +1,4 @@
-"""Pictures drawn for many captions, a seed each; with a folder, none is drawn twice."""
+"""Drawing pictures for many captions, each with its own seed; with a folder, none is drawn twice."""
 
 import json
 from collections.abc import Iterable
@@ -24,7 +24,8 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def read_pictures(config: DataSettings, split: str, side: int, column: str = "caption") -> PictureCache:
-    """A split of the data set, decoded once, (3, side, side) each; its captions are in `column`."""
+    """A split of the data set, with pictures (3, side, side) that are decoded once and captions from
+    `column`."""
     return cache_pictures(load_pictures(config.dataset, split), side, config.cache_dir, "image", column)
 
 
@@ -34,15 +35,15 @@ def first_captions(pictures: PictureCache, rows: list[int]) -> list[str]:
 
 
 def random_rows(total: int, count: int, seed: int) -> list[int]:
-    """`count` different numbers of 0 .. total - 1 at random; all, if there are fewer."""
+    """`count` distinct random numbers from 0 .. total - 1, or all of them if there are fewer."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
 def load_pipeline_as(kind: type[Pipeline], name: str, argument: str = "model") -> Pipeline:
-    """A pipeline that shows no progress bar.
+    """Load a pipeline and turn its progress bar off.
 
     Raises:
-        ValueError: there is none to load; the message names the argument.
+        ValueError: there is no such pipeline; the message names the argument.
     """
     try:
         pipe = kind.from_pretrained(name)
@@ -57,8 +58,8 @@ def load_pipeline(name: str) -> TextToImagePipeline:
 
 
 def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") -> TextToImagePipeline:
-    """The pipeline with the guides in these folders, where given; else its own, or those in the folder
-    MODEL-guidance beside it."""
+    """The pipeline with guides from the given folders; by default its own guides, or those in the folder
+    MODEL-guidance next to it."""
     pipe = load_pipeline(model)
     if pipe.noisy_clip is None or pipe.noisy_classifier is None:
         load_guides(pipe, model)
@@ -70,7 +71,8 @@ def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") ->
 
 
 def pipeline_key(pipe: TextToImagePipeline) -> str:
-    """A digest of the weights and configs of U-Net, text encoder and VAE, and of the scheduler's config."""
+    """A digest of the weights and configs of U-Net, text encoder and VAE, and of the scheduler's class and
+    config."""
     models = (pipe.unet, pipe.text_encoder, pipe.vae)
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
     return content_key(
@@ -80,21 +82,22 @@ def pipeline_key(pipe: TextToImagePipeline) -> str:
 
 
 def own_steps(pipe: DiffusionPipeline, num_inference_steps: int | None) -> int:
-    """The pipeline's own number of steps where None is given."""
+    """The given number of steps; if it is None, the pipeline's own."""
     return pipe.config["default_num_inference_steps"] if num_inference_steps is None else num_inference_steps
 
 
 def own_guidance(
     pipe: TextToImagePipeline, guidance_scale: float | None, clip_guidance_scale: float | None
 ) -> tuple[float, float]:
-    """Both scales with the pipeline's defaults at its own size filled in; see `guidance_defaults`."""
+    """Both scales, with the pipeline's defaults for its own size in place of None; see
+    `guidance_defaults`."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scale, clip_scale = pipe.guidance_defaults(guidance_scale, clip_guidance_scale, (side, side))
     return float(scale), float(clip_scale)
 
 
 def call(pipe: Any, seeds: Iterable[int], **arguments: Any) -> Tensor:
-    """(N, 3, H, W) in [-1, 1]: what pipe(**arguments) draws, each picture with a seed of its own."""
+    """(N, 3, H, W) in [-1, 1]: the pictures that pipe(**arguments) draws, each with its own seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(**arguments, generator=generators, output_type="pt").images * 2 - 1
 
@@ -113,20 +116,22 @@ def draw(
     classifier_guidance_scale: float = 0.0,
     num_candidates: int = 1,
 ) -> Tensor:
-    """(N, 3, H, W) in [-1, 1]; picture i has the seed seed + i, whatever the batch.
+    """Pictures (N, 3, H, W) in [-1, 1] for the captions. Picture i has the seed seed + i, whatever the batch
+    size.
 
     Args:
-        num_inference_steps, guidance_scale: None: the model's own.
-        clip_guidance_scale: by the noised CLIP. None: the model's own, or 0 if guidance_scale is given.
-        folder: each picture is kept here as a PNG, so all are rounded to 256 levels. Its name is a digest of
-            the model, the caption's tokens, the seed and the settings, so a run that was stopped, or wants
-            more pictures, draws only the missing ones.
-        label: of the progress bar.
+        num_inference_steps, guidance_scale: None for the model's own.
+        clip_guidance_scale: the scale of guidance by the noised CLIP; None for the model's own, or 0 if
+            guidance_scale is given.
+        folder: where each picture is kept as a PNG, so that all pictures are rounded to 256 levels. The
+            file's name is a digest of the model, the caption's tokens, the seed and the settings, so a run
+            that was stopped or that needs more pictures draws only the missing ones.
+        label: the progress bar's label.
         class_labels, classifier_guidance_scale: a class for each caption, and the scale of guidance towards
-            it by the pipeline's noised classifier; 0 is off.
-        num_candidates: pictures drawn for each caption, of which the best is kept. The first has the seed
-            seed + i, each further one 2^24 more (torch's CPU generator reads 32 bits of it); `batch_size`
-            counts all of them.
+            it by the pipeline's noised classifier; 0 turns it off.
+        num_candidates: how many pictures are drawn for each caption; the best is kept. The first has the seed
+            seed + i, and each further one a seed larger by 2^24 (torch's CPU generator reads 32 bits of it).
+            `batch_size` counts all candidates.
     """
     steps = own_steps(pipe, num_inference_steps)
     scale, clip_guidance_scale = own_guidance(pipe, guidance_scale, clip_guidance_scale)
@@ -164,13 +169,14 @@ def draw(
 
 
 def two_halves(total: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """`count` random numbers of 0 .. total - 1, and as many others; at most half of them in each."""
+    """Two disjoint random sets of `count` numbers from 0 .. total - 1, or of half of them if there are
+    fewer."""
     order, count = random_rows(total, total, seed), min(count, total // 2)
     return order[:count], order[count : 2 * count]
 
 
 def fewest_matches(labels: list[str]) -> int:
-    """By how many places to move all labels on, so that the fewest stay what they were."""
+    """The number of places by which to shift all labels so that the fewest stay the same."""
 
     def matches(k: int) -> int:
         return sum(a == b for a, b in zip(labels, labels[k:] + labels[:k], strict=True))

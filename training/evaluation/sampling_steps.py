@@ -1,11 +1,11 @@
-"""Bits per dimension and Frechet distance against the number of steps, as Nichol 2021 draws them.
+"""Bits per dimension and Frechet distance against the number of sampling steps, as Nichol 2021 plots them.
 
     python -m training.evaluate sampling-steps --output steps.png --json steps.json \\
         --models runs/likelihood-simple/pipeline:fixed_small runs/likelihood-simple/pipeline:fixed_large \\
         runs/likelihood-hybrid/pipeline
 
-Reference of the Frechet distance: half A of the real training pictures; the model draws the captions of
-half B. The floor is the real pictures of half B themselves.
+The Frechet distance is measured from half A of the real training pictures. The model draws the captions of
+half B; the distance of half B's real pictures is the floor.
 """
 
 from dataclasses import dataclass
@@ -35,10 +35,12 @@ class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings):
     steps: list[int] = setting("Numbers of steps to compare.", [10, 25, 50, 100])
     num_pictures: int = setting("Pictures whose bits are counted; at least 2.", 100, likelihood.FOR_AN_ERROR)
     num_drawn: int = setting("Pictures drawn, and in each half of real ones.", 1000, at_least(2))
-    guidance_scale: float = setting("Of the drawn pictures; 1 shows the model itself.", 1.0, "0 or more")
+    guidance_scale: float = setting(
+        "Guidance of the drawn pictures; 1 shows the model itself.", 1.0, "0 or more"
+    )
 
     def check(self) -> None:
-        """Raise a ValueError that names the argument, for everything that can be told before work starts."""
+        """Raise a ValueError that names the argument for any error that can be found before work starts."""
         super().check()
         require(len(self.models) > 0, "models", self.models, "at least one pipeline")
         for model in self.models:
@@ -48,14 +50,15 @@ class SamplingStepsConfig(JudgeSettings, CountSettings, BatchSettings):
 
 
 def split_name(model: str) -> tuple[str, str | None]:
-    """FOLDER:VARIANCE_TYPE -> (folder, variance type); None without one."""
+    """FOLDER or FOLDER:VARIANCE_TYPE -> (folder, variance type or None)."""
     folder, colon, variance = model.rpartition(":")
     return (folder, variance) if colon else (model, None)
 
 
 @dataclass
 class RealPictures:
-    """Two halves of the real pictures: A's features, B's captions, and B's own distance from A."""
+    """Two halves of the real pictures: A's features, B's captions, and the distance of B's real pictures from
+    A."""
 
     reference: Tensor
     captions: list[str]
@@ -63,7 +66,8 @@ class RealPictures:
 
 
 def real_pictures(config: SamplingStepsConfig, judge: Judge, side: int) -> RealPictures:
-    """`num_drawn` pictures of the training split in each half, or half of it each if there are fewer."""
+    """Two halves with `num_drawn` pictures of the training split each, or half of the split if there are
+    fewer."""
     pictures = read_pictures(config, "train", side)
     require(len(pictures) >= 4, "dataset", config.dataset, "of at least 4 training pictures")
     first, second = two_halves(len(pictures), config.num_drawn, config.seed)
@@ -73,11 +77,11 @@ def real_pictures(config: SamplingStepsConfig, judge: Judge, side: int) -> RealP
 
 
 def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
-    """For each model and number of steps: bits per dimension of held-out pictures under the chain of so many
-    timesteps, and the Frechet distance of as many pictures as half A has, drawn in so many steps."""
+    """For each model and number of steps: the bits per dimension of held-out pictures under a chain with that
+    many timesteps, and the Frechet distance of pictures drawn in that many steps, as many as half A has."""
     judge = Judge(config.judge)
     pipes = {name: likelihood.load_pixel_pipeline(split_name(name)[0]) for name in config.models}
-    for name, pipe in pipes.items():  # refuses what does not fit, before work starts
+    for name, pipe in pipes.items():  # raises for settings that do not fit, before work starts
         for steps in config.steps:
             likelihood.evaluation_chain(pipe, split_name(name)[1], steps)
     sides = {pipe.unet.config.sample_size for pipe in pipes.values()}
@@ -108,7 +112,8 @@ def sampling_steps(config: SamplingStepsConfig) -> dict[str, Any]:
 
 
 def label(model: str) -> str:
-    """FOLDER:VARIANCE_TYPE -> what a legend calls it, without the path: the run's name for its `pipeline`."""
+    """A model's name in the legend: its folder without the path, or the run's folder for a run's `pipeline`,
+    and the variance type if given."""
     folder, variance = split_name(model)
     path = Path(folder)
     name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
@@ -116,7 +121,8 @@ def label(model: str) -> str:
 
 
 def draw_curves(figures: dict[str, Any], config: SamplingStepsConfig) -> None:
-    """Both figures side by side, a curve for each model; steps and bits on logarithmic scales."""
+    """Plot both quantities side by side, with a curve for each model; steps and bits on logarithmic
+    scales."""
     with chart(config.output, 10, 4, columns=2) as (bits, distance):
         for model in config.models:
             rows = [figures[model][f"{steps} steps"] for steps in config.steps]
@@ -127,7 +133,7 @@ def draw_curves(figures: dict[str, Any], config: SamplingStepsConfig) -> None:
             distance.plot(config.steps, distances, marker="o", label=label(model))
         floor = figures[config.models[0]]["floor of the Frechet distance"]
         distance.axhline(floor, color="grey", ls=":", label="real pictures")
-        bits.set_yscale("log")  # few steps with too small a variance cost ten times the bits of the others
+        bits.set_yscale("log")  # a few steps with too small a variance cost ten times as many bits
         bits.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         bits.yaxis.set_major_formatter(ScalarFormatter())
         bits.yaxis.set_minor_formatter(NullFormatter())

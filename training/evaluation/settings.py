@@ -1,11 +1,11 @@
-"""The settings that several commands of `training.evaluate` share, in groups to inherit from."""
+"""Settings that several commands of `training.evaluate` share, in groups to inherit from."""
 
 from pathlib import Path
 from typing import Any
 
 from training.run.settings import DataSettings, Rule, Settings, WordSettings, setting
 
-OWN = "if empty the model's own, or that of the folder beside it with -guidance added."
+OWN = "by default the model's own, or the one in the folder MODEL-guidance."
 TRAINED = Rule(
     lambda folder: not folder or (Path(folder) / "config.json").is_file(), "the folder of a trained one"
 )
@@ -28,13 +28,13 @@ class JudgedSettings(ModelSettings, JudgeSettings):
 
 
 class SeededSettings(DataSettings):
-    """The data set, and the seed of all that is random."""
+    """The data set, and the seed of everything random."""
 
     seed: int = setting("Seed of the choices, of the noise and of the first picture.", 0)
 
 
 class FigureSettings(SeededSettings):
-    """What a measurement has: its pictures, and where its results go."""
+    """The pictures of a measurement, and where its results go."""
 
     output: str = setting("PNG to write.", "")
     json: str = setting("File for the figures.", "")
@@ -59,7 +59,7 @@ class StepsSettings(Settings):
 
 
 class PassSettings(StepsSettings, BatchSettings):
-    """Steps of the chain, and how many pictures are in one pass."""
+    """The number of denoising steps, and the number of pictures in one pass."""
 
 
 class GuidanceSettings(PassSettings):
@@ -69,11 +69,13 @@ class GuidanceSettings(PassSettings):
         "Classifier-free guidance; the model's own by default.", None, "0 or more"
     )
     clip_guidance_scale: float | None = setting(
-        "By the noised CLIP, 0 is off; the model's own unless guidance_scale is given.", None, "0 or more"
+        "Guidance by the noised CLIP, 0 for none; the model's own unless guidance_scale is given.",
+        None,
+        "0 or more",
     )
 
     def drawing(self) -> dict[str, Any]:
-        """The arguments of `samples.draw` by these names."""
+        """These settings as keyword arguments of `samples.draw`."""
         names = ("num_inference_steps", "guidance_scale", "clip_guidance_scale", "batch_size")
         return {name: getattr(self, name) for name in names}
 
@@ -90,9 +92,9 @@ class EvaluationConfig(JudgedSettings, GuidanceSettings, CountSettings, WordSett
     """Settings of `training.evaluate` zero-shot, retrieval, sheet and words."""
 
     clip: str = setting(
-        "zero-shot, words: the CLIP to measure, words: or a pipeline; by default judge, model.", ""
+        "zero-shot: CLIP to measure, default judge; words: CLIP or pipeline, default model.", ""
     )
-    split: str = setting("Split to take; by default what the command is for.", "")
+    split: str = setting("Split to use; by default the command's own choice.", "")
     num_inference_steps: int = 25
     eta: float | None = setting("Share of DDPM's noise, 0 .. 1; the scheduler's own by default.", None)
     teacher: bool = setting("words: the teacher's figures too.", False)

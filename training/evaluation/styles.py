@@ -1,9 +1,10 @@
-"""A hundred names in four styles each, nothing picked: is each picture in the right style, of the right
+"""A hundred names in four styles each, without cherry-picking: does each picture have the right style and
 concept, and which training picture is nearest to it?
 
     python -m training.evaluate styles --model models/emoji --output styles
 
-The classifier is one of clean pictures (`training/configs/style_classifier.yaml`) that guides nothing.
+The style classifier sees clean pictures (`training/configs/style_classifier.yaml`) and is not used for
+guidance.
 """
 
 import json
@@ -42,23 +43,24 @@ class StylesConfig(JudgedSettings, ClassifierSettings, GuidanceSettings, FigureS
         "models/style-classifier",
         Rule(lambda folder: (Path(folder) / "config.json").is_file(), "the folder of a NoisyClassifier"),
     )
-    styles: list[str] = setting("Each name in each.", DRAWN, Rule(bool, "one or more"))
-    num_names: int = setting("Names drawn at random of those in all styles.", 100, "at least 1")
+    styles: list[str] = setting("Styles in which each name is drawn.", DRAWN, Rule(bool, "one or more"))
+    num_names: int = setting("Number of names, chosen at random from those in all styles.", 100, "at least 1")
     classifier_guidance_scale: float = setting(
-        "Of guidance to each picture's style by noisy_classifier, 0 is off.", 0.0, "0 or more"
+        "Guidance to each picture's style by noisy_classifier, 0 for none.", 0.0, "0 or more"
     )
     num_candidates: int = setting(
-        "So many drawn for each picture; the best by what guides is kept.", 1, "at least 1"
+        "Candidates drawn for each picture; the guides' best one is kept.", 1, "at least 1"
     )
     output: str = setting(
-        "Folder of the page, and of what was drawn.",
+        "Folder of the page and the drawn pictures.",
         "styles",
         Rule(lambda folder: not Path(folder).is_file(), "a folder, there is a file"),
     )
 
 
 def choose_rows(names: list[str], styles: list[str], wanted: list[str], count: int, seed: int) -> list[int]:
-    """Rows of `count` names at random of those that have a picture in each wanted style, a row for each."""
+    """One row for each wanted style of `count` names, drawn at random from those with a picture in every such
+    style."""
     places: dict[str, dict[str, int]] = defaultdict(dict)
     for row, (name, style) in enumerate(zip(names, styles, strict=True)):
         places[name].setdefault(style, row)
@@ -76,7 +78,7 @@ def classify(classifier: Any, pictures: Tensor, among: list[str]) -> list[str]:
 
 
 def accuracies(found: list[str], truth: list[str]) -> dict[str, float]:
-    """Share of right ones, of all and of each style."""
+    """The share of correct styles, overall ("all") and for each style."""
     right: dict[str, list[bool]] = defaultdict(list)
     for a, b in zip(found, truth, strict=True):
         right["all"].append(a == b)
@@ -85,7 +87,7 @@ def accuracies(found: list[str], truth: list[str]) -> dict[str, float]:
 
 
 def load_models(config: StylesConfig) -> tuple[Any, Any]:
-    """(pipeline, classifier). ValueError for a style that one of the networks does not know."""
+    """(pipeline, classifier). Raises ValueError for a style that either network does not know."""
     pipe = with_guides(config.model, noisy_classifier=config.noisy_classifier)
     classifier: Any = NoisyClassifier.from_pretrained(config.classifier).eval()
     known = list(classifier.config.labels)
@@ -101,8 +103,8 @@ def load_models(config: StylesConfig) -> tuple[Any, Any]:
 
 
 def styles(config: StylesConfig) -> dict[str, Any]:
-    """Accuracy of the styles, of drawn and of real held-out pictures; retrieval of the concept; writes the
-    page, each drawn picture beside its nearest training picture, and sheet.png."""
+    """Style accuracy for generated and for real held-out pictures, and retrieval of the concept. Also write a
+    page that shows each generated picture next to its nearest training picture, and sheet.png."""
     for split in ("train", "validation"):  # a missing data set is reported before any model is loaded
         load_pictures(config.dataset, split)
     (pipe, classifier), judge = load_models(config), Judge(config.judge)
@@ -120,7 +122,7 @@ def styles(config: StylesConfig) -> dict[str, Any]:
     others = [i for i, style in enumerate(held_out.columns["style"]) if style in config.styles]
     kinds = [held_out.columns["style"][i] for i in others]
     real = {"real held-out": held_out.images(others)}
-    if pipe.vae is None:  # what the model's smudges alone take from the classifier
+    if pipe.vae is None:  # how much the model's smudges alone cost the classifier
         again = torch.from_numpy(cache_redrawn(held_out, pipe, config.cache_dir)[others])
         real["real held-out, redrawn"] = again.float() / 127.5 - 1
     accuracy = {"generated": accuracies(found, truth)}

@@ -1,10 +1,10 @@
-"""How good enlarged pictures are, beside Pillow's filters: held-out pictures drawn at both sizes.
+"""How good enlarged pictures are compared with Pillow's filters, on held-out pictures rendered at both sizes.
 
     python -m training.evaluate upscaling --model models/emoji-upsampler --output upscaling.png
 
-The judge sees squares of its own size cut out of the large pictures, so what it compares is detail: all of
-the enlarged pictures look alike once they are shrunk. Squares without an edge in the real picture are left
-out, the same ones for every way.
+The judge sees squares of its own size cut out of the large pictures, so that it compares detail: reduced to
+that size, all the enlarged pictures would look alike. Squares without an edge in the real picture are left
+out, the same ones for every method.
 """
 
 import time
@@ -28,7 +28,7 @@ from training.evaluation.settings import CountSettings, JudgedSettings, StepsSet
 from training.run.settings import PairSettings, require, setting
 
 FILTERS = {method.name.lower(): method for method in Image.Resampling}
-EDGE = 0.05  # standard deviation, in a square of a picture in [-1, 1], that is an edge
+EDGE = 0.05  # a square, in [-1, 1], has an edge if its standard deviation is above this
 
 
 class UpscalingConfig(JudgedSettings, StepsSettings, PairSettings, CountSettings):
@@ -41,7 +41,8 @@ class UpscalingConfig(JudgedSettings, StepsSettings, PairSettings, CountSettings
 
 
 def enlarge_by(method: Image.Resampling, small: Tensor, side: int) -> Tensor:
-    """(N, 3, h, w) in [-1, 1] -> (N, 3, side, side), by one of Pillow's filters on 8-bit pictures."""
+    """Enlarge (N, 3, h, w) in [-1, 1] to (N, 3, side, side), with one of Pillow's filters on 8-bit
+    pictures."""
     return torch.cat([to_tensor(picture.resize((side, side), method)) for picture in to_pil(small)])
 
 
@@ -58,7 +59,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def layers_of(judge: Judge, squares: Tensor) -> list[Tensor]:
-    """The judge's token states after the patches and after each layer, (N, tokens, D) each, l2-normalised."""
+    """The judge's token states after the patch embedding and after each layer, each (N, tokens, D) and
+    l2-normalised."""
     tower = judge.model.vision_model
     states = [
         tower(pixel_values=part, output_hidden_states=True).hidden_states for part in squares.split(128)
@@ -67,14 +69,14 @@ def layers_of(judge: Judge, squares: Tensor) -> list[Tensor]:
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """LPIPS (Zhang 2018, eq. 1) in these layers, all weights 1: mean over pictures, layers and positions of
-    |a - b|^2, (N, tokens, D) each, of unit vectors: 0 .. 4."""
+    """LPIPS (Zhang 2018, eq. 1) in these layers with all weights w_l = 1: the mean over pictures, layers and
+    positions of |a - b|^2 for unit vectors, so in 0 .. 4. Each layer is (N, tokens, D)."""
     layers = [(x - y).square().sum(-1).double().mean() for x, y in zip(a, b, strict=True)]
     return float(torch.stack(layers).mean())
 
 
 def enlarge_with(pipe: SuperResolutionPipeline, config: UpscalingConfig, small: Tensor) -> Tensor:
-    """The same by the model, one picture at a time; picture i has the seed seed + i."""
+    """Enlarge the pictures with the model, one at a time; picture i has the seed seed + i."""
     how = {"num_inference_steps": config.num_inference_steps, "noise_level": config.noise_level}
     drawn = []
     for i in tqdm(range(len(small)), desc="enlarging", unit="picture"):
@@ -84,9 +86,10 @@ def enlarge_with(pipe: SuperResolutionPipeline, config: UpscalingConfig, small: 
 
 
 def upscaling(config: UpscalingConfig) -> dict[str, Any]:
-    """For each way: Frechet distance and perceptual distance of the squares from the real ones in the judge's
-    features, PSNR, mean absolute difference of the shrunk result from the small picture and the largest
-    shift of a channel's mean from the real pictures' (both of 255 levels), seconds for a picture."""
+    """For each method of enlarging: the Frechet distance and the perceptual distance between its squares and
+    the real ones in the judge's features; PSNR; the mean absolute difference between the result, reduced
+    again, and the small picture; the largest shift of a channel's mean from the real pictures' (both in
+    levels of 255); and the seconds per picture."""
     pipe = load_pipeline_as(SuperResolutionPipeline, config.model)
     judge, scale, side = Judge(config.judge), pipe.scale, config.resolution
     rule = f"{scale} times low_resolution, {config.low_resolution}"
@@ -130,7 +133,8 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
 
 
 def draw_sheet(columns: list[Tensor], best: str, path: str) -> None:
-    """Six pictures, a row each: small, by the best filter, by the model, real."""
+    """Save a sheet with a row for each of up to six pictures: small, by the best filter, by the model,
+    real."""
     side = columns[-1].shape[-1]
     rows = min(6, len(columns[0]))
     whole = zip(*(to_pil(column[:rows]) for column in columns), strict=True)

@@ -1,8 +1,8 @@
-"""How many words that stand in no caption a text tower understands.
+"""How many words that occur in no caption a text tower understands.
 
     python -m training.evaluate words --clip runs/clip/clip --teacher
 
-Which words: `training.data.words`.
+`training.data.words` selects the words.
 """
 
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from training.run.building import load_text_tower
 
 
 def word_ranks(embedder: Any, concepts: Any, words: list[UnseenWord]) -> Tensor:
-    """(N,) place of the best of a word's concepts among all, 0 the first."""
+    """(N,) rank of each word's best concept among all concepts, from 0."""
     embeds = embedder.embed_texts([word.text for word in words])
     pairs = [(row, concept) for row, word in enumerate(words) for concept in sorted(word.concepts)]
     rows = torch.tensor([row for row, _ in pairs])
@@ -31,8 +31,8 @@ def word_ranks(embedder: Any, concepts: Any, words: list[UnseenWord]) -> Tensor:
 
 
 class StatesEmbedder:
-    """Embeds by the states that a U-Net's cross-attention reads: their mean over the context, less that of
-    all names, l2-normalised."""
+    """Embeds texts by the states that a U-Net's cross-attention reads: their mean over the context, minus its
+    average over all names, l2-normalised."""
 
     def __init__(self, tokenizer: Any, encoder: Any, names: list[str]):
         self.tokenizer, self.encoder = tokenizer, encoder
@@ -51,17 +51,17 @@ class StatesEmbedder:
 
 
 def words(config: EvaluationConfig) -> dict[str, Any]:
-    """How often the concept that a word means is the nearest, or among the five nearest, of all concepts.
+    """How often the concept that a word stands for is the nearest of all concepts, or among the five nearest.
 
-    The figures "tower" are of the text tower's own space, "states" of the states that the U-Net reads,
-    "teacher" of the sentence encoder's space. "taught" are words that no caption or tag holds and that
-    distillation may teach, "kept out" words that it may not. A word is embedded alone, a concept as its names
-    in every template.
+    The figures "tower" are measured in the text tower's own space, "states" in the states that the U-Net
+    reads, and "teacher" in the sentence encoder's space. No caption or tag contains any of the words:
+    distillation may teach those called "taught", and may not teach those called "kept out". A word is
+    embedded by itself, a concept by its names in every template.
     """
     wordnet = read_wordnet(config.wordnet_dir)
     tokenizer, encoder = load_text_tower(config.clip or config.model, "clip")
     encoder.eval()
-    tower: Any = SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder)  # all of a pipeline that is read
+    tower: Any = SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder)  # the parts that are read
     embedders: dict[str, Any] = {"tower": PipelineTexts(tower)}
     if config.teacher:
         embedders["teacher"] = Teacher(cache_dir=config.cache_dir)

@@ -24,17 +24,19 @@ BUCKETS = 10  # of timesteps; a loss or an accuracy is reported for each
 class DenoisingSettings(CaptionSettings, TimestepSettings, InpaintingSettings):
     """The settings of the denoising loss."""
 
-    loss: str = setting("simple, or of a learned variance: hybrid or vlb (Improved DDPM).", "simple", LOSSES)
+    loss: str = setting("simple or, for a learned variance, hybrid or vlb (Improved DDPM).", "simple", LOSSES)
     random_flip: bool = setting("Mirror half of the pictures.", False)
     caption_dropout: float = setting(
         "How often the caption is replaced by the null prompt.", 0.1, "in [0, 1]"
     )
     snr_gamma: float | None = setting(
-        "Min-SNR weighting of all but vlb; none is the plain loss.", 5.0, "above 0"
+        "Min-SNR weighting of all losses but vlb; none for the plain loss.", 5.0, "above 0"
     )
-    snr_floor: float = setting("With snr_gamma: what the ratio counts as at least.", 0.0)
-    detail_weight: float = setting("With snr_gamma: of |error of x0| where SNR is at least it.", 0.0)
-    noise_offset: float = setting("Share of noise that is constant over each channel.", 0.0, "0 or more")
+    snr_floor: float = setting("With snr_gamma: lower bound of the ratio.", 0.0)
+    detail_weight: float = setting("With snr_gamma: weight of |error of x0| where SNR >= snr_gamma.", 0.0)
+    noise_offset: float = setting(
+        "Amount of added noise that is constant over each channel.", 0.0, "0 or more"
+    )
 
     def check(self) -> None:
         super().check()

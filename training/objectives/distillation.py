@@ -54,9 +54,9 @@ class DistillationSettings(RunSettings, DataSettings, WordSettings):
         "What the text tower learns from the sentence encoder: none, captions or words.", "none", KINDS
     )
     distill_batch_size: int = setting(
-        "Texts for each process and step, beside the pictures' captions.", 512, "at least 1"
+        "Texts per process and step, besides the pictures' captions.", 512, "at least 1"
     )
-    teacher: str | None = setting("Folder of the sentence encoder; by default PyPI's package of it.", None)
+    teacher: str | None = setting("Folder of the sentence encoder; by default the package from PyPI.", None)
 
 
 class Teacher:

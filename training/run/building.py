@@ -20,10 +20,12 @@ class PipelineSettings(UNetSettings, InpaintingSettings):
     pretrained_model_name_or_path: str | None = setting(
         "Start from this pipeline: a folder or a Hub name.", None
     )
-    text_encoder: str | None = setting("A CLIP's folder with its tokenizer, or a pipeline's; frozen.", None)
+    text_encoder: str | None = setting("Folder of a CLIP with its tokenizer, or of a pipeline; frozen.", None)
     vae: str | None = setting("Folder of an AutoencoderKL, frozen; none means pixels.", None)
     prediction_type: str | None = setting("epsilon, sample (x0) or v_prediction.", None, PREDICTION_TYPES)
-    self_conditioning: bool = setting("The U-Net sees its last guess of x0; a saved one is widened.", False)
+    self_conditioning: bool = setting(
+        "The U-Net sees its last estimate of x0; a saved U-Net is widened.", False
+    )
 
     def check(self) -> None:
         super().check()

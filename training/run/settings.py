@@ -107,7 +107,7 @@ class Settings:
 
 
 class CacheSettings(Settings):
-    cache_dir: str = setting("Where decoded pictures and embeddings are kept, computed once.", "data/cache")
+    cache_dir: str = setting("Where decoded pictures and embeddings, computed once, are kept.", "data/cache")
 
 
 class DataSettings(CacheSettings):
@@ -131,7 +131,7 @@ class PairSettings(PictureSettings):
 
     dataset: str = "data/emoji-256"
     resolution: int = 256
-    low_dataset: str = setting("Data set of the same pictures, small.", "data/emoji")
+    low_dataset: str = setting("Data set of the same pictures at the small size.", "data/emoji")
     low_resolution: int = setting("Side of the small pictures; divides resolution.", 64, "at least 1")
 
 
@@ -155,12 +155,14 @@ class RunSettings(CacheSettings, SeedSettings):
         None,
         Rule(PRECISIONS.__contains__, f"one of {PRECISIONS}"),
     )
-    checkpointing_steps: int = setting("Save every so many steps.", 500, "at least 1")
+    checkpointing_steps: int = setting("Steps between checkpoints.", 500, "at least 1")
     resume_from_checkpoint: str | None = setting("'latest' or a checkpoint folder.", None)
 
 
 class TimeSettings(Settings):
-    max_train_minutes: float | None = setting("Stop after so much CPU time of the main process.", None)
+    max_train_minutes: float | None = setting(
+        "Stop after this many minutes of the main process's CPU time.", None
+    )
 
 
 class WarmUpSettings(Settings):
@@ -177,7 +179,9 @@ class MuonSettings(WarmUpSettings):
         "adamw, or muon: Muon for the hidden matrices, AdamW for the rest.", "muon", OPTIMIZERS
     )
     muon_learning_rate: float = setting("Muon's peak learning rate, where it is used.", 1e-3, "above 0")
-    lr_decay_steps: int = setting("The last so many steps fall to 0 linearly.", 0, "0 or more")
+    lr_decay_steps: int = setting(
+        "Steps at the end in which the learning rate falls linearly to 0.", 0, "0 or more"
+    )
 
 
 class AverageSettings(Settings):
@@ -188,13 +192,13 @@ class AverageSettings(Settings):
 
 class UNetSettings(Settings):
     unet: Any = setting("ConditionalUNet's config: a mapping (YAML), JSON or a JSON file.", None)
-    noise_scheduler: Any = setting("DDPMScheduler's config, likewise.", None)
-    compile: bool = setting("torch.compile the U-Net: a minute or two at the start, then faster.", False)
+    noise_scheduler: Any = setting("DDPMScheduler's config, in the same forms.", None)
+    compile: bool = setting("torch.compile the U-Net: slower for a minute or two, then faster.", False)
 
 
 class InpaintingSettings(Settings):
     inpainting: bool = setting(
-        "The U-Net sees a mask and the masked picture too; a saved one is widened.", False
+        "The U-Net also sees a mask and the masked picture; a saved U-Net is widened.", False
     )
 
 
@@ -206,7 +210,7 @@ class CaptionSettings(SeedSettings):
 
 class TimestepSettings(SeedSettings):
     timestep_shift: float = setting(
-        "Above 1 draws noisier t more often, below 1 clearer ones (Esser 2024, eq. 23).", 1.0, "above 0"
+        "Above 1 draws noisier t more often, below 1 cleaner ones (Esser 2024, eq. 23).", 1.0, "above 0"
     )
 
 
@@ -214,7 +218,7 @@ class GuideSettings(DataSettings):
     """Settings for training a model on a pipeline's pictures, to guide the pipeline."""
 
     pretrained_model_name_or_path: str = setting(
-        "The pipeline whose text tower, schedule and space are taken.", "models/emoji"
+        "The pipeline whose text tower, schedule and space are used.", "models/emoji"
     )
     splits: str = setting("Splits to train on, joined by +.", "train")
     patch_size: int = setting("Side of the patches, in pixels.", 4, "at least 1")
