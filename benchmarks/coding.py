@@ -64,8 +64,7 @@ def squared_error(a: Image.Image, b: Image.Image) -> float:
 
 
 def sheet_of(pictures: list[Image.Image]) -> Image.Image:
-    """All pictures in one, without gaps, ten in a row; empty cells of the last row repeat the last
-    picture."""
+    """All pictures in one, without gaps, ten in a row; empty cells at the end repeat the last picture."""
     columns = min(10, len(pictures))
     cells = [np.asarray(one) for one in pictures + pictures[-1:] * (-len(pictures) % columns)]  # (H, W, 3)
     rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]

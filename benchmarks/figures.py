@@ -41,8 +41,7 @@ PROMPTS = ["dog face, noto style", "red heart, 3d style", "pizza, flat style", "
 
 
 def draw_pictures(rows: dict[str, Tensor], titles: list[str], path: Path) -> None:
-    """One row of pictures for each entry, (n, C, H, W) in [-1, 1], with its name on the left and titles on
-    top."""
+    """A row of pictures for each entry, (n, C, H, W) in [-1, 1]: names on the left, titles on top."""
     columns = len(titles)
     with chart(path, 1.1 * columns + 0.9, 1.15 * len(rows) + 0.3, columns, len(rows)) as axes:
         for row, pictures in zip(np.atleast_2d(axes), rows.values(), strict=True):
@@ -227,8 +226,7 @@ def sample_posterior(pipe: TextToImagePipeline, x_t: Tensor, t: int, steps: int,
 
 
 def counted(settings: argparse.Namespace, num_pictures: int) -> likelihood.BitsPerDimConfig:
-    """The settings that measure `num_pictures` held-out pictures. Raises ValueError if one is out of
-    range."""
+    """Settings to measure `num_pictures` held-out pictures. Raises ValueError if one is out of range."""
     shared = {name: getattr(settings, name) for name in ("model", "dataset", "cache_dir", "seed")}
     config = likelihood.BitsPerDimConfig(**shared, num_pictures=num_pictures)
     config.check()

@@ -40,8 +40,7 @@ def draw(pipe: TextToImagePipeline) -> list[Any]:
 
 
 def train(way: str, settings: argparse.Namespace, pictures: Path) -> tuple[Path, float]:
-    """Run one `accelerate launch`, as a user would type it; return (the output folder, the minutes it
-    took)."""
+    """Run one `accelerate launch`, as a user would type it; return (output folder, minutes taken)."""
     output = settings.output_dir / way
     steps = settings.max_train_steps
     command = [

@@ -65,8 +65,7 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def train(name: str, options: argparse.Namespace) -> Path:
-    """Train a trial through accelerate, for `options.minutes` of the process's CPU time; return its
-    folder."""
+    """Train a trial through accelerate for `options.minutes` of CPU time; return its folder."""
     output = options.output_dir / name.replace(" ", "-")
     if (output / "pipeline").is_dir():
         return output

@@ -77,8 +77,7 @@ def scheduler_line(rounds: int) -> str:
 
 
 def picture_line(rounds: int) -> str:
-    """One picture from a prompt, by the shipped model with its own defaults; there is nothing to compare it
-    with."""
+    """One picture from a prompt, by the shipped model with its own defaults; ours only."""
     pipe = TextToImagePipeline.from_pretrained(str(MODEL))
     pipe.set_progress_bar_config(disable=True)
     pipe("a red heart")

@@ -139,8 +139,7 @@ def build_clip(config: ClipTrainingConfig, tower: CLIPTextModelWithProjection | 
 
 
 class Towers(CLIPModel):
-    """CLIPModel with the forward pass that training needs: text in several parts, with or without
-    pictures."""
+    """CLIPModel with the forward pass for training: text in several parts, with or without pictures."""
 
     def forward(  # type: ignore[override]
         self, input_ids: list[Tensor], pixel_values: Tensor | None = None
@@ -277,8 +276,7 @@ class NoisyClipLoss:
 
 
 def train_noised(config: ClipTrainingConfig, run: Run) -> None:
-    """Train with `--noised`. The only sizes it uses are patch_size (of x_t), vision_width, vision_layers and
-    head_dim."""
+    """Train with `--noised`; its sizes are patch_size (of x_t), vision_width, vision_layers and head_dim."""
     pipe = load_pipeline(config.pretrained_model_name_or_path)
     side = pipe.unet.config.sample_size
     fits = isinstance(side, int) and side % config.patch_size == 0

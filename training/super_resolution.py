@@ -110,8 +110,7 @@ class SuperResolutionLoss:
         return self.of(x, blur(y, self.config.max_blur, generator), t, level, generator), {}
 
     def of(self, x: Tensor, y: Tensor, t: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of large pictures x and small pictures y at timesteps t and noise levels `level`, both
-        (B,)."""
+        """The loss of large x and small y at timesteps t and noise levels `level`, both (B,)."""
         y = self.low_chain.add_noise(y, torch.randn(y.shape, generator=generator), level)
         x_t = self.chain.add_noise(x, torch.randn(x.shape, generator=generator), t)
         told = enlarge(y, self.config.scale)  # (B, 3, side, side)

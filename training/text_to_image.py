@@ -69,7 +69,7 @@ class TextToImageConfig(
     lora_layers: list[str] | None = setting(
         "The U-Net's layers that get adapters; default the attention's.", None
     )
-    train_text_encoder: bool = setting("Train adapters of the text encoder too.", False)
+    train_text_encoder: bool = setting("Train adapters on the text encoder too.", False)
     # The data
     dataset_name: str | None = setting("Saved data set or Hub name.", None)
     dataset_config_name: str | None = setting("Configuration of a Hub data set.", None)
@@ -226,8 +226,7 @@ def validate(
 
 
 def save_sheet(pipe: TextToImagePipeline, prompts: list[str], path: Path, seed: int) -> None:
-    """Draw the prompts with 25 steps and the seeds seed, seed + 1, ..., and save the pictures in rows of
-    eight."""
+    """Draw the prompts with 25 steps and the seeds seed, seed + 1, ...; save them in rows of eight."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     pipe.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {}

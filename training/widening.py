@@ -97,8 +97,7 @@ def kinds(names: dict[str, set[str]], wordnet: WordNet, levels: int = LEVELS) ->
 
 
 def nearest(words: list[str], names: dict[str, set[str]], teacher: Any) -> dict[str, set[str]]:
-    """Concept -> the words for which it is the nearest concept to the teacher, with a cosine of at least
-    NEAR."""
+    """Concept -> the words whose nearest concept it is, by the teacher, with a cosine of at least NEAR."""
     owners = [concept for concept, own in names.items() for _ in own]
     own_names = [name for own in names.values() for name in sorted(own)]
     targets = teacher.embed_texts(own_names)
@@ -181,8 +180,7 @@ def party_hat(chance: random.Random, size: int = 256) -> Image.Image:
 
 
 def put_on(head: Image.Image, hat: Image.Image, chance: random.Random, size: int) -> Image.Image:
-    """The head at the bottom of a white square with the hat on it, tilted by a random angle of up to 12
-    degrees."""
+    """The head at the bottom of a white square, wearing the hat at a random tilt of up to 12 degrees."""
 
     def scaled(image: Image.Image, scale: float) -> Image.Image:
         side = (round(image.width * scale), round(image.height * scale))

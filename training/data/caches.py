@@ -46,8 +46,7 @@ class TextCache:
 
 
 def cache_text(captions: list[str], tokenizer: Any, text_encoder: Any, cache_dir: str | Path) -> TextCache:
-    """Encode every caption once with the frozen encoder; the key is its weights, its config and the
-    tokens."""
+    """Encode every caption once with the frozen encoder, keyed by its weights, config and the tokens."""
     tokens = hashlib.sha256()
     length = context_length(tokenizer, text_encoder)
     too_long = []

@@ -158,8 +158,7 @@ def name_in_words(label: str) -> str:
 
 
 def names_to_hexcodes(modules: Path, emoji: dict[str, Emoji]) -> dict[str, str]:
-    """Every spelling of an emoji's name that a package may use -> its hexcode; the most reliable source
-    wins."""
+    """Each spelling of an emoji's name that a package may use -> its hexcode, by the most reliable source."""
     known: dict[str, str] = {}
 
     def add(name: str, hexcode: str) -> None:

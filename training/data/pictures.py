@@ -98,8 +98,7 @@ def load_splits(source: str, splits: str) -> Any:
 
 
 def tar_files(folder: Path) -> dict[str, list[str]]:
-    """Webdataset tars by split: `train` for those in the folder itself, the subfolder's name for the
-    others."""
+    """Webdataset tars by split: `train` in the folder itself, the subfolder's name below it."""
     found: dict[str, list[str]] = {}
     for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
         found.setdefault("train" if path.parent == folder else path.parent.name, []).append(str(path))
@@ -145,8 +144,7 @@ def check_picture_folder(folder: Path, caption_column: str | None = None, strict
 
 
 def metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) for each row of a metadata.jsonl or metadata.csv; {} for a row that is no
-    mapping."""
+    """(line number, row) for each row of a metadata.jsonl or .csv; {} for a row that is not a mapping."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".csv":
         yield from enumerate(csv.DictReader(io.StringIO(text)), start=2)
@@ -366,8 +364,7 @@ class PictureCache:
         return digest.hexdigest() + ("" if self.rows is None else str(self.rows.tolist()))
 
     def images(self, indices: list[int] | Tensor, mirror: Tensor | None = None) -> Tensor:
-        """Pictures (B, 3, R, R), float in [-1, 1], flipped left to right where `mirror`, (B,) bool, is
-        True."""
+        """Pictures (B, 3, R, R), float in [-1, 1], mirrored where `mirror`, (B,) bool, is True."""
         found = np.asarray(indices)
         pixels = self.pixels[found if self.rows is None else self.rows[found]]
         images = torch.from_numpy(pixels).float() / 127.5 - 1.0

@@ -145,8 +145,7 @@ def repaint(config: EditingConfig, pipe: InpaintPipeline, samples: int, case: Ca
 
 
 def measure(judge: Judge, case: Case, edited: Tensor) -> Tensor:
-    """(B, 3): the judge's score of the region for the new words and for the old words, and the border
-    energy."""
+    """(B, 3): the judge's scores of the region for the new and the old words, and the border energy."""
     side = case.mask.width
     left, top, right, bottom = crop_region(case.mask, 1, 1, pad=side // 16)
     embeds = judge.embed_images(edited[..., top:bottom, left:right])
@@ -192,8 +191,7 @@ def editing(config: EditingConfig) -> dict[str, Any]:
 
 
 def draw_sheet(cases: list[Case], results: dict[str, list[Tensor]], path: str) -> None:
-    """Save a sheet with the first picture of each change: the original, its mask, and the result of each
-    way."""
+    """Save a sheet: for each change, the first picture, its mask, and the result of each way."""
     cells, labels = [], []
     ways = [way for way in results if way != "as it was"]
     for i, case in enumerate(cases):

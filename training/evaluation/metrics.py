@@ -57,8 +57,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (N, M), from squared differences, so that equal rows have a distance of exactly
-    0."""
+    """Euclidean distances (N, M), from squared differences, so that equal rows are exactly 0 apart."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 

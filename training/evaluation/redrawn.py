@@ -33,8 +33,7 @@ def redraw(pipe: Any, x0: Tensor, seed: int) -> Tensor:
 
 
 def cache_redrawn(pictures: Any, pipe: Any, cache_dir: str | Path) -> np.ndarray:
-    """Redraw every picture of a PictureCache once: (N, C, H, W) uint8; the key is the pictures and the
-    model."""
+    """Redraw each picture of a PictureCache once, keyed by pictures and model: (N, C, H, W) uint8."""
     path = Path(cache_dir) / f"redrawn-{content_key(pictures.key, pipeline_key(pipe))}.npy"
 
     def fill(target: np.ndarray) -> None:

@@ -121,8 +121,7 @@ def against_captions(config: ReportConfig, judge: Judge, concepts: Concepts, par
 
 
 def distribution(config: ReportConfig, reference: Tensor, columns: dict[str, Tensor]) -> dict[str, Any]:
-    """How far pictures are from half A in the judge's image space; all embeddings are (N, D) with the same
-    N."""
+    """Distances of pictures from half A in the judge's image space; all are (N, D) with the same N."""
     figures: dict[str, Any] = {"pictures": len(reference)}
     scale = reference.shape[1] ** 0.5  # scales unit vectors to the size that KID's kernel expects
     for column, embeds in tqdm(columns.items(), desc="bootstrap of the distances", unit="column"):

@@ -18,12 +18,12 @@ COLUMNS = ("generated", "real", "shuffled")
 COLOURS = {"generated": "C0", "real": "0.55", "shuffled": "C3"}
 NUM_PAIRS = 24  # pairs of nearest neighbours shown for each split, in each of two orders
 EXPLAINED = {
-    "R@1, R@5": "how often the caption's concept is the judge's first, or among its first five, of all",
+    "R@1, R@5": "how often the caption's concept is the judge's first of all, or among its first five",
     "CLIP score": "100 times the cosine between picture and caption in the judge's space",
     "Frechet distance, KID": "in the judge's image space, from half A of the training pictures. Generated: "
     "for the captions of half B. Real: half B itself, the floor. All of the same number",
-    "precision, recall": "share of generated pictures on the manifold of the real, and the other way round",
-    "density, coverage": "real neighbourhoods that a generated picture lies in; share of them that hold one",
+    "precision, recall": "share of generated pictures on the manifold of the real ones, and vice versa",
+    "density, coverage": "real neighbourhoods that a generated picture lies in; share that contain one",
     "shuffled": "the same generated pictures, each under another's caption",
 }
 
@@ -40,8 +40,7 @@ def shown(figure: dict[str, Any] | None) -> str:
 
 
 def metric_rows(report: dict[str, Any]) -> list[list[str]]:
-    """A row for each metric and split: metric, split with its number of pictures, generated, real,
-    shuffled."""
+    """A row for each metric and split: metric, split and size, generated, real, shuffled."""
     halves = report["against half of the training pictures"]
     return [
         [metric, f"{name}, {part['pictures']}", *(shown(part.get(c, {}).get(metric)) for c in COLUMNS)]
@@ -69,8 +68,7 @@ def draw_retrieval(ax: Any, report: dict[str, Any], k: int) -> None:
 
 
 def draw_losses(ax: Any, losses: dict[str, Any]) -> None:
-    """Plot the loss, on a logarithmic scale, against the timestep, with two standard errors on either
-    side."""
+    """Plot the loss against the timestep, on a log scale, with two standard errors on either side."""
     places = range(len(losses["timesteps"]))
     for i, name in enumerate(SPLITS):
         errors = [2 * error for error in losses[name]["standard error"]]
@@ -93,8 +91,7 @@ def draw_neighbours(ax: Any, distances: dict[str, Tensor]) -> None:
 
 
 def draw_distances(ax: Any, halves: dict[str, Any]) -> None:
-    """Plot the distribution metrics of the generated pictures as multiples of those of half B's real
-    pictures."""
+    """Plot the generated pictures' distribution metrics as multiples of those of half B's real ones."""
     names = [name for name in halves["real"] if name != "KID"][::-1]  # whose floor is 0
     values, floors = ([halves[c][name]["value"] for name in names] for c in COLUMNS[:2])
     ratios = [value / max(floor, 1e-9) for value, floor in zip(values, floors, strict=True)]

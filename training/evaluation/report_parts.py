@@ -19,8 +19,7 @@ SPLITS = {  # name on the page: name in the data set
 
 @dataclass
 class Part:
-    """One split: its real pictures with their embeddings, and the pictures drawn for some of their
-    captions."""
+    """One split: its real pictures, their embeddings, and the pictures drawn for some of the captions."""
 
     pictures: PictureCache
     embeds: Tensor  # (N, D), of all its pictures

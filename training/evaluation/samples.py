@@ -24,8 +24,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def read_pictures(config: DataSettings, split: str, side: int, column: str = "caption") -> PictureCache:
-    """A split of the data set, with pictures (3, side, side) that are decoded once and captions from
-    `column`."""
+    """A split of the data set: pictures (3, side, side), decoded once, and captions from `column`."""
     return cache_pictures(load_pictures(config.dataset, split), side, config.cache_dir, "image", column)
 
 
@@ -71,8 +70,7 @@ def with_guides(model: str, noisy_clip: str = "", noisy_classifier: str = "") ->
 
 
 def pipeline_key(pipe: TextToImagePipeline) -> str:
-    """A digest of the weights and configs of U-Net, text encoder and VAE, and of the scheduler's class and
-    config."""
+    """A digest of the U-Net, text encoder and VAE (weights and configs) and the scheduler's config."""
     models = (pipe.unet, pipe.text_encoder, pipe.vae)
     scheduler = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
     return content_key(
@@ -89,8 +87,7 @@ def own_steps(pipe: DiffusionPipeline, num_inference_steps: int | None) -> int:
 def own_guidance(
     pipe: TextToImagePipeline, guidance_scale: float | None, clip_guidance_scale: float | None
 ) -> tuple[float, float]:
-    """Both scales, with the pipeline's defaults for its own size in place of None; see
-    `guidance_defaults`."""
+    """Both scales; None becomes the pipeline's default at its own size (see `guidance_defaults`)."""
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     scale, clip_scale = pipe.guidance_defaults(guidance_scale, clip_guidance_scale, (side, side))
     return float(scale), float(clip_scale)
@@ -169,8 +166,7 @@ def draw(
 
 
 def two_halves(total: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Two disjoint random sets of `count` numbers from 0 .. total - 1, or of half of them if there are
-    fewer."""
+    """Two disjoint random sets of `count` numbers from 0 .. total - 1; half of them each if too few."""
     order, count = random_rows(total, total, seed), min(count, total // 2)
     return order[:count], order[count : 2 * count]
 

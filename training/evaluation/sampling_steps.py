@@ -57,8 +57,7 @@ def split_name(model: str) -> tuple[str, str | None]:
 
 @dataclass
 class RealPictures:
-    """Two halves of the real pictures: A's features, B's captions, and the distance of B's real pictures from
-    A."""
+    """Two halves of the real pictures: A's features, B's captions, and B's distance from A."""
 
     reference: Tensor
     captions: list[str]
@@ -66,8 +65,7 @@ class RealPictures:
 
 
 def real_pictures(config: SamplingStepsConfig, judge: Judge, side: int) -> RealPictures:
-    """Two halves with `num_drawn` pictures of the training split each, or half of the split if there are
-    fewer."""
+    """Halves with `num_drawn` training pictures each, or with half of the split if there are too few."""
     pictures = read_pictures(config, "train", side)
     require(len(pictures) >= 4, "dataset", config.dataset, "of at least 4 training pictures")
     first, second = two_halves(len(pictures), config.num_drawn, config.seed)
@@ -121,8 +119,7 @@ def label(model: str) -> str:
 
 
 def draw_curves(figures: dict[str, Any], config: SamplingStepsConfig) -> None:
-    """Plot both quantities side by side, with a curve for each model; steps and bits on logarithmic
-    scales."""
+    """Plot both quantities, with a curve for each model; steps and bits are on logarithmic scales."""
     with chart(config.output, 10, 4, columns=2) as (bits, distance):
         for model in config.models:
             rows = [figures[model][f"{steps} steps"] for steps in config.steps]

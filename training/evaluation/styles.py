@@ -162,14 +162,14 @@ def page(
     scale = config.classifier_guidance_scale
     guided = f" Each guided to its style by a noised classifier, at scale {scale:g}." if scale > 0 else ""
     count = config.num_candidates
-    several = f"{count} seeds each, of which the guides keep one and nobody else picks"
+    several = f"{count} seeds each, of which the guides keep one, without cherry-picking"
     drawn = several if count > 1 else "one seed each, nothing picked"
     title = f"{config.model}: {figures['names']} names in {len(config.styles)} styles"
     explained = (
         f"R@5 of the concept {figures['R@5, generated']:.3f}, real pictures of the same captions "
         f"{figures['R@5, real']:.3f}. Names drawn at random, {drawn}: drawn on the left, its nearest "
         f"training picture in the judge's space on the right.{guided} Redrawn: a real picture noised to "
-        f"t of 60 to 240 and drawn on from there by the model, told nothing of it."
+        f"t of 60 to 240 and denoised from there by the model, without a prompt."
     )
     table = table_tag(["style found", "all", *config.styles], rows)
     return document(title, [heading(1, title), table, note(explained), pairs])

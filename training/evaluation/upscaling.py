@@ -41,8 +41,7 @@ class UpscalingConfig(JudgedSettings, StepsSettings, PairSettings, CountSettings
 
 
 def enlarge_by(method: Image.Resampling, small: Tensor, side: int) -> Tensor:
-    """Enlarge (N, 3, h, w) in [-1, 1] to (N, 3, side, side), with one of Pillow's filters on 8-bit
-    pictures."""
+    """Enlarge (N, 3, h, w) in [-1, 1] to (N, 3, side, side) with a Pillow filter on 8-bit pictures."""
     return torch.cat([to_tensor(picture.resize((side, side), method)) for picture in to_pil(small)])
 
 
@@ -133,8 +132,7 @@ def upscaling(config: UpscalingConfig) -> dict[str, Any]:
 
 
 def draw_sheet(columns: list[Tensor], best: str, path: str) -> None:
-    """Save a sheet with a row for each of up to six pictures: small, by the best filter, by the model,
-    real."""
+    """Save a sheet with up to six rows: small, by the best filter, by the model, real."""
     side = columns[-1].shape[-1]
     rows = min(6, len(columns[0]))
     whole = zip(*(to_pil(column[:rows]) for column in columns), strict=True)

@@ -209,8 +209,7 @@ class DenoisingLoss:
         return (per_sample if share is None else share.to(device) * per_sample).mean(), details
 
     def estimate(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
-        """The x0, (B, C, H, W), that the U-Net's output stands for; with `clip`, clipped if the scheduler
-        clips."""
+        """x0 computed from the U-Net's output, (B, C, H, W); with `clip`, clipped if the scheduler clips."""
         config = self.scheduler.config
         abar = self.scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
         x0 = predict_x0(output[:, : x_t.shape[1]], x_t, abar, config.prediction_type)

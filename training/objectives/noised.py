@@ -60,8 +60,7 @@ class NoisedPictures:
 
 @torch.no_grad()
 def embed_prompts(pipe: TextToImagePipeline, texts: list[str]) -> Tensor:
-    """(N, P), l2-normalised: pooled text from the U-Net's own text tower, with no more padding than
-    needed."""
+    """Pooled text (N, P) from the U-Net's text tower, l2-normalised, with as little padding as possible."""
     limit, rows = context_length(pipe.tokenizer, pipe.text_encoder), []
     for start in range(0, len(texts), 256):
         part = texts[start : start + 256]

@@ -133,7 +133,6 @@ def widen_input(unet: ConditionalUNet, **changes: Any) -> ConditionalUNet:
 
 
 def input_groups(config: Any) -> tuple[int, int, int]:
-    """How many inputs of `conv_in` belong to x_t (with what is concatenated to it), the x0 estimate, the
-    text."""
+    """The numbers of `conv_in` inputs for x_t (and what is concatenated to it), x0 estimate and text."""
     picture = config.in_channels * config.get("patch_size", 1) ** 2
     return picture, picture if config.get("self_conditioning") else 0, config.get("text_concat_channels", 0)

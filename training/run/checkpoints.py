@@ -71,8 +71,7 @@ class ModelFolder:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the folder's safetensors files; opening these checks their
-    lengths."""
+    """Names and shapes of all tensors in the folder's safetensors; opening the files checks their lengths."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -261,8 +260,7 @@ class Checkpoints:
         return None, ""
 
     def problem(self, path: Path) -> str | None:
-        """Why this checkpoint cannot be resumed, judging by the lengths and headers of its files; None if it
-        can."""
+        """Why this checkpoint cannot be resumed, by the lengths and headers of its files; None if it can."""
         try:
             if unlisted := self._unlisted(path):
                 return unlisted

@@ -105,8 +105,7 @@ def make_optimizer(
 
 
 def add_decay(schedule: torch.optim.lr_scheduler.LambdaLR, total: int, decay: int) -> None:
-    """Decay the learning rate linearly to 0 over the last `decay` of `total` steps, on top of the
-    schedule."""
+    """On top of the schedule, decay linearly to 0 over the last `decay` of `total` steps."""
 
     def falling(rate: Callable[[int], float], step: int) -> float:
         return rate(step) * min(1.0, max(0.0, (total - step) / decay))

@@ -269,7 +269,9 @@ def parse_config(
                 raise SystemExit(f"{path}: {name} must be of type {kinds[name].__name__}, got null")
     parser = HfArgumentParser(config_class, prog=command or command_line())  # type: ignore[arg-type]
     if "config" not in known:  # already read above; added here for --help
-        parser.add_argument("--config", metavar="FILE.yaml", help="Settings; those given beside it win.")
+        parser.add_argument(
+            "--config", metavar="FILE.yaml", help="Settings file; arguments given with it override it."
+        )
     for action in parser._actions:  # a setting in the file is no longer required, and is the new default
         if action.dest in from_file:
             action.required = False
